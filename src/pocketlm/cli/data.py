@@ -1,0 +1,83 @@
+"""`pocketlm data prepare` and `pocketlm data show`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pocketlm.cli.arguments import Parser, print_json, print_table, say
+from pocketlm.config import Config, DataConfig
+from pocketlm.errors import UsageError
+
+USAGE = """pocketlm data prepare --source SOURCE --tokenizer NAME|PATH [--out DIR]
+       pocketlm data show DIR"""
+
+
+def run(argv: list[str]) -> int:
+    if argv[:1] == ["prepare"]:
+        return _prepare(argv[1:])
+    if argv[:1] == ["show"]:
+        return _show(argv[1:])
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"usage: {USAGE}\n\nTokenize a text source into a data set folder, or look into one.")
+        return 0
+    raise UsageError(f"pocketlm data takes prepare or show; usage: {USAGE.splitlines()[0]}")
+
+
+def _prepare(argv: list[str]) -> int:
+    defaults = DataConfig()
+    parser = Parser("data prepare", "Tokenize a text source into a data set folder; a stopped one goes on.")
+    parser.add_argument("--source", required=True, help="stdlib | files:GLOB")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="NAME|PATH", help="gpt2 | byte | bpe:SIZE | a path | a Hub id"
+    )
+    parser.add_argument("--out", metavar="DIR", help="where (default: data/NAME-FINGERPRINT)")
+    parser.add_argument(
+        "--val-fraction", metavar="X", help=f"share of documents held out (default: {defaults.val_fraction})"
+    )
+    parser.add_argument(
+        "--piece-documents", metavar="N", help=f"documents in a shard (default: {defaults.piece_documents})"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    fields = ("source", "tokenizer", "val_fraction", "piece_documents")
+    given = {f"data.{name}": value for name in fields if (value := getattr(arguments, name)) is not None}
+    if arguments.out:
+        given["data.dir"] = arguments.out
+    config = Config.build({}, given).data
+
+    from pocketlm.data.prepare import prepare
+
+    folder = prepare(config, progress=say)
+    if arguments.json:
+        print_json(_description(folder))
+    else:
+        print(folder)
+        say(f"next: pocketlm data show {folder}")
+    return 0
+
+
+def _show(argv: list[str]) -> int:
+    parser = Parser("data show", "What a data set holds: counts, and sample documents back from its shards.")
+    parser.add_argument("dir", metavar="DIR", help="a data set folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    description = _description(Path(arguments.dir))
+    if arguments.json:
+        print_json(description)
+        return 0
+    samples = description.pop("samples")
+    print_table([(key.replace("_", " "), _cell(value)) for key, value in description.items()])
+    for sample in samples:
+        print(f"\n--- a document\n{sample}")
+    return 0
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    from pocketlm.data.shards import describe, open_dataset
+
+    return describe(open_dataset(folder))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,58 @@
+"""`pocketlm eval MODEL --data SOURCE`: loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pocketlm.cli.arguments import Parser, print_json, print_table, say
+from pocketlm.errors import UsageError
+
+
+def run(argv: list[str]) -> int:
+    parser = Parser("eval", "Loss, perplexity and bits per byte of a model on a text.")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a run, checkpoint or model folder (default: newest run)"
+    )
+    parser.add_argument("--data", metavar="SOURCE|DIR", help="a text source, or a prepared data set's held-out part")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: the model's)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the context)")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="score only this many first tokens")
+    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: as it was trained")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+
+    from pocketlm import checkpoint
+    from pocketlm.evaluate.loss import evaluate_stream
+    from pocketlm.evaluate.source import open_stream
+    from pocketlm.train.precision import TORCH_DTYPES
+
+    path = Path(arguments.model) if arguments.model else checkpoint.newest_run()
+    folder = checkpoint.find_checkpoint(path, say)
+    model, tokenizer, _ = checkpoint.load_model(folder)
+    context = arguments.context or model.config.max_position_embeddings
+    stride = arguments.stride or context
+    if not 1 <= context <= model.config.max_position_embeddings:
+        raise UsageError(
+            f"--context {context} is not in 1..{model.config.max_position_embeddings}, the model's longest"
+        )
+    if not 1 <= stride <= context:
+        raise UsageError(f"--stride {stride} is not in 1..{context}, the context")
+    dtype = arguments.dtype if arguments.dtype != "auto" else checkpoint.trained_dtype(folder)
+    stream = open_stream(arguments.data, tokenizer, folder)
+    report = evaluate_stream(
+        model.to(TORCH_DTYPES[dtype]), stream, tokenizer, context=context, stride=stride, limit=arguments.limit
+    )
+    if arguments.json:
+        print_json({"model": str(folder), "data": arguments.data, "dtype": dtype, "context": context, **report.tree()})
+        return 0
+    rows: list[tuple[str, ...]] = [
+        ("loss (nats/token)", f"{report.loss:.4f}"),
+        ("perplexity", f"{report.perplexity:.2f}"),
+        ("bits per byte", f"{report.bits_per_byte:.4f}"),
+        ("  with special tokens", f"{report.bits_per_byte_with_special:.4f}"),
+        ("tokens", f"{report.tokens:,}"),
+        ("bytes", f"{report.bytes:,}"),
+    ]
+    print_table(rows)
+    say(f"{folder} in {dtype}, windows of {context} tokens, stride {stride}")
+    return 0

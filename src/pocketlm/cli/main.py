@@ -1,0 +1,82 @@
+"""`pocketlm VERB ...`: finds the verb's file, runs it, and turns refusals into one line and an exit code.
+
+Exit codes: 0 done, 2 usage or configuration, 3 data or file refused, 4 training diverged, 130 and 143 on signals.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from importlib import import_module
+
+from pocketlm import __version__
+from pocketlm.errors import PocketError, UsageError
+
+VERBS = {
+    "train": "train a model from a preset or a .toml file",
+    "generate": "complete a prompt",
+    "chat": "talk to a model in the terminal",
+    "eval": "loss and bits per byte of a model on a text",
+    "sizes": "parameters, FLOPs and memory of a preset or model",
+    "data": "prepare a data set, or look into one",
+    "tokenizer": "train a tokenizer",
+    "verify": "say whether a run, checkpoint or data set is whole",
+}
+
+HELP = f"""usage: pocketlm VERB [...]
+
+Train, understand and ship small language models on the hardware you have.
+
+{chr(10).join(f"  {verb:<11}{text}" for verb, text in VERBS.items())}
+
+  pocketlm VERB --help     what a verb takes
+  pocketlm --version       {__version__}
+
+Begin with:  pocketlm train tiny"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        _refuse_windows()
+        return run(words)
+    except PocketError as error:
+        print(f"pocketlm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nothing is left to say
+        return 0
+
+
+def run(words: list[str]) -> int:
+    """Runs a command.
+
+    Raises:
+        PocketError: it was refused.
+    """
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if words else UsageError.exit_code
+    if words[0] == "--version":
+        print(f"pocketlm {__version__}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"no verb {verb!r}; {hint}verbs: {', '.join(VERBS)}")
+    code: int = import_module(f"pocketlm.cli.{verb}").run(rest)
+    return code
+
+
+def _refuse_windows() -> None:
+    if os.name == "nt":
+        raise UsageError("pocketlm runs on Linux and macOS; on Windows, run it inside WSL2")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""`pocketlm sizes PRESET|MODEL`: what a model costs, in closed form; nothing is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from pocketlm.cli.arguments import Parser, print_json, print_table
+from pocketlm.config import Config, parse_overrides
+
+
+def run(argv: list[str]) -> int:
+    parser = Parser("sizes", "Parameters, FLOPs per token and memory of a preset, a .toml file or a model folder.")
+    parser.add_argument("what", metavar="PRESET|FILE.toml|MODEL", help="whose sizes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments, fields = parser.parse_known_args(argv)
+    config = _config(arguments.what, fields)
+
+    from pocketlm.model import sizes
+
+    count = sizes.parameters(config.model)
+    context = config.data.context
+    flops = sizes.flops_per_token(config.model, context)
+    micro_batch = config.train.micro_batch if config.train.micro_batch != "auto" else 1
+    dtype = config.train.dtype if config.train.dtype != "auto" else "bf16"
+    memory = sizes.training_memory(config, micro_batch, dtype)
+    cache = sizes.kv_cache_bytes_per_token(config.model, 4)
+    if arguments.json:
+        print_json(
+            {
+                "parameters": count.total,
+                "non_embedding_parameters": count.non_embedding,
+                "parameters_by_part": asdict(count),
+                "flops_per_token": flops,
+                "context": context,
+                "kv_cache_bytes_per_token": cache,
+                "training_memory_bytes": asdict(memory) | {"total": memory.total},
+                "micro_batch": micro_batch,
+                "dtype": dtype,
+            }
+        )
+        return 0
+    print(f"{config.name}\n")
+    print_table(_parameter_rows(count))
+    print(f"\ntraining FLOPs per token, context {context}: {flops:,.0f}")
+    print(f"KV cache per token, fp32: {cache:,} bytes; full context: {_mebibytes(cache * context)}")
+    print(f"\ntraining memory, {dtype}, {micro_batch} row(s) of {context} at once (activations are an estimate):\n")
+    print_table([(part.replace("_", " "), _mebibytes(size)) for part, size in asdict(memory).items()])
+    print(f"\ntotal {_mebibytes(memory.total)}")
+    return 0
+
+
+def _config(what: str, fields: list[str]) -> Config:
+    if (Path(what) / "config.json").is_file() or (Path(what) / "checkpoints").is_dir():
+        return _model_config(Path(what), fields)
+    if what.endswith(".toml"):
+        return Config.from_toml(Path(what), parse_overrides(fields))
+    return Config.preset(what, parse_overrides(fields))
+
+
+def _model_config(path: Path, fields: list[str]) -> Config:
+    from pocketlm.checkpoint import find_checkpoint
+    from pocketlm.cli.arguments import say
+    from pocketlm.files import read_json
+    from pocketlm.formats.huggingface import model_config
+
+    model = model_config(read_json(find_checkpoint(path, say) / "config.json"))
+    context = model.max_position_embeddings
+    tree = {
+        "model": model.model_dump(exclude_none=True),
+        "data": {"context": context},
+        "train": {"tokens_per_step": context},
+    }
+    return Config.build({"name": str(path), **tree}, parse_overrides(fields))
+
+
+def _parameter_rows(count: object) -> list[tuple[str, ...]]:
+    from dataclasses import fields
+
+    rows = [(field.name.replace("_", " "), f"{getattr(count, field.name):,}") for field in fields(count)]  # type: ignore[arg-type]
+    return [("parameters", ""), *rows]
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,58 @@
+"""`pocketlm verify PATH`: whole or not, naming the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pocketlm.cli.arguments import Parser, print_json
+from pocketlm.errors import FileError, PocketError
+
+
+def run(argv: list[str]) -> int:
+    parser = Parser("verify", "Say whether a run, a checkpoint or a data set is whole: exit 0 if so, 3 if not.")
+    parser.add_argument("path", metavar="PATH", help="a run, a checkpoint or a data set")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+
+    results = check(Path(arguments.path))
+    whole = all(problem is None for _, problem in results)
+    if arguments.json:
+        parts = [{"path": str(path), "whole": problem is None, "problem": problem} for path, problem in results]
+        print_json({"path": arguments.path, "whole": whole, "parts": parts})
+    else:
+        for path, problem in results:
+            print(f"{path}: whole" if problem is None else problem)
+    return 0 if whole else FileError.exit_code
+
+
+def check(path: Path) -> list[tuple[Path, str | None]]:
+    """Each part of what stands at `path`, with its problem or None.
+
+    Raises:
+        FileError: nothing there that pocketlm knows.
+    """
+    if (path / "dataset.json").exists():
+        from pocketlm.data.shards import open_dataset
+
+        return [(path, _problem(lambda: open_dataset(path)))]
+    from pocketlm.files import verify_folder
+
+    if (path / "checkpoints").is_dir():
+        from pocketlm.checkpoint import list_checkpoints
+
+        checkpoints = list_checkpoints(path)
+        if not checkpoints:
+            raise FileError(f"{path} has no checkpoint yet")
+        return [(folder, _problem(lambda folder=folder: verify_folder(folder))) for folder in checkpoints]
+    if not path.exists():
+        raise FileError(f"{path} does not exist; give a run, a checkpoint or a data set")
+    return [(path, _problem(lambda: verify_folder(path)))]
+
+
+def _problem(check_it: object) -> str | None:
+    assert callable(check_it)
+    try:
+        check_it()
+    except PocketError as error:
+        return str(error)
+    return None

@@ -1,0 +1,452 @@
+"""What a run is: one frozen value, read from a preset or a TOML file, changed by flags, checked all at once.
+
+    Config
+      model     the architecture, in Hugging Face's words
+      init      how its weights begin
+      data      text source, tokenizer, context, split, order
+      optim     AdamW, or Muon for the matrices and AdamW for the rest
+      schedule  the learning rate's factor as a function of the step
+      train     steps, tokens per step, precision, evaluation, checkpoints
+      sample    how the finished model speaks, and what it is asked while it trains
+
+A preset is a TOML file in `presets/`; a user's TOML file may begin with `preset = "NAME"` and change some of it.
+Every field is a flag: `--optim.lr 3e-4`. All ways in meet in `Config.build`, which reports every problem at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pocketlm.errors import ConfigError, FileError, UsageError
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Tree = dict[str, Any]
+
+Dtype = Literal["fp32", "bf16"]
+Determinism = Literal["bitwise", "same-data", "off"]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """One decoder. With its defaults it is a Llama; `config.json` uses the same words."""
+
+    vocab_size: Count = 50257
+    """Rows of the embedding; at least the tokenizer's ids."""
+    hidden_size: Count = 256
+    """Width of the residual stream."""
+    intermediate_size: Count = 1024
+    """Inner width of the MLP."""
+    num_hidden_layers: Count = 8
+    """Blocks."""
+    num_attention_heads: Count = 4
+    """Query heads."""
+    num_key_value_heads: Count = 4
+    """Key and value heads; fewer than query heads is grouped-query attention, one is multi-query."""
+    head_dim: Annotated[int, Field(ge=2)] = 64
+    """Width of a head; free, not hidden_size / heads."""
+    max_position_embeddings: Count = 2048
+    """Longest context that the model is made for."""
+    block: Literal["sequential", "parallel"] = "sequential"
+    """`parallel`: attention and MLP read one norm and are added together (PaLM)."""
+    position: Literal["rope", "learned"] = "rope"
+    """Rotary angles, or a learned table."""
+    rope_theta: Positive = 10000.0
+    """Base of the rotary frequencies."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm, or LayerNorm with a bias."""
+    norm_eps: Positive = 1e-5
+    """Added to the mean square before the root."""
+    mlp: Literal["swiglu", "gelu", "relu2"] = "swiglu"
+    """SwiGLU has a gate; GELU (tanh form) and squared ReLU have none."""
+    bias: bool = False
+    """A bias on every projection."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before the rotation (Qwen3)."""
+    tie_word_embeddings: bool = True
+    """The output matrix is the embedding."""
+    logit_softcap: Positive | None = None
+    """Logits become cap * tanh(logits / cap)."""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs, take an even one")
+        return self
+
+
+class InitConfig(Section):
+    """How weights begin; norms begin at one, biases at zero."""
+
+    std: Positive = 0.02
+    """Standard deviation of embeddings, and of matrices unless fan_in_gain is given."""
+    fan_in_gain: Positive | None = None
+    """Matrices get gain / sqrt(inputs) instead of std."""
+    output_projections: Literal["same", "depth-scaled", "zero"] = "same"
+    """o_proj and down_proj: as the others, divided by sqrt(2 x layers) (GPT-2, Megatron), or zero (muP)."""
+
+
+class DataConfig(Section):
+    """From text to rows of tokens."""
+
+    source: str = "stdlib"
+    """stdlib | files:GLOB | synthetic (tests)."""
+    tokenizer: str = "gpt2"
+    """gpt2 | byte | bpe:SIZE (trained on the training documents) | a tokenizer.json or its folder | a Hub id."""
+    context: Count = 256
+    """Tokens in a row; each row trains all of them."""
+    dir: str | None = None
+    """Where the prepared data set lies; by default data/NAME-FINGERPRINT."""
+    val_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.01
+    """Share of the documents held out, chosen by the hash of their text."""
+    shuffle: Literal["global", "piece"] = "global"
+    """Rows permuted over the whole data set, or inside each piece in turn."""
+    piece_documents: Count = 8192
+    """Documents in a piece: a shard file, and the unit of `shuffle = "piece"`."""
+
+
+class OptimConfig(Section):
+    """The optimizer."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon`: orthogonalised momentum for the blocks' matrices, AdamW for the rest."""
+    lr: Positive = 3e-4
+    """Peak rate of AdamW."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's decay of the first and second moment."""
+    eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegative = 0.1
+    """AdamW's decoupled weight decay."""
+    decay: Literal["all", "matrices"] = "matrices"
+    """What AdamW decays: every parameter, or only matrices and embeddings."""
+    clip: Positive | None = None
+    """Largest global gradient norm; none is no clipping."""
+    muon_lr: Positive = 0.02
+    """Peak rate of Muon."""
+    muon_momentum: Fraction = 0.95
+    """Muon's momentum (Nesterov)."""
+    muon_momentum_start: Fraction = 0.85
+    """Momentum at the first step, rising over the first tenth of the run."""
+    muon_steps: Count = 5
+    """Newton-Schulz steps."""
+    muon_weight_decay: NonNegative = 0.0
+    """Muon's decoupled weight decay."""
+
+
+class ScheduleConfig(Section):
+    """The learning rate's factor: up to 1, along, and down."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """`wsd`: warm-up, stable, linear decay over the last decay_fraction."""
+    warmup_steps: Natural | None = None
+    """Steps of linear warm-up; by default warmup_fraction of all."""
+    warmup_fraction: Fraction = 0.02
+    """Share of the steps that warm up, where warmup_steps is not given."""
+    start_factor: Fraction = 0.0
+    """Factor of the first step."""
+    final_factor: Fraction = 0.0
+    """Factor at the end."""
+    decay_fraction: Fraction = 0.2
+    """wsd: share of the steps that decay."""
+
+
+class TrainConfig(Section):
+    """The run."""
+
+    total_steps: Count = 5000
+    """Optimizer steps."""
+    tokens_per_step: Count = 16384
+    """Tokens of one optimizer step, whatever the micro-batch: a multiple of data.context."""
+    micro_batch: Literal["auto"] | Count = "auto"
+    """Rows that go through the model at once."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the computation; weights, gradient sums and moments are fp32 always. `auto` probes."""
+    seed: Natural = 0
+    """Weights, order and samples follow from it."""
+    determinism: Determinism = "bitwise"
+    """What is promised of a second run and of a resume."""
+    threads: Literal["auto"] | Count = "auto"
+    """CPU threads."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, a third more work."""
+    loss_chunk: Natural = 1024
+    """Rows of logits alive at once; 0 for all."""
+    eval_every: Natural = 250
+    """Steps between evaluations; 0 for only the last."""
+    eval_tokens: Natural = 0
+    """Held-out tokens of an evaluation; 0 for all."""
+    checkpoint_every: Count = 250
+    """Steps between checkpoints; the last step always makes one."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints kept."""
+    keep_best: Natural = 1
+    """Best checkpoints kept beside them."""
+    best_metric: Literal["validation", "train"] = "validation"
+    """What is best: the validation loss, or the smoothed training loss."""
+    log_every: Count = 10
+    """Steps between lines where there is no live panel."""
+    stop_at_step: Count | None = None
+    """Stop here with a checkpoint, the schedule unchanged; go on later with the same command."""
+
+
+class SampleConfig(Section):
+    """How the model speaks by default, and its samples while it trains."""
+
+    temperature: NonNegative = 0.7
+    """0 is greedy."""
+    top_k: Natural = 0
+    """Only the k likeliest tokens; 0 for all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the likeliest tokens that sum to p."""
+    every: Natural = 0
+    """Steps between samples; 0 for only the end."""
+    max_new_tokens: Natural = 64
+    """Length of a training sample."""
+    prompts: tuple[str, ...] = ()
+    """What is completed."""
+
+
+# Fields that may differ when a run goes on: they change what is kept or said, never a weight.
+FREE_FIELDS = frozenset(
+    {"train.log_every", "train.keep_last", "train.keep_best", "train.stop_at_step", "data.dir"}
+    | {f"sample.{name}" for name in SampleConfig.model_fields}
+)
+
+
+class Config(Section):
+    """A whole run. Build it with `preset`, `from_toml` or `build`; it never changes afterwards."""
+
+    name: str = "run"
+    """The run's name; `runs/NAME` is its folder unless --out is given."""
+    model: ModelConfig = ModelConfig()
+    init: InitConfig = InitConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of `data.context` tokens in one optimizer step."""
+        return self.train.tokens_per_step // self.data.context
+
+    @classmethod
+    def preset(cls, name: str, overrides: Mapping[str, Any] | None = None) -> Config:
+        """The named preset, changed by `overrides` (dotted names to values).
+
+        Raises:
+            UsageError: no preset of that name.
+            ConfigError: overrides that do not fit.
+        """
+        return cls.build(preset_tree(name), overrides)
+
+    @classmethod
+    def from_toml(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> Config:
+        """The configuration in a TOML file; a `preset = "NAME"` line in it names what it starts from.
+
+        Raises:
+            FileError: the file is missing.
+            ConfigError: the file is no TOML, or its fields do not fit.
+        """
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FileError(
+                f"cannot read {path}: {error.strerror}; give a preset ({preset_names()}) or a .toml file"
+            ) from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is no TOML: {error}") from None
+        base = preset_tree(tree.pop("preset")) if "preset" in tree else {}
+        tree.setdefault("name", path.stem)
+        return cls.build(_merged(base, tree), overrides)
+
+    @classmethod
+    def build(cls, tree: Tree, overrides: Mapping[str, Any] | None = None) -> Config:
+        """Checks a tree of plain values, with dotted `overrides` laid over it.
+
+        Raises:
+            ConfigError: every unknown key (with the nearest name), wrong value and clash, one line each.
+        """
+        flat = dict(_flat(tree)) | {_field_name(name): value for name, value in (overrides or {}).items()}
+        unknown = [unknown_field(name) for name in flat if name not in FIELDS]
+        known = {name: None if value == "none" else value for name, value in flat.items() if name in FIELDS}
+        try:
+            config = cls.model_validate(_nested(known))
+        except ValidationError as error:
+            raise ConfigError(*unknown, *_problems(error)) from None
+        if problems := [*unknown, *_clashes(config)]:
+            raise ConfigError(*problems)
+        return config
+
+    def tree(self) -> Tree:
+        """Plain nested values without the empty ones, as TOML holds them."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_toml(self) -> str:
+        """The whole configuration as TOML; `build(tomllib.loads(text))` gives it back."""
+        return tomli_w.dumps(self.tree())
+
+    def differences(self, other: Config) -> list[str]:
+        """Lines `field: mine, theirs` for every field that changes the result."""
+        mine, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
+        changed = [name for name in FIELDS if mine[name] != theirs[name] and name not in FREE_FIELDS]
+        return [f"{name}: {mine[name]}, {theirs[name]}" for name in changed if name != "name"]
+
+
+def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{name}.")
+        else:
+            yield prefix + name
+
+
+FIELDS = tuple(_fields(Config))
+
+
+def preset_names() -> str:
+    """The presets, comma-separated, smallest first as listed in `presets/`."""
+    return ", ".join(sorted(p.name.removesuffix(".toml") for p in _presets().iterdir() if p.name.endswith(".toml")))
+
+
+def preset_tree(name: str) -> Tree:
+    """The tree of a named preset.
+
+    Raises:
+        UsageError: no preset of that name; the message has the nearest one.
+    """
+    names = preset_names().split(", ")
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"no preset {name!r}; {hint}presets: {', '.join(names)}; or give a .toml file")
+    tree = tomllib.loads((_presets() / f"{name}.toml").read_text(encoding="utf-8"))
+    base = preset_tree(tree.pop("preset")) if "preset" in tree else {}
+    return _merged(base, {"name": name} | tree)
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """`--optim.lr 3e-4 --sample.prompts '["a"]'` as dotted names to values; `--a.b=c` is read too.
+
+    Raises:
+        UsageError: a word that is no flag, or a flag without its value.
+    """
+    overrides: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            raise UsageError(f"cannot place {word!r}; fields are given as --section.field VALUE")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            try:
+                value = next(rest)
+            except StopIteration:
+                raise UsageError(f"{word} needs a value: {word} VALUE") from None
+        overrides[_field_name(name)] = _parsed_list(word, value) if value.startswith("[") else value
+    return overrides
+
+
+def unknown_field(name: str) -> str:
+    """One line that says that a field does not exist, and which one is nearest."""
+    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
+    same_ending = [field for field in FIELDS if field.rpartition(".")[2] == name.rpartition(".")[2]]
+    hint = (same_ending or near or [""])[0]
+    return f"no field {name!r}" + (
+        f"; did you mean --{hint.replace('_', '-')}?" if hint else "; see pocketlm train --help"
+    )
+
+
+def _presets() -> Any:
+    return resources.files("pocketlm") / "presets"
+
+
+def _field_name(flag: str) -> str:
+    return flag.replace("-", "_")
+
+
+def _parsed_list(flag: str, text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        raise UsageError(f'{flag}: {text!r} is no list; write it like \'["one", "two"]\'') from None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _nested(flat: Mapping[str, Any]) -> Tree:
+    tree: Tree = {}
+    for name, value in flat.items():
+        section, _, key = name.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[key] = value
+    return tree
+
+
+def _merged(base: Tree, change: Tree) -> Tree:
+    return _nested(dict(_flat(base)) | dict(_flat(change)))
+
+
+def _problems(error: ValidationError) -> list[str]:
+    """One line a field: where, what was given, what is allowed. A union reports each of its members."""
+    reports: dict[str, tuple[Any, list[str]]] = {}
+    for report in error.errors():
+        name = ".".join(str(part) for part in report["loc"][:2])
+        message = str(report["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+        reports.setdefault(name, (report["input"], []))[1].append(message)
+    return [_problem(name, given, messages) for name, (given, messages) in reports.items()]
+
+
+def _problem(name: str, given: Any, messages: list[str]) -> str:
+    if isinstance(given, Mapping):  # a whole section whose fields do not go together
+        return f"{name}: {'; '.join(messages)}"
+    return f"{name}: given {given!r}, allowed is {' or '.join(messages)}"
+
+
+def _clashes(config: Config) -> Iterator[str]:
+    """Fields that are right alone and wrong together."""
+    data, train, model = config.data, config.train, config.model
+    if data.context > model.max_position_embeddings:
+        yield (
+            f"data.context {data.context} is above model.max_position_embeddings {model.max_position_embeddings}; "
+            f"add --model.max-position-embeddings {data.context}"
+        )
+    if train.tokens_per_step % data.context:
+        nearest = max(1, round(train.tokens_per_step / data.context)) * data.context
+        yield (
+            f"train.tokens_per_step {train.tokens_per_step} is no multiple of data.context {data.context}; "
+            f"the nearest is --train.tokens-per-step {nearest}"
+        )
+    warmup = config.schedule.warmup_steps
+    if warmup is not None and warmup > train.total_steps:
+        yield (
+            f"schedule.warmup_steps {warmup} is above train.total_steps {train.total_steps}; "
+            f"lower it with --schedule.warmup-steps"
+        )

@@ -1,0 +1,51 @@
+"""Where a run computes: device, threads, and what is promised of its determinism.
+
+Everything is one process on one device here; more ranks are N > 1 of the same thing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from pocketlm.config import Determinism, TrainConfig
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a run computes, decided once at its start."""
+
+    device: torch.device
+    threads: int
+    determinism: Determinism
+
+
+def start(train: TrainConfig) -> Runtime:
+    """Sets threads and determinism for this process.
+
+    `bitwise` holds for a number of threads fixed at the start; the number is part of the run's resolved settings.
+    """
+    threads = available_cores() if train.threads == "auto" else train.threads
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(train.determinism == "bitwise")
+    # Deterministic mode would also fill every fresh tensor with NaN: a debugging aid that costs a pass over memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return Runtime(default_device(), threads, train.determinism)
+
+
+def keep_threads(runtime: Runtime, threads: int) -> Runtime:
+    """The same, with the number of threads that the run began with."""
+    torch.set_num_threads(threads)
+    return replace(runtime, threads=threads)
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

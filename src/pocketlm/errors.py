@@ -1,0 +1,61 @@
+"""What can go wrong, and with which exit code.
+
+    PocketError                 any refusal that a user can act on
+    +-- UsageError       2      a command that cannot be understood
+    |   +-- ConfigError  2      a configuration that cannot be run: every problem in it, one line each
+    +-- DataError        3      a text source, tokenizer or data set that is refused
+    +-- FileError        3      a model, checkpoint or run folder that is damaged, missing or in use
+    +-- Diverged         4      training left the finite numbers and could not come back
+    +-- Interrupted    143      a signal asked the run to stop (130 for Ctrl-C)
+
+A message says what was given, what is allowed and what to type next, on one line; the command line prints it
+without a traceback and leaves with the code. Mistakes of our own stay `assert`.
+"""
+
+from __future__ import annotations
+
+
+class PocketError(Exception):
+    """Any refusal that a user can act on; `exit_code` is what the process leaves with."""
+
+    exit_code = 1
+
+
+class UsageError(PocketError):
+    """A command that cannot be understood."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration that cannot be run. Carries every problem found, not only the first."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DataError(PocketError):
+    """A text source, tokenizer or data set that is refused."""
+
+    exit_code = 3
+
+
+class FileError(PocketError):
+    """A model, checkpoint or run folder that is damaged, missing or in use."""
+
+    exit_code = 3
+
+
+class Diverged(PocketError):
+    """Training left the finite numbers and could not come back."""
+
+    exit_code = 4
+
+
+class Interrupted(PocketError):
+    """A signal asked the run to stop: everything of the last whole step is saved."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,1 @@
+"""Folders and files of other tools, read and written."""

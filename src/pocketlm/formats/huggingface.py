@@ -1,0 +1,193 @@
+"""A model folder in Hugging Face's words: config.json, generation_config.json and tokenizer_config.json as values.
+
+    Llama layout                            model_type "llama"      rotary, RMSNorm, sequential, SwiGLU
+    the same with query-key norm, no bias   model_type "qwen3"
+    everything else                         model_type "pocketlm"   ModelConfig's own fields
+
+transformers opens the first two as they are: names and shapes of the weights are already its own. It has no class for
+a "pocketlm" model (parallel blocks, learned positions, a soft-cap ...) and says so; pocketlm opens all three.
+Nothing here names a clock, a host or a version, so that equal models have equal files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from pocketlm.config import ModelConfig, SampleConfig
+from pocketlm.errors import FileError
+from pocketlm.model.sizes import parameters
+from pocketlm.model.transformer import Transformer
+
+Tree = dict[str, Any]
+
+SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+"""Fields that `ModelConfig` and config.json have under one name."""
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+MAX_PARAMETERS = 100_000_000_000
+MAX_LAYERS = 1_000
+
+
+def config_json(model: ModelConfig, *, end_id: int | None) -> Tree:
+    """config.json of `model`; `end_id` ends a text, and begins one where a model asks for that."""
+    kind = _model_type(model)
+    ends = {"bos_token_id": end_id, "eos_token_id": end_id}
+    # transformers 4 before 4.56 reads only torch_dtype, later ones prefer dtype.
+    dtypes = {"dtype": "float32", "torch_dtype": "float32"}
+    if kind == "pocketlm":
+        return {"model_type": kind} | model.model_dump(mode="json") | ends | dtypes
+    shared = {name: getattr(model, name) for name in SHARED}
+    numbers = {"hidden_act": "silu", "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_theta}
+    options = {"mlp_bias": model.bias} if kind == "llama" else {"use_sliding_window": False}
+    options |= {"attention_bias": model.bias}
+    return {"model_type": kind, "architectures": [ARCHITECTURES[kind]]} | shared | numbers | options | ends | dtypes
+
+
+def model_config(tree: Mapping[str, Any]) -> ModelConfig:
+    """The architecture that a config.json describes: what `config_json` writes, and Llamas and Qwen3s of the Hub.
+
+    Raises:
+        FileError: another kind of model, an option that we do not compute, or numbers that make no model.
+    """
+    kind = tree.get("model_type")
+    if kind == "pocketlm":
+        fields = {name: tree[name] for name in ModelConfig.model_fields if name in tree}
+    elif kind in ARCHITECTURES:
+        fields = _llama_fields(tree)
+    else:
+        raise FileError(f"config.json: given model_type {kind!r}; allowed are llama, qwen3 and pocketlm")
+    try:
+        model = ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        raise FileError(f"config.json: {_first_problem(error)}") from None
+    if model.num_hidden_layers > MAX_LAYERS or parameters(model).total > MAX_PARAMETERS:
+        raise FileError(
+            f"config.json: {model.num_hidden_layers:,} layers and {parameters(model).total:,} parameters; "
+            f"allowed are {MAX_LAYERS:,} and {MAX_PARAMETERS:,}"
+        )
+    return model
+
+
+def generation_config_json(sample: SampleConfig, end_id: int | None) -> Tree:
+    """generation_config.json of how a model speaks. Temperature 0 is `do_sample: false`, where nothing else counts."""
+    ends = {"bos_token_id": end_id, "eos_token_id": end_id}
+    if sample.temperature == 0:
+        return {"do_sample": False} | ends
+    return {
+        "do_sample": True,
+        "temperature": sample.temperature,
+        "top_k": sample.top_k,
+        "top_p": sample.top_p,
+    } | ends
+
+
+def sample_config(tree: Mapping[str, Any]) -> SampleConfig:
+    """Temperature, top-k and top-p of a generation_config.json; what it does not say is our default.
+
+    Raises:
+        FileError: a value out of its range.
+    """
+    fields = {name: tree[name] for name in ("temperature", "top_k", "top_p") if tree.get(name) is not None}
+    if tree.get("do_sample") is False:
+        fields = {"temperature": 0.0}
+    try:
+        return SampleConfig.model_validate(fields)
+    except ValidationError as error:
+        raise FileError(f"generation_config.json: {_first_problem(error)}") from None
+
+
+def tokenizer_config_json(end_token: str) -> Tree:
+    """tokenizer_config.json beside a tokenizer.json whose end-of-text token is `end_token`.
+
+    The class is always named: without it transformers picks one by model type, which may split text in other ways.
+    """
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end_token,
+        "eos_token": end_token,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the model's file, without allocating one."""
+    with torch.device("meta"):
+        weights = Transformer(model)
+    return {name: tuple(weight.shape) for name, weight in weights.named_parameters()}
+
+
+def _model_type(model: ModelConfig) -> str:
+    llama_like = (model.block, model.position, model.norm, model.mlp) == ("sequential", "rope", "rms", "swiglu")
+    if not llama_like or model.logit_softcap is not None or (model.qk_norm and model.bias):
+        return "pocketlm"
+    return "qwen3" if model.qk_norm else "llama"
+
+
+def _llama_fields(tree: Mapping[str, Any]) -> Tree:
+    """A Llama's or Qwen3's fields as ours; what a file may leave out is what transformers' classes then take."""
+    _refuse_other_options(tree)
+    kind = tree["model_type"]
+    may_lack = ("num_key_value_heads", "head_dim") if kind == "llama" else ()
+    needed = [name for name in (*SHARED, "rms_norm_eps") if name not in (*may_lack, "tie_word_embeddings")]
+    for name in needed:
+        if not isinstance(tree.get(name), int | float):
+            raise FileError(f"config.json: {name} is {tree.get(name)!r}; a {kind} model needs a number there")
+    heads = tree["num_attention_heads"]
+    derived = {
+        "num_key_value_heads": heads,
+        "head_dim": tree["hidden_size"] // (heads or 1),
+        "tie_word_embeddings": False,
+    }
+    shared = {name: derived.get(name) if tree.get(name) is None else tree[name] for name in SHARED}
+    return shared | {
+        "rope_theta": _rope(tree).get("rope_theta", tree.get("rope_theta", 10000.0)),
+        "norm_eps": tree["rms_norm_eps"],
+        "bias": tree.get("attention_bias", False),
+        "qk_norm": kind == "qwen3",
+    }
+
+
+def _refuse_other_options(tree: Mapping[str, Any]) -> None:
+    """What Llama and Qwen3 files may ask for and our model does not compute."""
+    rope_type = _rope(tree).get("rope_type", _rope(tree).get("type", "default"))
+    if rope_type != "default":
+        raise FileError(f"config.json: rope type {rope_type!r}; allowed is 'default': no scaled rotary positions")
+    if tree.get("hidden_act", "silu") != "silu":
+        raise FileError(f"config.json: hidden_act {tree['hidden_act']!r}; allowed is 'silu'")
+    if tree.get("use_sliding_window") or {*(tree.get("layer_types") or ())} - {"full_attention"}:
+        raise FileError("config.json: given sliding-window attention; allowed is full attention in every layer")
+    biases = tree.get("attention_bias", False), tree.get("mlp_bias", False)
+    if biases[0] != biases[1]:
+        raise FileError(
+            f"config.json: attention_bias, mlp_bias are {biases[0]}, {biases[1]}; allowed is both or neither"
+        )
+
+
+def _rope(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers 5 has `rope_parameters`; 4 has a top-level `rope_theta` and perhaps `rope_scaling`."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(tree.get(name), Mapping):
+            rope: Mapping[str, Any] = tree[name]
+            return rope
+    return {}
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be ", "allowed is ")
+    return f"{first['loc'][0]} is {first['input']!r}; {message}" if first["loc"] else message

@@ -1,0 +1,218 @@
+"""Text in, text out: a model together with its tokenizer and its way of speaking.
+
+    prompt -> tokenizer -> engine -> token ids -> TextStream -> StopStrings -> pieces of text
+
+Both filters at the end hold back what is not yet certain: `TextStream` the bytes of an unfinished character,
+`StopStrings` what may be the beginning of a stop string. So a piece that was given out is never taken back, and the
+pieces joined are the text, whatever the tokens were cut into.
+
+This file completes text. It makes no conversation of it: chat templates are not built yet.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, Unpack, get_args
+
+import torch
+
+from pocketlm.checkpoint import Warn, find_checkpoint, load_model, newest_run
+from pocketlm.errors import UsageError
+from pocketlm.files import read_json
+from pocketlm.generate import engine
+from pocketlm.generate.engine import Window
+from pocketlm.generate.sampling import Sampling, SamplingOptions
+from pocketlm.model.transformer import Transformer
+from pocketlm.text.tokenizer import TextStream, Tokenizer
+
+LoadDtype = Literal["auto", "fp32", "bf16"]
+FinishReason = Literal["end", "stop", "length"]
+
+DEFAULT_NEW_TOKENS = 128
+
+
+class CompletionOptions(SamplingOptions, total=False):
+    """What `generate` and `stream` take beside the prompt; every sampling field is among them."""
+
+    max_new_tokens: int
+    stop: str | Sequence[str]
+    seed: int | None
+    window: Window
+
+
+def load(
+    model: str | os.PathLike[str] | None = None, *, dtype: LoadDtype = "auto", warn: Warn = warnings.warn
+) -> LanguageModel:
+    """The model of a run (its newest valid checkpoint), of a checkpoint or of a Hugging Face folder.
+
+    Args:
+        model: the folder; by default the newest run under `runs/`.
+        dtype: the precision it computes in; `auto` is fp32, as stored.
+        warn: told of each damaged checkpoint that was passed over.
+
+    Raises:
+        FileError: nothing there, or nothing whole.
+        UsageError: no such dtype.
+    """
+    if dtype not in get_args(LoadDtype):
+        raise UsageError(f"dtype {dtype!r}: allowed is {', '.join(get_args(LoadDtype))}")
+    folder = find_checkpoint(newest_run() if model is None else Path(model), warn)
+    transformer, tokenizer, sample = load_model(folder)
+    if dtype == "bf16":
+        transformer = transformer.to(torch.bfloat16)
+    sampling = Sampling(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
+    return LanguageModel(transformer, tokenizer, sampling, folder, _has_chat_template(folder))
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A model that reads and writes text."""
+
+    model: Transformer
+    """Token ids (B, T) -> logits (B, T, V)."""
+    tokenizer: Tokenizer
+    sampling: Sampling = field(default_factory=Sampling)
+    """How it speaks unless told otherwise: its generation_config.json."""
+    folder: Path | None = None
+    """Where it was loaded from."""
+    has_chat_template: bool = False
+    """Whether its folder has a chat template. Nothing here applies it yet."""
+
+    def generate(self, prompt: str, **options: Unpack[CompletionOptions]) -> str:
+        """The text that follows `prompt`, all at once; takes what `stream` takes."""
+        return "".join(self.stream(prompt, **options))
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        stop: str | Sequence[str] = (),
+        seed: int | None = None,
+        window: Window = "halves",
+        **sampling: Unpack[SamplingOptions],
+    ) -> Completion:
+        """The text that follows `prompt`, piece by piece, until the end-of-text id, a stop string or the last token.
+
+        Args:
+            prompt: what is continued; an empty one begins a new document. Special tokens in it are plain text.
+            max_new_tokens: may go beyond the model's context, see `window`.
+            stop: strings that end the text, and are not part of it.
+            seed: repeats a completion; by default another one each time, told in `Completion.seed`.
+            window: what is kept when the context is full: `halves` is fast, `exact` slow; see generate/engine.py.
+            sampling: fields of `Sampling` that replace the model's own.
+
+        Raises:
+            UsageError, DataError: a setting or a prompt that is not allowed, before anything is generated.
+            FileError: while reading: the model's logits are not finite.
+        """
+        rules = replace(self.sampling, **sampling)
+        _check(max_new_tokens, seed, window)
+        seed = secrets.randbits(32) if seed is None else seed
+        end_id = self.tokenizer.end_id
+        tokens = engine.generate(
+            self.model,
+            self.tokenizer.encode(prompt) or [end_id],
+            rules,
+            max_new_tokens=max_new_tokens,
+            stop_ids={end_id},
+            window=window,
+            generator=torch.Generator().manual_seed(seed),  # on the CPU: a seed means the same on every device
+            num_ids=self.tokenizer.vocab_size,
+        )
+        return Completion(tokens, TextStream(self.tokenizer), StopStrings(stop), end_id, seed)
+
+
+class Completion(Iterator[str]):
+    """Pieces of a text while it is written, never empty; afterwards, how it ended.
+
+    `num_tokens` counts the tokens chosen so far, the end-of-text id included. `finish_reason` is None until the last
+    piece was read: then `end` (the model ended the text), `stop` (a stop string) or `length`. `seed` repeats it.
+    """
+
+    def __init__(self, tokens: Iterator[int], text: TextStream, stops: StopStrings, end_id: int, seed: int) -> None:
+        self.seed = seed
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self._pieces = self._read(tokens, text, stops, end_id)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _read(self, tokens: Iterator[int], text: TextStream, stops: StopStrings, end_id: int) -> Iterator[str]:
+        reason: FinishReason = "length"
+        for token in tokens:
+            self.num_tokens += 1
+            if token == end_id:
+                reason = "end"
+                break
+            if piece := stops.feed(text.feed(token)):
+                yield piece
+            if stops.found:
+                break
+        if rest := stops.feed(text.flush()) + stops.flush():
+            yield rest
+        self.finish_reason = "stop" if stops.found else reason
+
+
+class StopStrings:
+    """Lets text through up to the first stop string, which ends it and is not part of it.
+
+    First is the one whose last character comes first, and of those that end together the longest: a rule that does not
+    depend on the pieces in which the text arrives. Held back is the longest end of the text that begins a stop string.
+
+    Raises:
+        UsageError: an empty stop string.
+    """
+
+    def __init__(self, stops: str | Sequence[str]) -> None:
+        self.stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        if "" in self.stops:
+            raise UsageError("a stop string is empty; give the text to stop at, or none")
+        self.held = ""
+        self.found = False
+
+    def feed(self, piece: str) -> str:
+        """Takes the next piece of text and returns what is certain to be before any stop string."""
+        if self.found:
+            return ""
+        text = self.held + piece
+        places = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
+        if places:
+            _, cut = min(places)
+            self.found = True
+        else:
+            cut = len(text) - self._num_held(text)
+        self.held = text[cut:]
+        return text[:cut]
+
+    def flush(self) -> str:
+        """What was held back and turned out to begin no stop string: the text is over."""
+        rest = "" if self.found else self.held
+        self.held = ""
+        return rest
+
+    def _num_held(self, text: str) -> int:
+        """Length of the longest end of `text` that is a beginning, but not the whole, of a stop string."""
+        sizes = ((stop, size) for stop in self.stops for size in range(1, min(len(stop), len(text) + 1)))
+        return max((size for stop, size in sizes if stop.startswith(text[-size:])), default=0)
+
+
+def _check(max_new_tokens: int, seed: int | None, window: Window) -> None:
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens {max_new_tokens}: allowed is 1 or more")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UsageError(f"seed {seed}: allowed is 0 to 2^63 - 1")
+    if window not in get_args(Window):
+        raise UsageError(f"window {window!r}: allowed is {' or '.join(get_args(Window))}")
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """Whether tokenizer_config.json holds a template, or a file of its own does, as newer folders have it."""
+    config = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (config.is_file() and "chat_template" in read_json(config))

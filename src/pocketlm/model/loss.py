@@ -1,0 +1,141 @@
+"""Cross-entropy of a linear head, without ever holding all the logits.
+
+For rows x (N, C), head W (V, C) and targets t, with w = scale where a target counts and 0 where it is ignored:
+
+    z = x W^T      m = max z      E = exp(z - m)      s = sum E           a chunk of rows at a time
+    loss = sum w (m + log s - z_t)                                        in nats
+    dx   = (E W) w/s - w W_t                                              from dz = w (E/s - onehot t)
+    dW   = E^T (x w/s), then w x taken from row t
+
+The gradients are made in the forward pass, while E is there: three products, nothing recomputed, and no N x V matrix
+kept. E is never normalised: 1/s goes on the thin matrix, so the wide one is passed over less often. A soft-cap,
+z = c tanh(x W^T / c), multiplies dz by its slope 1 - tanh^2. The products run in the dtype of x; all that is between
+them, and the sum of dW over chunks, is fp32 (fp64 for fp64).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    scale: float | Tensor,
+    chunk: int = 0,
+    softcap: float | None = None,
+    num_ids: int | None = None,
+    ignore: int = -100,
+) -> Tensor:
+    """`scale` times the summed nats of targets (N,) int64 under hidden (N, C) @ head (V, C)^T: a 0-d fp32 tensor.
+
+    Args:
+        hidden: rows in any float dtype; fp64 gives an fp64 loss.
+        head: the output matrix, in the same dtype.
+        targets: ids below num_ids, or `ignore`; not checked, for that would wait for the device.
+        scale: 1 / the counted targets of the whole optimizer step gives their mean. It gets no gradient.
+        chunk: rows whose logits are alive at once; 0 for all.
+        softcap: logits become cap * tanh(logits / cap).
+        num_ids: rows of the head from here on are padding, with logit -inf and gradient zero.
+        ignore: a target of this value costs nothing and teaches nothing.
+
+    Differentiable once, in hidden and head; works out no gradient where none is wanted.
+    """
+    options = _Options(chunk or max(1, len(targets)), softcap, num_ids, ignore)
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, head, targets, scale, options)  # type: ignore[no-untyped-call]
+        return loss
+    return _token_losses(hidden, head, targets, options).sum() * scale
+
+
+def token_losses(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    *,
+    chunk: int = 0,
+    softcap: float | None = None,
+    num_ids: int | None = None,
+    ignore: int = -100,
+) -> Tensor:
+    """Nats of each target, (N,) fp32, zero where ignored, without gradient. Arguments as above."""
+    options = _Options(chunk or max(1, len(targets)), softcap, num_ids, ignore)
+    return _token_losses(hidden, head, targets, options)
+
+
+class _Options(NamedTuple):
+    chunk: int
+    softcap: float | None
+    num_ids: int | None
+    ignore: int
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, scale: float | Tensor, options: _Options
+    ) -> Tensor:
+        losses = []
+        dx = torch.empty_like(hidden)
+        dW = torch.zeros_like(head, dtype=_wide(head))
+        chunks = (torch.split(rows, options.chunk) for rows in (hidden, targets, dx))
+        for x, t, dx_rows in zip(*chunks, strict=True):
+            nats, E, s, slope = _softmax(x, head, t, options)
+            losses.append(nats)
+            w = (t != options.ignore)[:, None].to(s.dtype) * scale  # (n, 1)
+            t = t.clamp(min=0)
+            w_s, w_t = w / s, w * slope
+            E = E.to(x.dtype)
+            dx_rows.copy_((E @ head) * w_s - head[t] * w_t)
+            dW += E.t() @ (x * w_s).to(x.dtype)
+            dW.index_add_(0, t, x * w_t, alpha=-1)
+        ctx.save_for_backward(dx, dW.to(head.dtype))
+        return torch.cat(losses).sum() * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dW = ctx.saved_tensors
+        return dx * grad, dW * grad, None, None, None
+
+
+@torch.no_grad()
+def _token_losses(hidden: Tensor, head: Tensor, targets: Tensor, options: _Options) -> Tensor:
+    chunks = (torch.split(rows, options.chunk) for rows in (hidden, targets))
+    return torch.cat([_softmax(x, head, t, options).nats for x, t in zip(*chunks, strict=True)])
+
+
+class _Softmax(NamedTuple):
+    nats: Tensor  # (n,), zero where ignored
+    E: Tensor  # (n, V), times the slope of the soft-cap
+    s: Tensor  # (n, 1)
+    slope: Tensor | float  # (n, 1), of the soft-cap at the target
+
+
+def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options) -> _Softmax:
+    """One chunk of n rows, with the names of the formulas above."""
+    z = (x @ head.t()).to(_wide(x))  # (n, V)
+    column = t.clamp(min=0)[:, None]  # what an ignored target reads does not matter
+    slopes: Tensor | None = None
+    if options.softcap is not None:
+        tanh = torch.tanh(z / options.softcap)
+        z, slopes = options.softcap * tanh, 1 - tanh.square()
+    if options.num_ids is not None:
+        z[:, options.num_ids :] = float("-inf")
+    z_t, m = z.gather(1, column), z.amax(1, keepdim=True)
+    E = z.sub_(m).exp_()  # in place: z is ours, and a second n x V matrix would double the memory
+    s = E.sum(1, keepdim=True)
+    nats = torch.where(t != options.ignore, (m + s.log() - z_t).squeeze(1), 0.0)
+    if slopes is None:
+        return _Softmax(nats, E, s, 1.0)
+    return _Softmax(nats, E.mul_(slopes), s, slopes.gather(1, column))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

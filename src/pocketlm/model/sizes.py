@@ -1,0 +1,149 @@
+"""How large a model is and what it costs, by arithmetic alone: no weight is made, no framework imported.
+
+    parameters            exact, by kind; a test holds them against the real module
+    flops_per_token       6 N + 6 L T H D: forward and backward of N matrix weights, and of causal attention
+    kv_cache_bytes_per_token
+    training_memory       exact for what is kept per parameter, an estimate for what is kept per token
+
+6 N: each weight of a matrix product multiplies and adds once forward and twice backward (arXiv:2001.08361, 2.1).
+6 L T H D: queries x keys and weights x values take 2 x 2 T H D per token and layer over the full square, three times
+that with the backward pass, and causality needs half of it. The output head counts; looking up an embedding does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pocketlm.config import Config, Dtype, ModelConfig
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters by kind; `head` is zero when tied. Biases belong to their projection."""
+
+    embedding: int
+    positions: int
+    attention: int
+    mlp: int
+    norms: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of them, a tied embedding once."""
+        return self.embedding + self.positions + self.attention + self.mlp + self.norms + self.head
+
+    @property
+    def non_embedding(self) -> int:
+        """The blocks and the final norm: without token embedding, position table and head."""
+        return self.attention + self.mlp + self.norms
+
+
+def parameters(model: ModelConfig) -> Parameters:
+    """Counts them."""
+    C, L = model.hidden_size, model.num_hidden_layers
+    norm = C if model.norm == "rms" else 2 * C
+    num_norms = 1 + L * (1 if model.block == "parallel" else 2)
+    qk_norms = 2 * model.head_dim * L if model.qk_norm else 0
+    return Parameters(
+        embedding=model.vocab_size * C,
+        positions=model.max_position_embeddings * C if model.position == "learned" else 0,
+        attention=sum(_projection(model, rows, columns) for rows, columns in _attention_shapes(model)) * L,
+        mlp=sum(_projection(model, rows, columns) for rows, columns in _mlp_shapes(model)) * L,
+        norms=num_norms * norm + qk_norms,
+        head=0 if model.tie_word_embeddings else model.vocab_size * C,
+    )
+
+
+def block_matrix_parameters(model: ModelConfig) -> int:
+    """Parameters of the matrices inside the blocks: all that Muon updates."""
+    shapes = _attention_shapes(model) + _mlp_shapes(model)
+    return sum(rows * columns for rows, columns in shapes) * model.num_hidden_layers
+
+
+def flops_per_token(model: ModelConfig, context: int) -> int:
+    """Floating-point operations of training on one token in rows of `context` tokens."""
+    N = block_matrix_parameters(model) + model.vocab_size * model.hidden_size
+    attention = model.num_hidden_layers * context * model.num_attention_heads * model.head_dim
+    return 6 * N + 6 * attention
+
+
+def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int) -> int:
+    """Bytes that one more token of context takes while generating."""
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * bytes_per_value
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes by part on one device. The last two are estimates: what PyTorch adds of its own is not in them."""
+
+    weights: int
+    """fp32, the only ones that are stored."""
+    gradients: int
+    """fp32 sums over the micro-batches of a step."""
+    moments: int
+    """fp32; AdamW has two for each parameter, Muon one."""
+    compute_copy: int
+    """bf16 weights and their gradients; nothing in fp32."""
+    activations: int
+    """Estimate of what the backward pass needs of one micro-batch."""
+    loss: int
+    """Estimate of one chunk of logits and the gradient of the head."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.moments + self.compute_copy + self.activations + self.loss
+
+
+def training_memory(config: Config, micro_batch: int, dtype: Dtype) -> TrainingMemory:
+    """What training takes with `micro_batch` rows of `data.context` tokens at once, computing in `dtype`."""
+    model, half = config.model, dtype == "bf16"
+    num = parameters(model).total
+    num_muon = block_matrix_parameters(model) if config.optim.kind == "muon" else 0
+    rows = micro_batch * config.data.context
+    chunk = min(config.train.loss_chunk or rows, rows)
+    return TrainingMemory(
+        weights=4 * num,
+        gradients=4 * num,
+        moments=8 * num - 4 * num_muon,
+        compute_copy=4 * num if half else 0,
+        activations=rows * activation_bytes_per_token(model, dtype, config.train.gradient_checkpointing),
+        loss=(8 if half else 4) * chunk * model.vocab_size + 4 * model.vocab_size * model.hidden_size,
+    )
+
+
+def activation_bytes_per_token(model: ModelConfig, dtype: Dtype, gradient_checkpointing: bool) -> int:
+    """Estimate of the bytes per token that the forward pass leaves for the backward pass.
+
+    Per block: what its norms keep, q, k and v as attention reads them and its result, the steps inside the MLP.
+    With checkpointing: each block's input, and one block at a time in full. PyTorch's CPU kernels keep exactly this;
+    fused ones on a GPU keep less of the norms.
+    """
+    C, size = model.hidden_size, 2 if dtype == "bf16" else 4
+    rms = 3 * size + (4 if dtype == "bf16" else 0)  # input, its fp32 copy, normalised, times the weight
+    norm = C * (rms if model.norm == "rms" else 2 * size)
+    heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
+    block = norm * (1 if model.block == "parallel" else 2) + 2 * heads * size
+    block += model.intermediate_size * size * (4 if model.mlp == "swiglu" else 2)
+    if model.qk_norm:
+        block += heads * (rms - size)  # the result is the q and k above
+    if gradient_checkpointing:
+        return norm + model.num_hidden_layers * C * size + block
+    return norm + model.num_hidden_layers * block
+
+
+def _projection(model: ModelConfig, rows: int, columns: int) -> int:
+    return rows * columns + (rows if model.bias else 0)
+
+
+def _attention_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    C, D = model.hidden_size, model.head_dim
+    H, K = model.num_attention_heads * D, model.num_key_value_heads * D
+    return [(H, C), (K, C), (K, C), (C, H)]
+
+
+def _mlp_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+    C, inner = model.hidden_size, model.intermediate_size
+    gate = [(inner, C)] if model.mlp == "swiglu" else []
+    return [*gate, (inner, C), (C, inner)]

@@ -1,0 +1,223 @@
+"""The whole model: token ids in, logits out.
+
+    ids (B, T) -> embed -> x (B, T, C) -> [block] x L -> norm -> x -> head -> logits (B, T, V)
+
+    sequential block      x = x + attention(norm(x));  x = x + mlp(norm'(x))       Llama, Qwen3, GPT-2
+    parallel block        x = x + attention(norm(x)) + mlp(norm(x))                PaLM, smallm
+
+One decoder; every difference between the models that we train is a field of `ModelConfig` and an `if` below.
+Parameters have Hugging Face's names, here and on disk, so that no file ever needs a table of names.
+
+B sequences, T tokens, C hidden size, L layers, H query heads, K key-value heads, D head size, V vocabulary.
+Papers: rotary positions arXiv:2104.09864, RMSNorm 1910.07467, SwiGLU 2002.05202, grouped queries 2305.13245,
+parallel blocks 2204.02311 (section 2), query-key norm 2302.05442 (section 3.1).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pocketlm.config import ModelConfig
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class KVCache(Protocol):
+    """The keys and values of the tokens already read; `generate/cache.py` has the real ones."""
+
+    @property
+    def length(self) -> int:
+        """Tokens cached before this call: the position of the first new one."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores a layer's new k and v, each (B, K, T, D), and returns all of them, (B, K, length + T, D)."""
+
+    def advance(self, num_tokens: int) -> None:
+        """Called once all layers have appended: `length` grows."""
+
+
+class Transformer(nn.Module):
+    """The language model. `allocate` makes one without PyTorch's own random start; `init_weights` fills it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """The output matrix (V, C): the embedding itself when tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) int64 -> (B, T, C) after the final norm: what the head, or `loss.py`, multiplies.
+
+        With a cache, T tokens may be read when it is empty (prefill) and one at a time afterwards.
+        """
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
+        x: Tensor = self.model(ids, cache, recompute)
+        return x
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """ids (B, T) int64 -> logits (B, T, V) in the weights' dtype. Training never makes them: see `loss.py`."""
+        logits = F.linear(self.hidden(ids, cache), self.head)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class Decoder(nn.Module):
+    """Everything but the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+
+    def forward(self, ids: Tensor, cache: KVCache | None, recompute: bool) -> Tensor:
+        T = ids.shape[1]
+        start = 0 if cache is None else cache.length
+        assert start == 0 or T == 1, "several tokens after cached ones would need a mask; decode one at a time"
+        positions = torch.arange(start, start + T, device=ids.device)
+
+        x: Tensor = self.embed_tokens(ids)  # (B, T, C)
+        rotary = None
+        if self.config.position == "learned":
+            x = x + self.embed_positions(positions)
+        else:
+            rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for block in self.layers:
+            x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary, cache)
+        if cache is not None:
+            cache.advance(T)
+        x = self.norm(x)
+        return x
+
+
+class Block(nn.Module):
+    """One layer: attention between tokens, then an MLP inside each."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.parallel = config.block == "parallel"
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = make_norm(config)
+        if not self.parallel:
+            self.post_attention_layernorm = make_norm(config)
+
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
+        h = self.input_layernorm(x)
+        x = x + self.self_attn(h, rotary, cache)
+        if not self.parallel:
+            h = self.post_attention_layernorm(x)
+        x = x + self.mlp(h)
+        return x
+
+
+class Attention(nn.Module):
+    """Causal self-attention; H / K query heads share each key-value head."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = D = config.head_dim
+        self.qk_norm = config.qk_norm
+        C, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = nn.Linear(C, H * D, bias=config.bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.bias)
+        if self.qk_norm:
+            self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, T, D) twice
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        # is_causal aligns the triangle to the first key: right when queries and keys are the same tokens. One new
+        # token after cached ones sees every key, and would with is_causal see only the first.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)  # (B, H, T, D)
+        out: Tensor = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        return out
+
+
+class MLP(nn.Module):
+    """Widen, bend, narrow. SwiGLU multiplies by a gate; GELU (tanh form) and squared ReLU have none."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        C, inner = config.hidden_size, config.intermediate_size
+        if self.kind == "swiglu":
+            self.gate_proj = nn.Linear(C, inner, bias=config.bias)
+        self.up_proj = nn.Linear(C, inner, bias=config.bias)
+        self.down_proj = nn.Linear(inner, C, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up_proj(x)  # (B, T, inner)
+        if self.kind == "swiglu":
+            h = F.silu(self.gate_proj(x)) * h
+        elif self.kind == "gelu":
+            h = F.gelu(h, approximate="tanh")
+        else:
+            h = F.relu(h).square()
+        out: Tensor = self.down_proj(h)  # (B, T, C)
+        return out
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """RMSNorm, or LayerNorm with a bias; PyTorch computes both in fp32 inside, whatever the dtype of x."""
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.norm_eps)
+
+
+def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+    """cos and signed sin of position x frequency, each (T, 1, D) in `dtype`; pair i turns by theta^(-2i/D) a token.
+
+    Made in fp32 once per forward pass, for all layers, and kept nowhere: a buffer of angles would be rounded with the
+    model to bf16, where position 257 is 256.
+    """
+    pairs = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (D/2,)
+    angles = torch.outer(positions.float(), 1.0 / theta**pairs)[:, None]  # (T, 1, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turns each pair (x_i, x_{i+D/2}) of x (B, T, heads, D): (a, b) -> (a cos - b sin, b cos + a sin).
+
+    Halves, not neighbours, make the pairs, as in the released Llama and SmolLM2 weights.
+    """
+    cos, sin = rotary
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by half: (b, a)
+
+
+def allocate(config: ModelConfig) -> Transformer:
+    """A model on the CPU whose weights are memory not yet written, for those who fill every one: init, loading.
+
+    PyTorch's own random start would be thrown away, and costs a second per 100M parameters.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    return model.to_empty(device="cpu")

@@ -1,0 +1,380 @@
+"""Text to token ids and back, exactly.
+
+A `Tokenizer` is a Hugging Face `tokenizer.json` and nothing else: GPT-2's is converted from OpenAI's two files, our
+own is trained by the `tokenizers` library, and all of them write the same file. On top of that library it promises
+
+    no text makes a special id     `<|endoftext|>` in a web page is eleven or so ordinary tokens, never the end of text
+    every id has its bytes         so bits per byte are exact and a stream never shows half a character
+    one id ends a text             `end_id`
+
+Tokens that a tokenizer adds without calling them special (Qwen's `<tool_call>`) stay ordinary vocabulary: their text
+becomes their id, and their bytes are their text. Known kinds are byte-level BPE (GPT-2, SmolLM2, Llama 3, Qwen) and
+SentencePiece with byte fallback (Llama 2); others are refused when they are loaded.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from pocketlm.errors import DataError
+from pocketlm.text.tokenizer_json import (
+    END_OF_TEXT,
+    Tree,
+    byte_alphabet,
+    end_token_of,
+    is_special,
+    make_special,
+    parsed,
+    pre_tokenizer_name,
+    token_bytes,
+)
+
+SPECS = "gpt2 | byte | bpe:SIZE | a tokenizer.json or its folder | a Hub id OWNER/NAME"
+BYTE_TOKENS = 256
+
+# The files behind tiktoken's "gpt2", as tiktoken_ext/openai_public.py names and hashes them.
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+GPT2_FILES = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+
+# Longer texts are encoded in parts cut where no token can span the cut: the library needs about 150 bytes a token
+# and one thread a text. Only pre-tokenizers for which the cut is proven are cut.
+PART_CHARS = 1 << 16
+BATCH_CHARS = 1 << 21
+_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
+
+Ids = NDArray[np.uint32]
+
+
+class Tokenizer:
+    """A tokenizer.json with its guarantees.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        end_token, end_id: what ends a text.
+        special_tokens, special_ids: tokens that no text can make; {token: id} and the ids.
+        token_bytes: the UTF-8 bytes of each id's text; b"" for special ids and for ids that do not exist.
+        byte_lengths: (vocab_size,) int64, the lengths of token_bytes.
+        pre_tokenizer_name: what llama.cpp calls the way text is cut ("gpt-2", "smollm", "qwen2"), None if it has
+            no name here; without it a GGUF file would give other ids.
+        fingerprint: SHA-256 of the canonical JSON and the end id.
+    """
+
+    def __init__(self, tokenizer_json: str, end_token: str | None = None, origin: str = "tokenizer") -> None:
+        """
+        Args:
+            tokenizer_json: the text of a tokenizer.json.
+            end_token: which token ends a text; by default the first of END_TOKENS that exists.
+            origin: where it came from, for messages.
+
+        Raises:
+            DataError: not a tokenizer.json, of a kind that is not known, or without an end token.
+        """
+        self._tree = parsed(tokenizer_json, origin)
+        self._engine = _engine(self._tree, origin)
+        vocabulary = self._engine.get_vocab()
+        end_token = end_token_of(vocabulary, end_token, origin)
+        if not is_special(self._tree, end_token):
+            make_special(self._tree, end_token, vocabulary[end_token])
+            self._engine = _engine(self._tree, origin)
+        self.end_token = end_token
+        self.end_id = vocabulary[end_token]
+        self.vocab_size = 1 + max(vocabulary.values())
+        added = self._engine.get_added_tokens_decoder()
+        self.special_tokens = {token.content: number for number, token in added.items() if token.special}
+        self.special_ids = frozenset(self.special_tokens.values())
+        plain = {number: token.content for number, token in added.items() if not token.special}
+        self.token_bytes = token_bytes(vocabulary, self._tree, plain, self.special_ids, origin)
+        self.byte_lengths = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
+        self.pre_tokenizer_name = pre_tokenizer_name(self._tree)
+        self._special = np.zeros(self.vocab_size, dtype=bool)
+        self._special[list(self.special_ids)] = True
+        self._adds_space = self._raw_bytes(self._engine.encode("a", add_special_tokens=False).ids) == b" a"
+
+    @property
+    def fingerprint(self) -> str:
+        canonical = json.dumps(self._tree, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(f"{canonical}\n{self.end_id}".encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that loads as this tokenizer."""
+        return json.dumps(self._tree, ensure_ascii=False, indent=1) + "\n"
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin or end tokens, never a special id.
+
+        Raises:
+            DataError: half a surrogate pair in the text.
+        """
+        return [int(number) for number in self.encode_batch([text])[0]]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids of each text, each (tokens,) uint32; as `encode`, on all cores, long texts in parts.
+
+        Raises:
+            DataError: half a surrogate pair in a text.
+        """
+        cut = self.pre_tokenizer_name is not None
+        parts = [cut_at_lines(text, PART_CHARS) if cut else [text] for text in texts]
+        encoded = self._encode_parts(list(chain.from_iterable(parts)))
+        return [np.concatenate([next(encoded) for _ in own]) for own in parts]
+
+    def _encode_parts(self, parts: list[str]) -> Iterator[Ids]:
+        for batch in _batches(parts, BATCH_CHARS):
+            try:
+                encodings = self._engine.encode_batch_fast(batch, add_special_tokens=False)
+            except TypeError:  # the library's word for a str that UTF-8 cannot express
+                raise DataError("text holds half of a surrogate pair, which UTF-8 cannot express; remove it") from None
+            for encoding in encodings:
+                ids = np.array(encoding.ids, dtype=np.uint32)
+                if self._special[ids].any():
+                    raise DataError(
+                        "this tokenizer.json turns plain text into a special token; take another --data.tokenizer"
+                    )
+                yield ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special ids have none, bytes that are no UTF-8 become U+FFFD.
+
+        Of a tokenizer that puts a space before every text (SentencePiece) that space is taken off again.
+        """
+        text = self._raw_bytes(ids).decode(errors="replace")
+        return text.removeprefix(" ") if self._adds_space else text
+
+    def _raw_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.token_bytes[number] for number in ids)
+
+
+class TextStream:
+    """Text of ids that come one by one; a character appears when its last byte has come."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, number: int) -> str:
+        """What the next id adds to the text; may be empty."""
+        return self._decoder.decode(self._token_bytes[number])
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD if the ids stop inside a character."""
+        return self._decoder.decode(b"", final=True)
+
+
+# --- cutting long texts
+
+
+def cut_at_lines(text: str, size: int) -> list[str]:
+    """Parts of about `size` characters that are tokenized together as they are apart.
+
+    The cut lies after a single line end between two characters that are not white space. In every pattern that has
+    a name here a piece that holds such a line end ends with it, so no piece spans the cut.
+    """
+    parts, begin = [], 0
+    while len(text) - begin > size:
+        cut = _SAFE_CUT.search(text, begin + size)
+        if cut is None:
+            break
+        parts.append(text[begin : cut.start()])
+        begin = cut.start()
+    return [*parts, text[begin:]]
+
+
+def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
+    batch, chars = list[str](), 0
+    for text in texts:
+        batch.append(text)
+        chars += len(text)
+        if chars >= size:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _engine(tree: Tree, origin: str) -> tokenizers.Tokenizer:
+    try:
+        engine = tokenizers.Tokenizer.from_str(json.dumps(tree))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{origin} is no tokenizer.json that `tokenizers` can read: {error}") from None
+    engine.encode_special_tokens = True  # text that looks like a special token is text
+    return engine
+
+
+# --- where tokenizers come from
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that a `data.tokenizer` names; `bpe:SIZE` needs text, see train_tokenizer.
+
+    Raises:
+        DataError: no such tokenizer, or it cannot be fetched, with what to type instead.
+    """
+    path = Path(spec).expanduser()
+    if spec == "gpt2":
+        return gpt2_tokenizer()
+    if spec == "byte":
+        return byte_tokenizer()
+    if spec.startswith("bpe:"):
+        raise DataError(f"tokenizer {spec!r} is trained on text; give a trained one by --data.tokenizer PATH")
+    if path.exists():
+        return _from_path(path)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", spec) and path.suffix != ".json":
+        return _from_hub(spec)
+    raise DataError(f"no tokenizer {spec!r}; allowed is {SPECS}")
+
+
+def bpe_size(spec: str) -> int | None:
+    """SIZE of `bpe:SIZE`; None for every other tokenizer.
+
+    Raises:
+        DataError: a SIZE that is no number or too small for all bytes and the end of text.
+    """
+    kind, colon, size = spec.partition(":")
+    if kind != "bpe" or not colon:
+        return None
+    if not size.isdecimal() or int(size) <= BYTE_TOKENS:
+        raise DataError(f"tokenizer {spec!r}: SIZE is a number of tokens above {BYTE_TOKENS}, as in bpe:4096")
+    return int(size)
+
+
+def _from_path(path: Path) -> Tokenizer:
+    """A tokenizer.json (the tokenizer_config.json beside it names the end token), or GPT-2's two files."""
+    folder = path if path.is_dir() else path.parent
+    file = folder / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        if all((folder / name).exists() for name in GPT2_FILES):
+            return _from_gpt2_files({name: (folder / name).read_bytes() for name in GPT2_FILES}, str(folder))
+        raise DataError(f"{folder} holds neither a tokenizer.json nor encoder.json and vocab.bpe")
+    config = folder / "tokenizer_config.json"
+    return Tokenizer(_read(file), _eos_token(config) if config.exists() else None, str(file))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+
+
+def _eos_token(config: Path) -> str | None:
+    try:
+        token = json.loads(_read(config)).get("eos_token")
+    except (ValueError, AttributeError):
+        raise DataError(f"{config} is no JSON object") from None
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _from_hub(repository: str) -> Tokenizer:
+    file = _hub_file(repository, "tokenizer.json")
+    if file is None:
+        raise DataError(f"{repository} on the Hub has no tokenizer.json; {_LOCAL}")
+    config = _hub_file(repository, "tokenizer_config.json")
+    return Tokenizer(_read(file), _eos_token(config) if config else None, repository)
+
+
+_LOCAL = "give a local tokenizer.json by --data.tokenizer PATH"
+
+
+def _hub_file(repository: str, name: str) -> Path | None:
+    """A file of a Hub repository, from the Hub library's cache or fetched by it; None if it is not in there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repository, name))
+    except RemoteEntryNotFoundError:
+        return None
+    except Exception as error:  # the library passes on what its HTTP client raises, not all of it OSError
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"cannot fetch {name} of {repository!r} (and no such path is here): {reason}; {_LOCAL}"
+        ) from None
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's 50,257 tokens from tiktoken's files: from its cache (TIKTOKEN_CACHE_DIR), else fetched by tiktoken.
+
+    Raises:
+        DataError: neither there nor to be fetched.
+    """
+    from tiktoken.load import read_file_cached
+
+    try:
+        files = {name: read_file_cached(GPT2_URL + name, sha256) for name, sha256 in GPT2_FILES.items()}
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"cannot fetch GPT-2's tokenizer files ({type(error).__name__}); offline, give a folder with encoder.json "
+            "and vocab.bpe, or any tokenizer.json, by --data.tokenizer PATH"
+        ) from None
+    return _from_gpt2_files(files, "gpt2")
+
+
+def _from_gpt2_files(files: dict[str, bytes], origin: str) -> Tokenizer:
+    try:
+        vocabulary = json.loads(files["encoder.json"])
+        lines = files["vocab.bpe"].decode().split("\n")
+        merges = [(first, second) for first, second in (line.split(" ") for line in lines[1:] if line)]
+        return Tokenizer(_byte_level(models.BPE(vocab=vocabulary, merges=merges)), END_OF_TEXT, origin)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{origin}: encoder.json and vocab.bpe do not belong together: {error}") from None
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A token for each byte (its id is the byte's value) and <|endoftext|> = 256: BPE without merges."""
+    vocabulary = {character: byte for byte, character in enumerate(byte_alphabet())}
+    return Tokenizer(_byte_level(models.BPE(vocab=vocabulary, merges=[])), END_OF_TEXT, "byte")
+
+
+def _byte_level(model: models.BPE) -> str:
+    """The tokenizer.json of a byte-level BPE cut by GPT-2's pattern, with <|endoftext|>."""
+    engine = tokenizers.Tokenizer(model)
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    engine.decoder = decoders.ByteLevel()
+    engine.add_special_tokens([END_OF_TEXT])
+    return engine.to_str()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of exactly vocab_size tokens: <|endoftext|> is 0, the bytes 1 to 256, then the merges.
+
+    The same texts give the same tokenizer on any machine. Pairs seen once are not merged.
+
+    Raises:
+        DataError: a size too small, or texts too small to give that many tokens.
+    """
+    if vocab_size <= BYTE_TOKENS:
+        raise DataError(f"a vocabulary of {vocab_size} tokens cannot hold all bytes; take more than {BYTE_TOKENS}")
+    engine = tokenizers.Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    engine.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=byte_alphabet(),
+    )
+    parts = chain.from_iterable(cut_at_lines(text, PART_CHARS) for text in texts)
+    engine.train_from_iterator(parts, trainer=trainer)
+    if (reached := engine.get_vocab_size()) < vocab_size:
+        raise DataError(
+            f"the training text is too small for {vocab_size} tokens: it gives {reached}; "
+            f"use --data.tokenizer bpe:{reached} or give more text"
+        )
+    return Tokenizer(engine.to_str(), END_OF_TEXT, f"bpe:{vocab_size}")

@@ -1,0 +1,126 @@
+"""What a tokenizer.json says, read without running it.
+
+Pure functions on its tree: which token ends a text, which bytes an id stands for, and what llama.cpp calls the way
+the text is cut before BPE. The format is the `tokenizers` library's; old and new forms of its merges both pass.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pocketlm.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+END_TOKENS = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>", "<|eot_id|>")
+
+# https://huggingface.co/Qwen/Qwen2-0.5B tokenizer.json; llama.cpp's LLAMA_VOCAB_PRE_TYPE_QWEN2.
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+Tree = dict[str, Any]
+
+
+def parsed(text: str, origin: str) -> Tree:
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin} is no tokenizer.json: {error}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+        raise DataError(f"{origin} is no tokenizer.json: it has no model")
+    # Both would silently shorten or lengthen documents.
+    return tree | {"truncation": None, "padding": None}
+
+
+def end_token_of(vocabulary: dict[str, int], wanted: str | None, origin: str) -> str:
+    for token in [wanted] if wanted is not None else END_TOKENS:
+        if token in vocabulary:
+            return token
+    missing = f"its end token {wanted!r} is not in it" if wanted else f"it has none of {', '.join(END_TOKENS)}"
+    raise DataError(f"{origin}: {missing}; a tokenizer_config.json with an eos_token that exists names one")
+
+
+def is_special(tree: Tree, token: str) -> bool:
+    return any(entry["content"] == token and entry.get("special") for entry in tree.get("added_tokens") or ())
+
+
+def make_special(tree: Tree, token: str, number: int) -> None:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    others = [entry for entry in tree.get("added_tokens") or () if entry["content"] != token]
+    added = [*others, {"id": number, "content": token} | flags]
+    tree["added_tokens"] = sorted(added, key=lambda entry: int(entry["id"]))
+
+
+def token_bytes(
+    vocabulary: dict[str, int], tree: Tree, plain: dict[int, str], special: frozenset[int], origin: str
+) -> list[bytes]:
+    """Bytes of every id. plain: the added tokens that are text as they stand."""
+    kinds = set(_types(tree.get("decoder")))
+    if "ByteLevel" in kinds:
+        of_token = _byte_level_bytes
+    elif kinds & {"ByteFallback", "Metaspace"}:
+        of_token = _sentencepiece_bytes
+    else:
+        raise DataError(
+            f"{origin} decodes by {', '.join(sorted(kinds)) or 'nothing'}; byte-level tokenizers (GPT-2, SmolLM2) and "
+            "SentencePiece ones with byte fallback are known"
+        )
+    result = [b""] * (1 + max(vocabulary.values()))
+    for token, number in vocabulary.items():
+        if number not in special:
+            result[number] = plain[number].encode() if number in plain else of_token(token)
+    return result
+
+
+def _types(part: Any) -> Iterator[str]:
+    """The types of a component of tokenizer.json, sequences unfolded."""
+    if part:
+        yield str(part["type"])
+        for inner in part.get("decoders") or part.get("pretokenizers") or ():
+            yield from _types(inner)
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's printable character for each byte: itself where it is printable, else the next from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + others.index(byte)) for byte in range(256)]
+
+
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    # A token with a character outside the alphabet was added by hand and stands for itself.
+    return bytes(map(_BYTE_OF.__getitem__, token)) if all(c in _BYTE_OF for c in token) else token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+
+def pre_tokenizer_name(tree: Tree) -> str | None:
+    """llama.cpp's name for the way a tokenizer.json cuts text, if it is one of those known here."""
+    part = tree.get("pre_tokenizer") or {}
+    steps: list[Tree] = part["pretokenizers"] if part.get("type") == "Sequence" else [part]
+    known = {
+        ("ByteLevel",): "gpt-2",
+        ("Digits", "ByteLevel"): "smollm",
+        ("Split", "ByteLevel"): "qwen2",
+    }
+    name = known.get(tuple(str(step.get("type")) for step in steps))
+    return name if name and _steps_are(name, steps, tree) else None
+
+
+def _steps_are(name: str, steps: list[Tree], tree: Tree) -> bool:
+    byte_level = steps[-1]
+    if byte_level.get("add_prefix_space") or byte_level.get("use_regex", True) != (name != "qwen2"):
+        return False
+    if name == "qwen2":
+        pattern = steps[0].get("pattern") == {"Regex": _QWEN2_PATTERN} and steps[0].get("behavior") == "Isolated"
+        return pattern and not steps[0].get("invert") and (tree.get("normalizer") or {"type": "NFC"}) == {"type": "NFC"}
+    return not tree.get("normalizer") and (name == "gpt-2" or bool(steps[0].get("individual_digits")))

@@ -1,0 +1,118 @@
+"""What a run says: records for the journal, and lines for a person.
+
+A record is a plain dict with `step` and one of the kinds
+
+    train    loss, lr, grad_norm, tokens, tokens_per_s, mfu, elapsed_s
+    eval     loss, bits_per_byte, bits_per_byte_with_special, perplexity, tokens, bytes
+    sample   prompt, text
+
+A `Listener` hears them as they happen. `PlainLines` is the one for files and pipes; `panel.py` has the live one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known before the first step."""
+
+    name: str
+    folder: Path
+    parameters: int
+    total_steps: int
+    first_step: int
+    tokens_per_step: int
+    flops_per_token: float
+    peak_flops: float
+    lines: tuple[str, ...]
+    """The plan, for people."""
+
+
+class Listener(Protocol):
+    """Hears a run."""
+
+    def note(self, text: str) -> None: ...
+    def started(self, info: RunInfo) -> None: ...
+    def record(self, record: Record) -> None: ...
+    def saved(self, folder: Path) -> None: ...
+    def finished(self) -> None: ...
+
+
+class PlainLines:
+    """A line for every `every` steps, evaluation, sample and checkpoint."""
+
+    def __init__(self, write: Callable[[str], None], every: int) -> None:
+        self.write = write
+        self.every = every
+        self.info: RunInfo | None = None
+
+    def note(self, text: str) -> None:
+        self.write(text)
+
+    def started(self, info: RunInfo) -> None:
+        self.info = info
+        for line in info.lines:
+            self.write(line)
+
+    def record(self, record: Record) -> None:
+        assert self.info is not None
+        if record["kind"] != "train":
+            self.write(describe(record))
+        elif record["step"] % self.every == 0 or record["step"] in (self.info.first_step + 1, self.info.total_steps):
+            left_s = (self.info.total_steps - record["step"]) * self.info.tokens_per_step / record["tokens_per_s"]
+            self.write(f"{describe(record)}  {duration(left_s)} left")
+
+    def saved(self, folder: Path) -> None:
+        self.write(f"saved {folder}")
+
+    def finished(self) -> None:
+        return None
+
+
+class Silent:
+    """Says nothing."""
+
+    def note(self, text: str) -> None:
+        return None
+
+    def started(self, info: RunInfo) -> None:
+        return None
+
+    def record(self, record: Record) -> None:
+        return None
+
+    def saved(self, folder: Path) -> None:
+        return None
+
+    def finished(self) -> None:
+        return None
+
+
+def describe(record: Record) -> str:
+    """A record as a line."""
+    step = f"step {record['step']:>6}"
+    if record["kind"] == "eval":
+        return f"{step}  validation loss {record['loss']:.4f}  bits/byte {record['bits_per_byte']:.4f}"
+    if record["kind"] == "sample":
+        return f"{step}  sample: {record['prompt']}{record['text']}"
+    return (
+        f"{step}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
+        f"{record['tokens_per_s']:,.0f} tok/s  MFU {100 * record['mfu']:.0f} %"
+    )
+
+
+def duration(seconds: float) -> str:
+    """`4 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    whole = round(seconds)
+    for unit, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= unit:
+            rest = whole % unit // smaller
+            return f"{whole // unit} {name}" + (f" {rest} {smaller_name}" if rest else "")
+    return f"{whole} s"

@@ -1,0 +1,102 @@
+"""Every `auto` becomes a value once, at the start of a run, with the reason for it.
+
+The values are written to `resolved.toml` and into every checkpoint's state; a resumed run takes them from there and
+never probes again, so a machine that is busier today cannot change the arithmetic of a run begun yesterday.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import tomli_w
+import torch
+from torch import Tensor
+
+from pocketlm.config import Config, Dtype
+from pocketlm.distributed import Runtime
+from pocketlm.train.precision import TORCH_DTYPES
+from pocketlm.train.state import versions
+
+MICRO_BATCH_TOKENS = 8192
+BF16_MUST_GAIN = 1.2
+PROBE_ROWS = 2048
+PROBE_SAMPLES = 7
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `auto` became, and why; the matmul rate is what MFU is measured against."""
+
+    dtype: Dtype
+    micro_batch: int
+    threads: int
+    device: str
+    peak_flops: float
+    reasons: Mapping[str, str]
+
+    def tree(self) -> dict[str, Any]:
+        """Plain values, for the state and `resolved.toml`."""
+        return {**self.__dict__, "reasons": dict(self.reasons)}
+
+    def to_toml(self, config: Config) -> str:
+        """`resolved.toml`: the configuration as it ran, this table, and the versions of the libraries."""
+        ran = {"dtype": self.dtype, "micro_batch": self.micro_batch, "threads": self.threads}
+        tree = config.tree()
+        tree["train"] = tree["train"] | ran
+        return tomli_w.dumps(tree | {"resolved": self.tree(), "versions": versions()})
+
+
+def resolve(config: Config, runtime: Runtime) -> Resolved:
+    """Probes what is left to `auto`. The probe takes about a second."""
+    rates = {dtype: matmul_rate(config, runtime.device, TORCH_DTYPES[dtype]) for dtype in ("fp32", "bf16")}
+    dtype, dtype_reason = _dtype(config, rates)
+    micro_batch, micro_reason = _micro_batch(config)
+    given = "auto" if config.train.threads == "auto" else "as given"
+    return Resolved(
+        dtype=dtype,
+        micro_batch=micro_batch,
+        threads=runtime.threads,
+        device=runtime.device.type,
+        peak_flops=rates[dtype],
+        reasons={
+            "dtype": dtype_reason,
+            "micro_batch": micro_reason,
+            "threads": given if given == "as given" else "every core that this process may use",
+        },
+    )
+
+
+def _dtype(config: Config, rates: Mapping[str, float]) -> tuple[Dtype, str]:
+    if config.train.dtype != "auto":
+        return config.train.dtype, "as given"
+    gain = rates["bf16"] / rates["fp32"]
+    reason = f"bf16 products run at {gain:.1f} times the rate of fp32 here"
+    return ("bf16" if gain >= BF16_MUST_GAIN else "fp32"), reason
+
+
+def _micro_batch(config: Config) -> tuple[int, str]:
+    rows = config.rows_per_step
+    if config.train.micro_batch != "auto":
+        return min(config.train.micro_batch, rows), "as given"
+    fitting = max(1, min(rows, MICRO_BATCH_TOKENS // config.data.context))
+    return fitting, f"{fitting * config.data.context} tokens at once, of {config.train.tokens_per_step} a step"
+
+
+def matmul_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the MLP's product in `dtype`: the median of a few samples."""
+    left = torch.ones(PROBE_ROWS, config.model.hidden_size, dtype=dtype, device=device)
+    right = torch.ones(config.model.hidden_size, config.model.intermediate_size, dtype=dtype, device=device)
+    seconds = [_product_s(left, right) for _ in range(PROBE_SAMPLES + 1)][1:]  # the first warms up
+    return 2 * left.numel() * right.shape[1] / median(seconds)
+
+
+def _product_s(left: Tensor, right: Tensor) -> float:
+    started_at = time.perf_counter()
+    for _ in range(8):
+        product = left @ right
+    product[0, 0].item()  # waits for a GPU
+    return (time.perf_counter() - started_at) / 8

@@ -1,0 +1,124 @@
+"""Our folders opened by transformers: the same logits, as near to float64 as transformers itself is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pocketlm.config import Config, ModelConfig
+from pocketlm.formats.huggingface import config_json, generation_config_json, model_config
+from pocketlm.model.init import init_weights
+from pocketlm.model.transformer import Transformer, allocate
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {
+    "vocab_size": 193,
+    "hidden_size": 48,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "rope_theta": 500.0,
+    "norm_eps": 1e-3,
+}
+LLAMAS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, free head_dim, untied": {"head_dim": 20, "tie_word_embeddings": False},
+    "llama, biases": {"bias": True},
+    "qwen3": {"qk_norm": True, "head_dim": 20},
+    "qwen3, untied": {"qk_norm": True, "tie_word_embeddings": False, "num_key_value_heads": 6},
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Any:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def random_model(config: ModelConfig, std: float = 0.1) -> Transformer:
+    """Random in every parameter, norms and biases too."""
+    model = allocate(config)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(1.0 if "norm" in name else 0.0, std, generator=generator)
+    return model
+
+
+def save(model: Transformer, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(config_json(model.config, end_id=0)))
+    (folder / "generation_config.json").write_text(json.dumps(generation_config_json(Config().sample, 0)))
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+
+
+def opened(folder: Path) -> Any:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.dtype == torch.float32
+    return model
+
+
+@torch.no_grad()
+def assert_as_exact_as(theirs: Any, ours: Transformer, ids: Tensor) -> float:
+    """Our fp32 logits are within twice their own fp32 error of their float64 ones; returns our error."""
+    fp32 = theirs(ids).logits
+    exact = theirs.double()(ids).logits
+    assert exact.dtype == torch.float64
+    our_error, their_error = ((logits - exact).abs().max().item() for logits in (ours(ids), fp32))
+    assert our_error <= 2 * their_error
+    return our_error
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_random_weights_give_transformers_logits(name: str, tmp_path: Path) -> None:
+    model = random_model(ModelConfig.model_validate(TINY | LLAMAS[name]))
+    save(model, tmp_path)
+    theirs = opened(tmp_path)
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if "qwen3" in name else "LlamaForCausalLM")
+    ids = torch.randint(193, (3, 64), generator=torch.Generator().manual_seed(12))
+    assert assert_as_exact_as(theirs, model, ids) <= 1e-5
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_a_folder_written_by_transformers_reads_back(name: str, tmp_path: Path) -> None:
+    config = ModelConfig.model_validate(TINY | LLAMAS[name])
+    model = random_model(config)
+    save(model, tmp_path)
+    opened(tmp_path).save_pretrained(tmp_path / "again")
+    assert model_config(json.loads((tmp_path / "again" / "config.json").read_text())) == config
+
+
+def test_smollm2_135m(tmp_path: Path) -> None:
+    config = Config.preset("smollm2-135m")
+    model = allocate(config.model)
+    init_weights(model, config.init, 0)
+    save(model, tmp_path)
+    theirs = opened(tmp_path)
+    assert sum(weight.numel() for weight in theirs.parameters()) == 134_515_008
+    assert_as_exact_as(theirs, model, torch.arange(24)[None] * 2003)
+
+
+def test_generation_settings_are_read_by_transformers(tmp_path: Path) -> None:
+    sample = Config.preset("smollm2-135m").sample
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation_config_json(sample, 5)))
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert (theirs.do_sample, theirs.temperature, theirs.top_k, theirs.top_p) == (True, 0.7, 0, 0.9)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (5, 5)
+
+
+def test_transformers_refuses_what_it_cannot_compute(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_json(Config.preset("smallm").model, end_id=50256)))
+    with pytest.raises(ValueError, match="pocketlm"):
+        transformers.AutoConfig.from_pretrained(tmp_path)

@@ -1,0 +1,158 @@
+"""The chunked loss against F.cross_entropy of whole logits, and its gradients against finite differences."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pocketlm.model.loss import linear_cross_entropy, token_losses
+
+N, C, V = 7, 5, 11
+IGNORE = -100
+OPTIONS: list[dict[str, Any]] = [{}, {"softcap": 1.5}, {"num_ids": 8}, {"softcap": 0.7, "num_ids": 9}]
+
+
+def rows(dtype: torch.dtype = torch.float64, num_ids: int = V) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, head and targets, two of the targets ignored; logits of order one."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(N, C, generator=generator, dtype=torch.float64).to(dtype)
+    head = torch.randn(V, C, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(num_ids, (N,), generator=generator)
+    targets[[2, 6]] = IGNORE
+    return x.requires_grad_(), head.requires_grad_(), targets
+
+
+def plain(x: Tensor, head: Tensor, targets: Tensor, softcap: float | None = None, num_ids: int | None = None) -> Tensor:
+    """Summed nats by whole logits."""
+    logits = x @ head.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits[:, :num_ids], targets, ignore_index=IGNORE, reduction="sum")
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("chunk", [0, 1, 3, 7, 100])
+def test_value_and_gradients_are_those_of_whole_logits(options: dict[str, Any], chunk: int) -> None:
+    x, head, targets = rows(num_ids=options.get("num_ids", V))
+    loss = linear_cross_entropy(x, head, targets, scale=0.2, chunk=chunk, **options)
+    expected = 0.2 * plain(x, head, targets, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = torch.autograd.grad(loss, (x, head)), torch.autograd.grad(expected, (x, head))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_are_finite_differences(options: dict[str, Any]) -> None:
+    x, head, targets = rows(num_ids=options.get("num_ids", V))
+    assert torch.autograd.gradcheck(
+        lambda x, head: linear_cross_entropy(x, head, targets, scale=0.3, chunk=3, **options), (x, head)
+    )
+
+
+def test_fp32_with_one_chunk_is_a_rounding_away_from_torch() -> None:
+    x, head, targets = rows(torch.float32)
+    loss = linear_cross_entropy(x, head, targets, scale=1 / 5)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, plain(x, head, targets) / 5, rtol=1e-6, atol=0)
+
+
+def test_incoming_gradient_and_the_scale_multiply() -> None:
+    x, head, targets = rows()
+    plain_loss = linear_cross_entropy(x, head, targets, scale=1.0, chunk=2)
+    expected = [12 * g for g in torch.autograd.grad(plain_loss, (x, head))]
+    for scale in (4.0, torch.tensor(4.0), torch.tensor(4.0, dtype=torch.float64)):
+        loss = 3 * linear_cross_entropy(x, head, targets, scale=scale, chunk=2)
+        torch.testing.assert_close(loss, 12 * plain_loss)
+        torch.testing.assert_close(list(torch.autograd.grad(loss, (x, head))), expected)
+
+
+def test_an_ignored_row_teaches_nothing() -> None:
+    x, head, targets = rows()
+    loss = linear_cross_entropy(x, head, targets, scale=1.0, chunk=4)
+    dx, dhead = torch.autograd.grad(loss, (x, head))
+    ignored = targets == IGNORE
+    assert (dx[ignored] == 0).all()
+    assert (dx[~ignored] != 0).all()
+    kept = linear_cross_entropy(x[~ignored], head, targets[~ignored], scale=1.0)
+    torch.testing.assert_close(torch.autograd.grad(kept, head)[0], dhead)
+
+
+def test_rows_that_are_all_ignored_cost_zero() -> None:
+    x, head, targets = rows()
+    loss = linear_cross_entropy(x, head, torch.full_like(targets, IGNORE), scale=1.0, chunk=3)
+    assert loss.item() == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (x, head)))
+
+
+def test_padded_rows_of_the_head_get_no_gradient_and_no_probability() -> None:
+    x, head, targets = rows(num_ids=8)
+    with torch.no_grad():
+        head[8:] = 1e4
+    loss = linear_cross_entropy(x, head, targets, scale=1.0, num_ids=8)
+    torch.testing.assert_close(loss, plain(x, head, targets, num_ids=8))
+    assert (torch.autograd.grad(loss, head)[0][8:] == 0).all()
+
+
+def test_equal_logits_cost_ln_v() -> None:
+    losses = token_losses(torch.zeros(3, C), torch.randn(V, C), torch.tensor([0, 5, IGNORE]))
+    assert losses.tolist() == pytest.approx([math.log(V), math.log(V), 0.0])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_token_losses_sum_to_the_loss_bit_for_bit(options: dict[str, Any]) -> None:
+    x, head, targets = rows(torch.float32, num_ids=options.get("num_ids", V))
+    losses = token_losses(x, head, targets, chunk=3, **options)
+    assert losses.shape == (N,)
+    assert not losses.requires_grad
+    trained = linear_cross_entropy(x, head, targets, scale=0.25, chunk=3, **options)
+    assert torch.equal(losses.sum() * 0.25, trained)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(x, head, targets, scale=0.25, chunk=3, **options), trained)
+
+
+def test_no_gradient_is_worked_out_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, head, targets = rows()
+    monkeypatch.setattr(torch, "zeros_like", lambda *_, **__: pytest.fail("made room for a gradient"))
+    with torch.no_grad():
+        assert linear_cross_entropy(x, head, targets, scale=1.0).grad_fn is None
+    assert linear_cross_entropy(x.detach(), head.detach(), targets, scale=1.0).grad_fn is None
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_one_gradient_alone(wanted: int) -> None:
+    inputs = list(rows()[:2])
+    targets = rows()[2]
+    expected = torch.autograd.grad(plain(inputs[0], inputs[1], targets), inputs[wanted])[0]
+    inputs[1 - wanted] = inputs[1 - wanted].detach()
+    loss = linear_cross_entropy(inputs[0], inputs[1], targets, scale=1.0)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs[wanted])[0], expected)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, head, targets = rows()
+    loss = linear_cross_entropy(x, head, targets, scale=1.0).square()
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_bf16_stays_near_fp32_at_the_size_of_a_vocabulary() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(64, 32, generator=generator).bfloat16()
+    head = (0.3 * torch.randn(5000, 32, generator=generator)).bfloat16()
+    targets = torch.randint(5000, (64,), generator=generator)
+    exact = [t.float().requires_grad_() for t in (x, head)]
+    half = [t.clone().requires_grad_() for t in (x, head)]
+    expected = plain(exact[0], exact[1], targets) / 64
+    loss = linear_cross_entropy(half[0], half[1], targets, scale=1 / 64, chunk=10)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    pairs = zip(torch.autograd.grad(loss, half), torch.autograd.grad(expected, exact), strict=True)
+    for ours, theirs in pairs:
+        assert ours.dtype == torch.bfloat16
+        assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()

@@ -1,0 +1,164 @@
+"""The closed forms against the real module, hand-computed numbers, and what autograd really keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pocketlm.config import Config, Dtype, ModelConfig
+from pocketlm.model import sizes
+from pocketlm.model.transformer import Transformer
+
+PRESETS = {
+    "debug": 26_816,
+    "tiny": 2_558_144,
+    "smallm": 20_535_808,
+    "smollm2-135m": 134_515_008,
+    "smollm2-135m-official": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+}
+
+
+def meta(model: ModelConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(model)
+
+
+def counted(model: Transformer, *words: str) -> int:
+    """Parameters whose name has one of the words."""
+    return sum(p.numel() for name, p in model.named_parameters() if any(word in name for word in words))
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    small = st.integers(1, 6)
+    kv_heads = draw(small)
+    return ModelConfig(
+        vocab_size=draw(st.integers(1, 99)),
+        hidden_size=draw(st.integers(1, 40)),
+        intermediate_size=draw(st.integers(1, 70)),
+        num_hidden_layers=draw(small),
+        num_attention_heads=kv_heads * draw(small),
+        num_key_value_heads=kv_heads,
+        head_dim=2 * draw(small),
+        max_position_embeddings=draw(st.integers(1, 50)),
+        block=draw(st.sampled_from(["sequential", "parallel"])),
+        position=draw(st.sampled_from(["rope", "learned"])),
+        norm=draw(st.sampled_from(["rms", "layer"])),
+        mlp=draw(st.sampled_from(["swiglu", "gelu", "relu2"])),
+        bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+
+
+@pytest.mark.parametrize(("preset", "total"), PRESETS.items())
+def test_presets_have_their_published_sizes(preset: str, total: int) -> None:
+    model = Config.preset(preset).model
+    assert sizes.parameters(model).total == total
+    assert counted(meta(model), "") == total
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(models())
+def test_every_kind_of_parameter_is_counted(config: ModelConfig) -> None:
+    count, model = sizes.parameters(config), meta(config)
+    assert count.total == counted(model, "")
+    assert count.embedding == counted(model, "embed_tokens")
+    assert count.positions == counted(model, "embed_positions")
+    assert count.attention == counted(model, "q_proj", "k_proj", "v_proj", "o_proj")
+    assert count.mlp == counted(model, "gate_proj", "up_proj", "down_proj")
+    assert count.norms == counted(model, "norm")
+    assert count.head == counted(model, "lm_head")
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+    assert sizes.block_matrix_parameters(config) == sum(p.numel() for p in matrices)
+
+
+def test_smollm2_by_hand() -> None:
+    model = Config.preset("smollm2-135m").model
+    count = sizes.parameters(model)
+    assert (count.embedding, count.attention, count.mlp) == (28_311_552, 30 * 884_736, 30 * 2_654_208)
+    assert (count.norms, count.head, count.non_embedding) == (30 * 1_152 + 576, 0, 106_203_456)
+    # 6 x (134,515,008 less 61 norms of 576) + 6 x 30 layers x 2,048 tokens x 9 heads x 64
+    assert sizes.flops_per_token(model, 2048) == 6 * 134_479_872 + 6 * 35_389_440 == 1_019_215_872
+    assert sizes.kv_cache_bytes_per_token(model, 2) == 2 * 30 * 3 * 64 * 2 == 23_040
+
+
+def test_smallm_by_hand() -> None:
+    model = Config.preset("smallm").model
+    assert sizes.parameters(model).non_embedding == 8 * 950_528 + 256
+    assert sizes.parameters(model).positions == 65_536
+    assert sizes.kv_cache_bytes_per_token(model, 4) == 2 * 8 * 64 * 4
+
+
+def test_untying_costs_parameters_and_no_flops() -> None:
+    tied = ModelConfig()
+    untied = ModelConfig(tie_word_embeddings=False)
+    assert sizes.parameters(untied).total - sizes.parameters(tied).total == 50257 * 256
+    assert sizes.parameters(untied).non_embedding == sizes.parameters(tied).non_embedding
+    assert sizes.flops_per_token(untied, 64) == sizes.flops_per_token(tied, 64)
+
+
+def test_training_memory_per_parameter() -> None:
+    config = Config.preset("smollm2-135m")
+    num = 134_515_008
+    fp32, bf16 = (sizes.training_memory(config, 2, dtype) for dtype in ("fp32", "bf16"))
+    assert (fp32.weights, fp32.gradients, fp32.moments, fp32.compute_copy) == (4 * num, 4 * num, 8 * num, 0)
+    assert (bf16.weights, bf16.gradients, bf16.moments, bf16.compute_copy) == (4 * num, 4 * num, 8 * num, 4 * num)
+    assert fp32.loss == 4 * 1024 * 49152 + 4 * 28_311_552
+    parts = (fp32.weights, fp32.gradients, fp32.moments, fp32.activations, fp32.loss)
+    assert fp32.total == sum(parts)
+
+
+def test_muon_keeps_one_moment_of_the_matrices() -> None:
+    config = Config.preset("tiny")
+    count = sizes.parameters(config.model)
+    matrices = count.attention + count.mlp  # no biases
+    assert sizes.training_memory(config, 1, "fp32").moments == 4 * matrices + 8 * (count.total - matrices)
+
+
+def test_the_loss_holds_no_more_rows_than_there_are() -> None:
+    config = Config.preset("tiny")
+    whole = Config.preset("tiny", {"train.loss_chunk": 0})
+    assert sizes.training_memory(config, 1, "fp32").loss == sizes.training_memory(whole, 1, "fp32").loss
+    assert sizes.training_memory(config, 8, "fp32").loss < sizes.training_memory(whole, 8, "fp32").loss
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"block": "parallel", "position": "learned"},
+        {"qk_norm": True},
+        {"norm": "layer"},
+        {"mlp": "gelu"},
+        {"mlp": "relu2"},
+    ],
+    ids=str,
+)
+def test_the_estimate_of_activations_is_what_autograd_keeps(fields: dict[str, str], dtype: Dtype) -> None:
+    config = ModelConfig.model_validate({"vocab_size": 99, "num_key_value_heads": 2, "num_hidden_layers": 3} | fields)
+    model = Transformer(config).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.hidden(torch.zeros(2, 64, dtype=torch.int64))
+    measured = sum(t.untyped_storage().nbytes() for t in kept.values()) / (2 * 64)
+    assert sizes.activation_bytes_per_token(config, dtype, False) == pytest.approx(measured, rel=0.02)
+
+
+def test_checkpointing_keeps_a_fraction() -> None:
+    model = Config.preset("smollm2-135m").model
+    whole, recomputed = (sizes.activation_bytes_per_token(model, "bf16", on) for on in (False, True))
+    assert recomputed < whole / 10
