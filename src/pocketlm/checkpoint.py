@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pocketlm.config import Dtype, ModelConfig, SampleConfig
 from pocketlm.errors import FileError
 from pocketlm.files import MANIFEST, commit_folder, read_json, remove_folder, verify_folder
 from pocketlm.formats import huggingface
-from pocketlm.model.transformer import Transformer, allocate
+from pocketlm.model.transformer import Transformer
 from pocketlm.tensors import Shapes, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -196,9 +197,10 @@ def load_model(folder: Path) -> tuple[Transformer, Tokenizer, SampleConfig]:
         FileError: a file is missing, damaged, or of a model that pocketlm does not have.
     """
     config = huggingface.model_config(read_json(folder / "config.json"))
-    model = allocate(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    weights = {name: tensor.float() for name, tensor in read_tensors(folder / WEIGHTS, shapes).items()}
+    weights = read_tensors(folder / WEIGHTS, huggingface.tensor_shapes(config))
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    with torch.device("meta"):
+        model = Transformer(config)
     model.load_state_dict(weights, assign=True)
     tokenizer = load_tokenizer(str(folder))
     if tokenizer.vocab_size > config.vocab_size:

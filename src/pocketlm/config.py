@@ -230,7 +230,8 @@ class SampleConfig(Section):
 
 # Fields that may differ when a run goes on: they change what is kept or said, never a weight.
 FREE_FIELDS = frozenset(
-    {"train.log_every", "train.keep_last", "train.keep_best", "train.stop_at_step", "data.dir"}
+    {"train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_last", "train.keep_best"}
+    | {"train.stop_at_step", "data.dir"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )
 

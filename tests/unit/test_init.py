@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -91,6 +93,12 @@ def test_allocate_draws_no_random_number_and_keeps_every_name() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
     assert model.state_dict().keys() == Transformer(MODEL).state_dict().keys()
     assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_allocate_does_not_import_the_compiler() -> None:
+    code = "import sys; from pocketlm.config import ModelConfig; from pocketlm.model.transformer import allocate"
+    code += "; allocate(ModelConfig()); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def first_loss(preset: str, rows: int, context: int) -> tuple[Transformer, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pocketlm.config import Config, Dtype, ModelConfig
 from pocketlm.model import sizes
-from pocketlm.model.transformer import Transformer
+from pocketlm.model.transformer import Transformer, allocate
 
 PRESETS = {
     "debug": 26_816,
@@ -143,7 +143,7 @@ def test_the_loss_holds_no_more_rows_than_there_are() -> None:
 )
 def test_the_estimate_of_activations_is_what_autograd_keeps(fields: dict[str, str], dtype: Dtype) -> None:
     config = ModelConfig.model_validate({"vocab_size": 99, "num_key_value_heads": 2, "num_hidden_layers": 3} | fields)
-    model = Transformer(config).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    model = allocate(config).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 

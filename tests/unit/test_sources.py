@@ -190,6 +190,7 @@ def test_sources_that_are_not_there() -> None:
     assert "allowed is stdlib" in refusal("wikipedia")
     assert "nothing matches 'no/such/*.txt'" in refusal("files:no/such/*.txt")
     assert "did you mean files:" in refusal(str(Path(__file__)))
+    assert "nothing matches" in refusal("files:" + "long" * 1000)
     assert "allowed is" in refusal("files:")
     assert "allowed is" in refusal("synthetic:x")
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +284,13 @@ def _qwen_like() -> tokenizers.Tokenizer:
 _QWEN = _qwen_like()
 
 
+def test_added_tokens_with_line_ends_forbid_cuts(own: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tokenizers.Tokenizer.from_str(own.to_json())
+    engine.add_tokens(["a\nb"])
+    monkeypatch.setattr("pocketlm.text.tokenizer.PART_CHARS", 2)
+    assert Tokenizer(engine.to_str()).encode("xa\nbxa\nbx").count(300) == 2
+
+
 def test_other_ways_to_cut_text_have_no_name(own: Tokenizer) -> None:
     tree = json.loads(own.to_json())
     for change in (
@@ -394,6 +397,8 @@ def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
     assert "allowed is gpt2 | byte" in refusal("llama")
     assert "is trained on text" in refusal("bpe:4096")
     assert "allowed is" in refusal(str(tmp_path / "missing.json"))
+    assert "allowed is" in refusal("long" * 1000)
+    assert "no Hub id" in refusal("a..b/c")
 
 
 def test_gpt2_files_that_do_not_belong_together(tmp_path: Path) -> None:
@@ -409,68 +414,3 @@ def test_gpt2_offline_says_what_to_give(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("tiktoken.load.read_file", no_network)
     assert "--data.tokenizer PATH" in refusal("gpt2")
-
-
-# --- the Hub
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of huggingface.co as a download needs."""
-
-    files: dict[str, bytes]
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self._answer(with_body=True)
-
-    def _answer(self, with_body: bool) -> None:
-        body = self.files.get(self.path)
-        self.send_response(200 if body is not None else 404)
-        if body is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("X-Repo-Commit", "a" * 40)
-        self.send_header("ETag", '"0123456789abcdef"')
-        self.send_header("Content-Length", str(len(body or b"")))
-        self.end_headers()
-        if with_body and body:
-            self.wfile.write(body)
-
-    def log_message(self, *words: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(own: Tokenizer) -> Iterator[str]:
-    Hub.files = {"/someone/model/resolve/main/tokenizer.json": own.to_json().encode()}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-LOAD = "import sys; from pocketlm.text.tokenizer import load_tokenizer; print(load_tokenizer(sys.argv[1]).fingerprint)"
-
-
-def run_load(spec: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the Hub library reads its environment when it is imported."""
-    env = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1"} | environment
-    return subprocess.run([sys.executable, "-c", LOAD, spec], capture_output=True, text=True, env=env, check=False)
-
-
-def test_a_hub_id_is_fetched_and_cached(hub: str, own: Tokenizer, tmp_path: Path) -> None:
-    fetched = run_load("someone/model", HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
-    assert fetched.stdout.strip() == own.fingerprint, fetched.stderr
-    missing = run_load("someone/else", HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
-    assert "DataError" in missing.stderr
-    assert "has no tokenizer.json; give a local tokenizer.json by --data.tokenizer PATH" in missing.stderr
-
-
-def test_a_hub_id_offline_says_what_to_give(tmp_path: Path) -> None:
-    offline = run_load("someone/model", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert "DataError: cannot fetch tokenizer.json of 'someone/model'" in offline.stderr
-    assert "--data.tokenizer PATH" in offline.stderr

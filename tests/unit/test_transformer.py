@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from pocketlm.config import InitConfig, ModelConfig
 from pocketlm.model.init import init_weights
 from pocketlm.model.loss import linear_cross_entropy
-from pocketlm.model.transformer import Transformer, allocate, rotary_table, rotate
+from pocketlm.model.transformer import MLP, Transformer, allocate, rotary_table, rotate
 
 BASE = ModelConfig(
     vocab_size=61,
@@ -216,6 +217,24 @@ def test_rotation_is_of_halves_and_knows_only_distances() -> None:
 
     assert score(9, 4) == pytest.approx(score(105, 100), abs=1e-5)
     assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bent"),
+    [
+        ("swiglu", lambda gate, up: gate / (1 + math.exp(-gate)) * up),
+        ("gelu", lambda _, up: up / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))),
+        ("relu2", lambda _, up: max(up, 0.0) ** 2),
+    ],
+)
+@pytest.mark.parametrize("x", [-1.7, 0.6])
+def test_the_mlp_by_hand(kind: str, bent: Callable[[float, float], float], x: float) -> None:
+    mlp = MLP(ModelConfig.model_validate({"hidden_size": 1, "intermediate_size": 1, "mlp": kind})).double()
+    weights = {"gate_proj.weight": 0.8, "up_proj.weight": -1.3, "down_proj.weight": 2.0}
+    for name, weight in mlp.named_parameters():
+        weight.data.fill_(weights[name])
+    result = mlp(torch.tensor([[[x]]], dtype=torch.float64)).item()
+    assert result == pytest.approx(2.0 * bent(0.8 * x, -1.3 * x), rel=1e-12)
 
 
 def test_names_are_hugging_faces() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import numpy as np
 
 from pocketlm.config import DataConfig
 from pocketlm.data.shards import DATASET_FILE, SCHEMA, TOKENIZER_FILE, Tokens, open_dataset, shard_chunks, token_dtype
-from pocketlm.data.split import Split, Survey, survey
+from pocketlm.data.split import Split, Survey, survey, text_bytes
 from pocketlm.errors import DataError, FileError
 from pocketlm.files import read_json, read_text, sha256_of, sweep, write_file
 from pocketlm.text.sources import Document, Source, open_source
@@ -89,7 +90,7 @@ def _existing(folder: Path, config: DataConfig, progress: Progress) -> Path:
     """A finished set that the user names. A tokenizer given as a file must be the set's own."""
     dataset = open_dataset(folder)
     tokenizer, source = dataset.info["tokenizer"]["spec"], dataset.info["source"]["spec"]
-    if Path(config.tokenizer).exists():
+    if os.path.exists(config.tokenizer):
         if load_tokenizer(config.tokenizer).fingerprint != dataset.tokenizer.fingerprint:
             raise DataError(
                 f"{folder} was tokenized with {tokenizer!r}, not with {config.tokenizer}; "
@@ -202,7 +203,7 @@ def _write_pieces(plan: Plan, source: Source, progress: Progress) -> list[Tree]:
     for piece in range(plan.num_pieces):
         own = islice(documents, plan.tree["inputs"]["piece_documents"])
         if entry := _whole_piece(plan, piece):
-            report.skip(sum(len(document.text.encode()) for _, document in own))
+            report.skip(sum(text_bytes(document.text) for _, document in own))
         else:
             entry = _write_piece(plan, piece, own, report)
         entries.append(entry)
@@ -230,9 +231,10 @@ def _write_piece(plan: Plan, piece: int, documents: Iterable[tuple[int, Document
     for batch in _batches(documents, BATCH_CHARS):
         split = [rule.parts(number, document.text) for number, document in batch]
         for collected, texts in zip(shards.values(), zip(*split, strict=True), strict=True):
-            collected.add([text for text in texts if text.strip()], tokenizer)
-        empty += sum(not document.text.strip() for _, document in batch)
-        report.add(sum(len(document.text.encode()) for _, document in batch))
+            collected.add([text for text in texts if text_bytes(text)], tokenizer)
+        sizes = [text_bytes(document.text) for _, document in batch]
+        empty += sizes.count(0)
+        report.add(sum(sizes))
     entry: Tree = {"plan": plan.hash, "empty_documents": empty}
     for name, collected in shards.items():
         entry[name] = collected.write(plan.folder / f"{name}-{piece:05d}.tokens", tokenizer.vocab_size)

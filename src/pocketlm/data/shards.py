@@ -4,6 +4,7 @@
     DIR/tokenizer.json        the tokenizer that made it
     DIR/train-00000.tokens    a shard: the training documents of one piece (of `piece_documents` source documents)
     DIR/val-00000.tokens      its validation documents
+    DIR/plan.json, piece-*    how far the preparation is (data/prepare.py); not read here
 
     a shard, little-endian:   magic "pocketlm"  u32 version  u32 bytes per token  u64 documents  u64 tokens  32 zeros
                               tokens (uint16, or uint32 for more than 65,536 ids), each document with its end id

@@ -62,6 +62,11 @@ class Split:
         return block if self.kind == "block" else {"kind": self.kind, "val_fraction": self.val_fraction}
 
 
+def text_bytes(text: str) -> int:
+    """UTF-8 bytes of a document; one of nothing but white space has none, and is left out of the data set."""
+    return len(text.encode()) if text.strip() else 0
+
+
 def is_validation(text: str, fraction: float) -> bool:
     """The hash rule."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 < fraction
@@ -95,7 +100,7 @@ def survey(texts: Iterable[str], val_fraction: float) -> Survey:
     """Reads all texts once and chooses the rule."""
     sizes, held_out = array("Q"), 0
     for text in texts:
-        sizes.append(len(text.encode()))
+        sizes.append(text_bytes(text))
         held_out += sizes[-1] if is_validation(text, val_fraction) else 0
     total = sum(sizes)
     return Survey(len(sizes), total, held_out, choose_split(sizes, held_out, val_fraction))

@@ -5,7 +5,7 @@ For rows x (N, C), head W (V, C) and targets t, with w = scale where a target co
     z = x W^T      m = max z      E = exp(z - m)      s = sum E           a chunk of rows at a time
     loss = sum w (m + log s - z_t)                                        in nats
     dx   = (E W) w/s - w W_t                                              from dz = w (E/s - onehot t)
-    dW   = E^T (x w/s), then w x taken from row t
+    dW   = E^T (x w/s), then w x off row t
 
 The gradients are made in the forward pass, while E is there: three products, nothing recomputed, and no N x V matrix
 kept. E is never normalised: 1/s goes on the thin matrix, so the wide one is passed over less often. A soft-cap,

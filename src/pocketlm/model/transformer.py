@@ -10,7 +10,7 @@ Parameters have Hugging Face's names, here and on disk, so that no file ever nee
 
 B sequences, T tokens, C hidden size, L layers, H query heads, K key-value heads, D head size, V vocabulary.
 Papers: rotary positions arXiv:2104.09864, RMSNorm 1910.07467, SwiGLU 2002.05202, grouped queries 2305.13245,
-parallel blocks 2204.02311 (section 2), query-key norm 2302.05442 (section 3.1).
+parallel blocks 2204.02311 (section 2), query-key norm 2302.05442 (section 2).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class KVCache(Protocol):
 
 
 class Transformer(nn.Module):
-    """The language model. `allocate` makes one without PyTorch's own random start; `init_weights` fills it."""
+    """The language model. Make one with `allocate`; `init_weights` or a file fills it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -79,9 +79,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
 
@@ -187,7 +187,7 @@ class MLP(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """RMSNorm, or LayerNorm with a bias; PyTorch computes both in fp32 inside, whatever the dtype of x."""
+    """RMSNorm, or LayerNorm with a bias; PyTorch computes both in fp32 inside when x is bf16."""
     kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.norm_eps)
 
@@ -216,8 +216,15 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
 def allocate(config: ModelConfig) -> Transformer:
     """A model on the CPU whose weights are memory not yet written, for those who fill every one: init, loading.
 
-    PyTorch's own random start would be thrown away, and costs a second per 100M parameters.
+    PyTorch's own random start would be thrown away, and costs up to a second per 100M parameters.
     """
     with torch.device("meta"):
         model = Transformer(config)
     return model.to_empty(device="cpu")
+
+
+def embedding(rows: int, columns: int) -> nn.Embedding:
+    """nn.Embedding without its random start, which on the meta device would import PyTorch's compiler: a second."""
+    unwritten = torch.empty(rows, columns)
+    module: nn.Embedding = nn.Embedding.from_pretrained(unwritten, freeze=False)  # type: ignore[no-untyped-call]
+    return module

@@ -15,6 +15,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import random
 import re
 import sys
@@ -89,7 +90,7 @@ def open_source(spec: str) -> Source:
         return synthetic_source(spec, int(rest or 0))
     if kind == "hf":
         raise DataError(f"source {spec!r}: Hub sources are not built yet; --data.source files:GLOB takes local files")
-    hint = f"did you mean files:{spec}? " if Path(spec).exists() else ""
+    hint = f"did you mean files:{spec}? " if os.path.exists(spec) else ""
     raise DataError(f"no source {spec!r}; {hint}allowed is {SPECS}")
 
 
@@ -191,7 +192,7 @@ def files_source(spec: str, patterns: str) -> FilesSource:
         DataError: a pattern that matches nothing, or a matched file of unknown kind.
     """
     chosen: dict[Path, None] = {}
-    for pattern in [patterns] if Path(patterns).exists() else patterns.split(","):
+    for pattern in [patterns] if os.path.exists(patterns) else patterns.split(","):
         matches = _matching_files(pattern.strip())
         if not matches:
             raise DataError(f"source {spec!r}: nothing matches {pattern!r}; {READABLE}")
@@ -204,10 +205,10 @@ def files_source(spec: str, patterns: str) -> FilesSource:
 def _matching_files(pattern: str) -> list[Path]:
     """A folder gives its files of known kind (hidden ones left out); a file or a glob gives what it says."""
     root = Path(pattern).expanduser()
-    if root.is_dir():
+    if os.path.isdir(root):  # the methods of Path raise for a name that is too long
         below = (path for path in root.rglob("*") if not any(p.startswith(".") for p in path.relative_to(root).parts))
         return sorted(path for path in below if path.is_file() and _suffixes(path)[0] in SUFFIXES)
-    if root.exists():
+    if os.path.exists(root):
         return [root]
     return sorted(path for path in map(Path, glob.glob(str(root), recursive=True)) if path.is_file())
 

@@ -17,8 +17,10 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
@@ -50,7 +52,7 @@ GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 
-# Longer texts are encoded in parts cut where no token can span the cut: the library needs about 150 bytes a token
+# Longer texts are encoded in parts cut where no token can span the cut: the library takes some 300 bytes a token
 # and one thread a text. Only pre-tokenizers for which the cut is proven are cut.
 PART_CHARS = 1 << 16
 BATCH_CHARS = 1 << 21
@@ -100,18 +102,20 @@ class Tokenizer:
         self.token_bytes = token_bytes(vocabulary, self._tree, plain, self.special_ids, origin)
         self.byte_lengths = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
         self.pre_tokenizer_name = pre_tokenizer_name(self._tree)
+        # An added token is found before the text is cut, so one with a line end could span a cut.
+        self._may_cut = self.pre_tokenizer_name is not None and not any("\n" in token for token in plain.values())
         self._special = np.zeros(self.vocab_size, dtype=bool)
         self._special[list(self.special_ids)] = True
         self._adds_space = self._raw_bytes(self._engine.encode("a", add_special_tokens=False).ids) == b" a"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         canonical = json.dumps(self._tree, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(f"{canonical}\n{self.end_id}".encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of a tokenizer.json that loads as this tokenizer."""
-        return json.dumps(self._tree, ensure_ascii=False, indent=1) + "\n"
+        return json.dumps(self._tree, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end tokens, never a special id.
@@ -127,8 +131,7 @@ class Tokenizer:
         Raises:
             DataError: half a surrogate pair in a text.
         """
-        cut = self.pre_tokenizer_name is not None
-        parts = [cut_at_lines(text, PART_CHARS) if cut else [text] for text in texts]
+        parts = [cut_at_lines(text, PART_CHARS) if self._may_cut else [text] for text in texts]
         encoded = self._encode_parts(list(chain.from_iterable(parts)))
         return [np.concatenate([next(encoded) for _ in own]) for own in parts]
 
@@ -230,7 +233,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         return byte_tokenizer()
     if spec.startswith("bpe:"):
         raise DataError(f"tokenizer {spec!r} is trained on text; give a trained one by --data.tokenizer PATH")
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises for a name that is too long
         return _from_path(path)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", spec) and path.suffix != ".json":
         return _from_hub(spec)
@@ -252,15 +255,15 @@ def bpe_size(spec: str) -> int | None:
 
 
 def _from_path(path: Path) -> Tokenizer:
-    """A tokenizer.json (the tokenizer_config.json beside it names the end token), or GPT-2's two files."""
-    folder = path if path.is_dir() else path.parent
-    file = folder / "tokenizer.json" if path.is_dir() else path
-    if path.is_dir() and not file.exists():
-        if all((folder / name).exists() for name in GPT2_FILES):
-            return _from_gpt2_files({name: (folder / name).read_bytes() for name in GPT2_FILES}, str(folder))
-        raise DataError(f"{folder} holds neither a tokenizer.json nor encoder.json and vocab.bpe")
-    config = folder / "tokenizer_config.json"
-    return Tokenizer(_read(file), _eos_token(config) if config.exists() else None, str(file))
+    """A tokenizer.json by itself, a folder with one (its tokenizer_config.json names the end token), or GPT-2's files."""
+    if not path.is_dir():
+        return Tokenizer(_read(path), None, str(path))
+    file, config = path / "tokenizer.json", path / "tokenizer_config.json"
+    if file.exists():
+        return Tokenizer(_read(file), _eos_token(config) if config.exists() else None, str(file))
+    if all((path / name).exists() for name in GPT2_FILES):
+        return _from_gpt2_files({name: (path / name).read_bytes() for name in GPT2_FILES}, str(path))
+    raise DataError(f"{path} holds neither a tokenizer.json nor encoder.json and vocab.bpe")
 
 
 def _read(file: Path) -> str:
@@ -291,18 +294,20 @@ _LOCAL = "give a local tokenizer.json by --data.tokenizer PATH"
 
 def _hub_file(repository: str, name: str) -> Path | None:
     """A file of a Hub repository, from the Hub library's cache or fetched by it; None if it is not in there."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
     try:
         return Path(hf_hub_download(repository, name))
     except RemoteEntryNotFoundError:
         return None
+    except HFValidationError as error:
+        raise DataError(f"no path {repository!r}, and no Hub id: {error}; allowed is {SPECS}") from None
     except Exception as error:  # the library passes on what its HTTP client raises, not all of it OSError
+        if try_to_load_from_cache(repository, name) is _CACHED_NO_EXIST:  # offline, but known not to be in there
+            return None
         reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"cannot fetch {name} of {repository!r} (and no such path is here): {reason}; {_LOCAL}"
-        ) from None
+        raise DataError(f"cannot fetch {name} of {repository!r} (no such path here): {reason}; {_LOCAL}") from None
 
 
 def gpt2_tokenizer() -> Tokenizer:

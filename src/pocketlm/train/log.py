@@ -52,6 +52,7 @@ class PlainLines:
         self.write = write
         self.every = every
         self.info: RunInfo | None = None
+        self._line_before: Record | None = None
 
     def note(self, text: str) -> None:
         self.write(text)
@@ -66,8 +67,18 @@ class PlainLines:
         if record["kind"] != "train":
             self.write(describe(record))
         elif record["step"] % self.every == 0 or record["step"] in (self.info.first_step + 1, self.info.total_steps):
-            left_s = (self.info.total_steps - record["step"]) * self.info.tokens_per_step / record["tokens_per_s"]
-            self.write(f"{describe(record)}  {duration(left_s)} left")
+            self._train_line(self.info, record)
+
+    def _train_line(self, info: RunInfo, record: Record) -> None:
+        """Rates are means since the line before: one step says little on a busy machine."""
+        before, self._line_before = self._line_before, record
+        if before is None:
+            self.write(describe(record))
+            return
+        rate = (record["tokens"] - before["tokens"]) / (record["elapsed_s"] - before["elapsed_s"])
+        left_s = (info.total_steps - record["step"]) * info.tokens_per_step / rate
+        mfu = rate * info.flops_per_token / info.peak_flops
+        self.write(f"{describe({**record, 'tokens_per_s': rate, 'mfu': mfu})}  {duration(left_s)} left")
 
     def saved(self, folder: Path) -> None:
         self.write(f"saved {folder}")

@@ -6,10 +6,10 @@ never probes again, so a machine that is busier today cannot change the arithmet
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import tomli_w
@@ -24,7 +24,7 @@ from pocketlm.train.state import versions
 MICRO_BATCH_TOKENS = 8192
 BF16_MUST_GAIN = 1.2
 PROBE_ROWS = 2048
-PROBE_SAMPLES = 7
+PROBE_S = 0.4
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,18 @@ def _micro_batch(config: Config) -> tuple[int, str]:
 
 
 def matmul_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the MLP's product in `dtype`: the median of a few samples."""
+    """FLOP/s of the MLP's product in `dtype`: the best of a few samples, for other work can only make one slower."""
     left = torch.ones(PROBE_ROWS, config.model.hidden_size, dtype=dtype, device=device)
     right = torch.ones(config.model.hidden_size, config.model.intermediate_size, dtype=dtype, device=device)
-    seconds = [_product_s(left, right) for _ in range(PROBE_SAMPLES + 1)][1:]  # the first warms up
-    return 2 * left.numel() * right.shape[1] / median(seconds)
+    best_s, until = math.inf, time.perf_counter() + PROBE_S
+    while time.perf_counter() < until:
+        best_s = min(best_s, _product_s(left, right))
+    return 2 * left.numel() * right.shape[1] / best_s
 
 
 def _product_s(left: Tensor, right: Tensor) -> float:
     started_at = time.perf_counter()
-    for _ in range(8):
+    for _ in range(2):
         product = left @ right
     product[0, 0].item()  # waits for a GPU
-    return (time.perf_counter() - started_at) / 8
+    return (time.perf_counter() - started_at) / 2

@@ -1,0 +1,275 @@
+"""Curves as text: rows of characters for a terminal, SVG for a page. Pure functions of their points.
+
+    finite, thinned, smoothed   points made fit to draw: no NaN, not too many, less noise
+    ceiling                     where to cut the fall of the first steps, so that the rest is seen
+    ticks, short                round numbers for axes, and how they are written
+    terminal_chart              a line in braille dots and round marks, with axes
+    svg_chart                   lines and dots, with axes; light and dark by CSS classes
+
+A point is (x, y), both finite. Points come in the order of x. What lies above the ceiling is cut, and both charts
+leave the line running out at the top, so that it is seen to be cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from typing import Literal
+
+Point = tuple[float, float]
+Points = Sequence[Point]
+
+SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+MARK = "●"
+DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of a braille cell, by row and column
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 58, 20, 34, 42
+
+SVG_STYLE = """
+  .chart { --surface: #ffffff; --ink: #3f4754; --faint: #e6e8ec; --train: #2f6fde; --val: #d4620f; }
+  @media (prefers-color-scheme: dark) {
+    .chart { --surface: #15181d; --ink: #b3bac5; --faint: #2b3038; --train: #74a7ff; --val: #ffa657; }
+  }
+  .chart { font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; }
+  .chart text { fill: var(--ink); }
+  .chart .surface { fill: var(--surface); }
+  .chart .grid { stroke: var(--faint); }
+  .chart polyline { fill: none; stroke-linejoin: round; stroke: var(--train); }
+  .chart .raw { stroke-width: 1; opacity: 0.35; }
+  .chart .line { stroke-width: 2; }
+  .chart .dots { fill: var(--val); }
+"""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points and their look: a thin pale line, a strong line, or dots."""
+
+    name: str
+    points: Points
+    look: Literal["raw", "line", "dots"]
+
+
+# --- points
+
+
+def finite(points: Iterable[Point]) -> list[Point]:
+    """The points whose two numbers are finite."""
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+
+
+def thinned(points: Points, limit: int) -> Points:
+    """At most `limit` points: the lowest and the highest of each of limit / 2 equal stretches, in order."""
+    if len(points) <= limit:
+        return points
+    buckets = limit // 2
+    kept: list[Point] = []
+    for bucket in range(buckets):
+        stretch = points[bucket * len(points) // buckets : (bucket + 1) * len(points) // buckets]
+        lowest, highest = min(stretch, key=_y), max(stretch, key=_y)
+        kept += [lowest] if lowest == highest else sorted([lowest, highest])
+    return kept
+
+
+def smoothed(points: Points, span: int) -> list[Point]:
+    """Each y replaced by the mean of the last `span` of them; of fewer at the beginning."""
+    means, total = [], 0.0
+    for index, (x, y) in enumerate(points):
+        total += y - (points[index - span][1] if index >= span else 0.0)
+        means.append((x, total / min(span, index + 1)))
+    return means
+
+
+def span_of(total_steps: int) -> int:
+    """Steps that are averaged for the eye: a fiftieth of the run, at most 100."""
+    return max(1, min(100, total_steps // 50))
+
+
+def ceiling(curves: Sequence[Points], share: float = 0.05) -> float:
+    """The highest y after the first `share` of the x axis, over all curves; the highest of all if nothing is there."""
+    every = [point for points in curves for point in points]
+    low, high = min(every)[0], max(every)[0]
+    return max([y for x, y in every if x > low + share * (high - low)] or [y for _, y in every])
+
+
+def _y(point: Point) -> float:
+    return point[1]
+
+
+# --- axes
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Round numbers from low to high, both included: multiples of 1, 2 or 5 times a power of ten, at most `most`."""
+    if not low < high:
+        return [low]
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    for step in (power * factor for factor in (1, 2, 5, 10, 20, 50, 100)):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first < most:
+            return [round(index * step, 12) for index in range(first, last + 1)]
+    raise AssertionError((low, high, most))
+
+
+def short(value: float) -> str:
+    """`0`, `0.02`, `2.5`, `40k`, `1.5M`, `2B`."""
+    for size, suffix in SUFFIXES:
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The stretch of both axes that is shown."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def place(self, point: Point) -> Point:
+        """Both as shares of the frame: x from the left, y from the top; outside [0, 1] is outside."""
+        x, y = point
+        return (x - self.x_low) / (self.x_high - self.x_low), (self.y_high - y) / (self.y_high - self.y_low)
+
+
+def frame(curves: Sequence[Points], y_low: float | None = None) -> Frame:
+    """A frame around the points, up to their ceiling; from y_low, or a little under the lowest."""
+    xs = [x for points in curves for x, _ in points]
+    low = min(y for points in curves for _, y in points)
+    high = ceiling(curves)
+    pad = 0.04 * (high - low) or 0.05 * abs(high) or 1.0  # a flat line still gets a height
+    x_low, x_high = min(xs), max(xs)
+    bottom = low - pad if y_low is None else min(y_low, low)
+    return Frame(x_low, x_high if x_high > x_low else x_low + 1, bottom, high + pad)
+
+
+# --- the terminal
+
+
+def terminal_chart(line: Points, marks: Points, width: int, height: int) -> list[str]:
+    """A chart of `height` rows of exactly `width` characters; empty without points.
+
+    The line is drawn in braille, 2 x 4 dots to a character; marks are round and lie over it.
+    """
+    curves = [points for points in (line, marks) if points]
+    if not curves:
+        return []
+    shown = frame(curves)
+    labels = [f"{value:.2f}" for value in (shown.y_high, (shown.y_high + shown.y_low) / 2, shown.y_low)]
+    gutter = max(map(len, labels))
+    columns, rows = width - gutter - 2, height - 2
+    assert columns > 8 and rows > 2, f"no chart fits into {width} x {height}"
+
+    cells = [[0] * columns for _ in range(rows)]
+    for column, row in _line_dots(line, shown, 2 * columns, 4 * rows):
+        cells[row // 4][column // 2] |= DOTS[row % 4][column % 2]
+    grid = [[chr(0x2800 + cell) if cell else " " for cell in cells_row] for cells_row in cells]
+    for x, y in map(shown.place, marks):
+        if 0 <= y <= 1:
+            grid[min(rows - 1, int(y * rows))][min(columns - 1, int(x * columns))] = MARK
+
+    at_row = dict(zip((0, rows // 2, rows - 1), labels, strict=True))
+    plot = [
+        f"{at_row.get(row, ''):>{gutter}} {'┤' if row in at_row else '│'}{''.join(cells_row)}"
+        for row, cells_row in enumerate(grid)
+    ]
+    left, right = short(shown.x_low), short(shown.x_high)
+    axis = f"{'':{gutter}} └{'─' * columns}"
+    return [*plot, axis, f"{'':{gutter}}  {left}{right:>{columns - len(left)}}"]
+
+
+def _line_dots(line: Points, shown: Frame, columns: int, rows: int) -> Iterator[tuple[int, int]]:
+    """The dots (column, row) that a line through the points passes; none above the frame."""
+    dots = [(round(x * (columns - 1)), round(y * (rows - 1))) for x, y in map(shown.place, line)]
+    for (column, row), (next_column, next_row) in pairwise(dots or []):
+        steps = max(abs(next_column - column), abs(next_row - row), 1)
+        for step in range(steps):
+            share = step / steps
+            at = round(column + share * (next_column - column)), round(row + share * (next_row - row))
+            if 0 <= at[1] < rows:
+                yield at
+    if dots and 0 <= dots[-1][1] < rows:
+        yield dots[-1]
+
+
+# --- SVG
+
+
+def svg_chart(
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    y_low: float | None = None,
+    width: int = 760,
+    height: int = 320,
+    standalone: bool = False,
+) -> str:
+    """An SVG element: series in the order given, the later over the earlier; "" without points.
+
+    Args:
+        series: what is drawn; every name goes into the legend.
+        title: what it shows, over the chart and for screen readers.
+        x_label: what the x axis counts.
+        y_low: where the y axis begins; by default a little under the lowest point.
+        width, height: user units, pixels where it is not scaled.
+        standalone: a file of its own, with style and background; otherwise the page has `SVG_STYLE`.
+    """
+    series = [one for one in series if one.points]
+    if not series:
+        return ""
+    shown = frame([one.points for one in series], y_low)
+    box = Frame(MARGIN_LEFT, width - MARGIN_RIGHT, MARGIN_TOP, height - MARGIN_BOTTOM)
+    head = f'<svg class="chart" role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {height}"'
+    if standalone:
+        style = f'<style>{SVG_STYLE}</style>\n<rect class="surface" width="{width}" height="{height}" rx="8"/>'
+        head += f' xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">\n{style}'
+    else:
+        head += ">"
+    parts = [head, *_svg_axes(shown, box, x_label), *_svg_legend(series, title, box)]
+    # an inner svg element cuts what leaves it, without an id that a page with several charts would have twice
+    inner_width, inner_height = box.x_high - box.x_low, box.y_high - box.y_low
+    parts.append(f'<svg x="{box.x_low}" y="{box.y_low}" width="{inner_width}" height="{inner_height}">')
+    for one in series:
+        parts += _svg_series(one, shown, inner_width, inner_height)
+    return "\n".join([*parts, "</svg>", "</svg>"]) + "\n"
+
+
+def _svg_axes(shown: Frame, box: Frame, x_label: str) -> Iterator[str]:
+    for value in ticks(shown.y_low, shown.y_high, 6):
+        y = box.y_low + shown.place((shown.x_low, value))[1] * (box.y_high - box.y_low)
+        yield f'<path class="grid" d="M{box.x_low} {y:.1f}H{box.x_high}"/>'
+        yield f'<text x="{box.x_low - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
+    for value in ticks(shown.x_low, shown.x_high, max(2, int((box.x_high - box.x_low) / 90))):
+        x = box.x_low + shown.place((value, shown.y_low))[0] * (box.x_high - box.x_low)
+        yield f'<text x="{x:.1f}" y="{box.y_high + 18}" text-anchor="middle">{short(value)}</text>'
+    yield f'<text x="{box.x_high}" y="{box.y_high + 35}" text-anchor="end">{escape(x_label)}</text>'
+
+
+def _svg_legend(series: Sequence[Series], title: str, box: Frame) -> Iterator[str]:
+    """The title at the left; at the right each name after its line or dot, in the row of the title."""
+    yield f'<text x="{box.x_low}" y="18" font-weight="600">{escape(title)}</text>'
+    right = box.x_high
+    for one in reversed(series if len(series) > 1 else []):
+        yield f'<text x="{right}" y="18" text-anchor="end">{escape(one.name)}</text>'
+        left = right - 6.6 * len(one.name) - 10  # the width of a text is not known here; this is a little more
+        if one.look == "dots":
+            yield f'<circle class="dots" cx="{left + 2:.0f}" cy="14" r="3.5"/>'
+        else:
+            yield f'<polyline class="{one.look}" points="{left - 12:.0f},14 {left + 5:.0f},14"/>'
+        right = left - 28
+
+
+def _svg_series(one: Series, shown: Frame, width: float, height: float) -> Iterator[str]:
+    places = [(x * width, y * height) for x, y in map(shown.place, one.points)]
+    if one.look == "dots":
+        for (x, y), (raw_x, raw_y) in zip(places, one.points, strict=True):
+            hover = f"{escape(one.name)}: {raw_y:.4f} at {short(raw_x)}"
+            yield f'<circle class="dots" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{hover}</title></circle>'
+    else:
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        yield f'<polyline class="{one.look}" points="{line}"/>'

@@ -1,0 +1,141 @@
+"""Nothing half-written is ever seen, and nothing damaged is ever believed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pocketlm.errors import FileError
+from pocketlm.files import Journal, Lock, commit_folder, read_json, remove_folder, sweep, verify_folder, write_file
+
+
+def committed(path: Path) -> Path:
+    with commit_folder(path) as folder:
+        folder.write("a.bin", bytes(range(256)) * 4)
+        folder.write("inner/b.txt", [b"one", memoryview(b"two")])
+    return path
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    write_file(path, b"old")
+    write_file(path, [b"ne", b"w"])
+    assert path.read_bytes() == b"new"
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_file(path, b"old")
+
+    def chunks():
+        yield b"half"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_file(path, chunks())
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:
+    path = committed(tmp_path / "folder")
+    verify_folder(path)
+    assert (path / "inner/b.txt").read_bytes() == b"onetwo"
+    assert read_json(path / "manifest.json")["files"]["inner/b.txt"]["bytes"] == 6
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="in the middle"), commit_folder(tmp_path / "folder") as folder:
+        folder.write("a", b"1")
+        raise RuntimeError("in the middle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flipped_bit_and_every_cut_is_named(tmp_path: Path) -> None:
+    path = committed(tmp_path / "folder")
+    for name in ("a.bin", "inner/b.txt"):
+        whole = (path / name).read_bytes()
+        for damaged in (whole[:-1], whole + b"x", b"", bytes([whole[0] ^ 16]) + whole[1:], whole[:-1] + b"\xaa"):
+            (path / name).write_bytes(damaged)
+            with pytest.raises(FileError, match=Path(name).name):
+                verify_folder(path)
+        (path / name).unlink()
+        with pytest.raises(FileError, match="missing"):
+            verify_folder(path)
+        (path / name).write_bytes(whole)
+    verify_folder(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": {}}', '{"files": 3}', '{"files": {"../x": {}}}', '{"files": {"a.bin": 3}}'])
+def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    path = committed(tmp_path / "folder")
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(FileError, match="damaged"):
+        verify_folder(path)
+    (path / "manifest.json").unlink()
+    with pytest.raises(FileError, match="never finished"):
+        verify_folder(path)
+
+
+def test_what_dead_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    litter = tmp_path / f"step.tmp-{int(dead.stdout)}"
+    litter.mkdir()
+    (litter / "part").write_text("x")
+    alive = tmp_path / f"other.tmp-{os.getpid()}"
+    alive.write_text("x")
+    stranger = tmp_path / "notes.tmp-final"
+    stranger.write_text("x")
+    assert sweep(tmp_path) == [litter]
+    assert sorted(tmp_path.iterdir()) == sorted([alive, stranger])
+
+
+def test_a_folder_is_removed_at_once(tmp_path: Path) -> None:
+    remove_folder(committed(tmp_path / "folder"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_forgets_what_comes_after_a_step_and_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    journal = Journal(path)
+    for step in range(1, 6):
+        journal.append({"step": step, "loss": 1 / step})
+    journal.sync()
+    journal.close()
+    with path.open("ab") as file:
+        file.write(b'{"step": 6, "lo')
+    assert [record["step"] for record in Journal.read(path)] == [1, 2, 3, 4, 5]
+    Journal.truncate(path, 3)
+    assert Journal.read(path) == [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+
+
+def test_a_lock_refuses_the_second_and_dies_with_its_process(tmp_path: Path) -> None:
+    with Lock(tmp_path), pytest.raises(FileError, match=rf"pid {os.getpid()} on"):
+        Lock(tmp_path).__enter__()
+    code = f"import os; from pathlib import Path; from pocketlm.files import Lock; Lock(Path({str(tmp_path)!r})).__enter__(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert "pid" in (tmp_path / "run.lock").read_text()
+    with Lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfe", b"{", b"[1]", b"[" * 100_000])
+def test_json_that_is_none_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(data)
+    with pytest.raises(FileError, match="damaged"):
+        read_json(path)
+
+
+def test_manifest_hashes_are_those_of_the_bytes(tmp_path: Path) -> None:
+    import hashlib
+
+    manifest = json.loads((committed(tmp_path / "folder") / "manifest.json").read_text())
+    assert manifest["files"]["a.bin"]["sha256"] == hashlib.sha256(bytes(range(256)) * 4).hexdigest()
