@@ -13,7 +13,7 @@ import io
 import sys
 import tokenize
 
-PROMPTS = ("def read_file(path):\n", "class Parser:\n", "import os\n", "def test_", "    def __init__(self, ")
+PROMPTS = ("def read_file(path):", "class Parser:", "import os", "def main():", "class Connection(object):")
 SEEDS = range(4)
 NEW_TOKENS = 200
 

@@ -222,7 +222,7 @@ class SampleConfig(Section):
     """Only the likeliest tokens that sum to p."""
     every: Natural = 0
     """Steps between samples; 0 for only the end."""
-    max_new_tokens: Natural = 64
+    max_new_tokens: Count = 64
     """Length of a training sample."""
     prompts: tuple[str, ...] = ()
     """What is completed."""
@@ -280,7 +280,7 @@ class Config(Section):
             ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is no TOML: {error}") from None
-        base = preset_tree(tree.pop("preset")) if "preset" in tree else {}
+        base = preset_tree(str(tree.pop("preset"))) if "preset" in tree else {}
         tree.setdefault("name", path.stem)
         return cls.build(_merged(base, tree), overrides)
 
@@ -329,7 +329,7 @@ FIELDS = tuple(_fields(Config))
 
 
 def preset_names() -> str:
-    """The presets, comma-separated, smallest first as listed in `presets/`."""
+    """The presets, comma-separated, by name."""
     return ", ".join(sorted(p.name.removesuffix(".toml") for p in _presets().iterdir() if p.name.endswith(".toml")))
 
 

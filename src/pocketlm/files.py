@@ -130,6 +130,16 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(trash)
 
 
+def set_aside(path: Path) -> Path:
+    """Renames a folder so that nothing takes it for what it was; an earlier one set aside there goes."""
+    aside = path.with_name(f"{path.name}.set-aside")
+    if aside.exists():
+        remove_folder(aside)
+    os.rename(path, aside)
+    _sync_folder(path.parent)
+    return aside
+
+
 def sweep(folder: Path) -> list[Path]:
     """Removes what dead processes left half-written in `folder`, and says what that was."""
     swept = []

@@ -39,10 +39,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"train.seed": 7, "schedule.warmup_fraction": 0.25, "train.micro_batch": 3},
         {"seed": 7, "warmup_fraction": 0.25, "micro_batch": 3},
     ),
-    "two threads, wsd, four layers, no shared heads": (
+    "wsd, four layers, no shared heads": (
         LONG,
         {
-            "train.threads": 2,
             "schedule.kind": "wsd",
             "schedule.warmup_fraction": 0.1,
             "model.num_hidden_layers": 4,
@@ -50,7 +49,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "optim.clip": 0.5,
         },
         {
-            "threads": 2,
             "schedule": "wsd",
             "warmup_fraction": 0.1,
             "num_hidden_layers": 4,

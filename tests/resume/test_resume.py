@@ -109,11 +109,10 @@ def test_a_resume_from_a_named_checkpoint_goes_the_same_way(workdir: Path) -> No
     before = outcome(run)
     train(config_of(case, train__checkpoint_every=4, train__keep_last=9), out=run)
     assert outcome(run) == before, "a finished run is left alone"
-    for damaged in checkpoint.list_checkpoints(run)[2:]:
-        (damaged / "manifest.json").unlink()
-    named = str(checkpoint.list_checkpoints(run)[0])
-    train(config_of(case, train__checkpoint_every=4, train__keep_last=9), out=run, resume=named)
+    named, *later = checkpoint.list_checkpoints(run)
+    train(config_of(case, train__checkpoint_every=4, train__keep_last=9), out=run, resume=str(named))
     assert outcome(run) == before
+    assert all(path.with_name(f"{path.name}.set-aside").is_dir() for path in later), "nothing is lost"
 
 
 def test_two_equal_runs_write_byte_equal_model_folders(workdir: Path) -> None:

@@ -52,9 +52,13 @@ def test_a_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="in the middle"), commit_folder(tmp_path / "folder") as folder:
-        folder.write("a", b"1")
-        raise RuntimeError("in the middle")
+    def fail() -> None:
+        with commit_folder(tmp_path / "folder") as folder:
+            folder.write("a", b"1")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,7 +77,9 @@ def test_every_flipped_bit_and_every_cut_is_named(tmp_path: Path) -> None:
     verify_folder(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": {}}', '{"files": 3}', '{"files": {"../x": {}}}', '{"files": {"a.bin": 3}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"files": {}}', '{"files": 3}', '{"files": {"../x": {}}}', '{"files": {"a.bin": 3}}']
+)
 def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     path = committed(tmp_path / "folder")
     (path / "manifest.json").write_text(text)
@@ -85,7 +91,9 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_what_dead_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True)
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
+    )
     litter = tmp_path / f"step.tmp-{int(dead.stdout)}"
     litter.mkdir()
     (litter / "part").write_text("x")
@@ -119,7 +127,10 @@ def test_a_journal_forgets_what_comes_after_a_step_and_a_torn_line(tmp_path: Pat
 def test_a_lock_refuses_the_second_and_dies_with_its_process(tmp_path: Path) -> None:
     with Lock(tmp_path), pytest.raises(FileError, match=rf"pid {os.getpid()} on"):
         Lock(tmp_path).__enter__()
-    code = f"import os; from pathlib import Path; from pocketlm.files import Lock; Lock(Path({str(tmp_path)!r})).__enter__(); os._exit(9)"
+    code = (
+        "import os; from pathlib import Path; from pocketlm.files import Lock; "
+        f"Lock(Path({str(tmp_path)!r})).__enter__(); os._exit(9)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     assert "pid" in (tmp_path / "run.lock").read_text()
     with Lock(tmp_path):

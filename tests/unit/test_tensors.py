@@ -66,7 +66,13 @@ def test_names_and_shapes_must_be_the_expected_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x00" * 8, struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 2) + b"{}junk"],
+    [
+        b"",
+        b"\x00" * 8,
+        struct.pack("<Q", 2**60) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 2) + b"{}junk",
+    ],
 )
 def test_a_malformed_file_is_refused(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.safetensors"
@@ -84,5 +90,5 @@ def test_a_header_that_promises_more_than_the_file_is_refused(tmp_path: Path) ->
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="x.safetensors"):
+    with pytest.raises(FileError, match=r"x\.safetensors"):
         read_tensors(tmp_path / "x.safetensors")

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import sys
+from functools import partial
 from typing import Any, NoReturn
 
 from pocketlm.errors import UsageError
@@ -19,7 +20,7 @@ class Parser(argparse.ArgumentParser):
             prog=f"pocketlm {verb}",
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=36),
             **options,
         )
 

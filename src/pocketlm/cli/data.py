@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pocketlm.cli.arguments import Parser, print_json, print_table, say
+from pocketlm.cli.arguments import Parser, print_json, say
 from pocketlm.config import Config, DataConfig
 from pocketlm.errors import UsageError
 
 USAGE = """pocketlm data prepare --source SOURCE --tokenizer NAME|PATH [--out DIR]
        pocketlm data show DIR"""
+
+
+LABEL_WIDTH = 24
 
 
 def run(argv: list[str]) -> int:
@@ -21,7 +24,7 @@ def run(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(f"usage: {USAGE}\n\nTokenize a text source into a data set folder, or look into one.")
         return 0
-    raise UsageError(f"pocketlm data takes prepare or show; usage: {USAGE.splitlines()[0]}")
+    raise UsageError(f"data takes prepare or show; usage: {USAGE.splitlines()[0]}")
 
 
 def _prepare(argv: list[str]) -> int:
@@ -67,7 +70,9 @@ def _show(argv: list[str]) -> int:
         print_json(description)
         return 0
     samples = description.pop("samples")
-    print_table([(key.replace("_", " "), _cell(value)) for key, value in description.items()])
+    for key, value in description.items():
+        for name, cell in value.items() if isinstance(value, dict) else [("", value)]:
+            print(f"{key} {name}".replace("_", " ").strip().ljust(LABEL_WIDTH), _cell(cell))
     for sample in samples:
         print(f"\n--- a document\n{sample}")
     return 0

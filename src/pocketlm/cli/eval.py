@@ -29,14 +29,16 @@ def run(argv: list[str]) -> int:
     path = Path(arguments.model) if arguments.model else checkpoint.newest_run()
     folder = checkpoint.find_checkpoint(path, say)
     model, tokenizer, _ = checkpoint.load_model(folder)
-    context = arguments.context or model.config.max_position_embeddings
-    stride = arguments.stride or context
+    context = model.config.max_position_embeddings if arguments.context is None else arguments.context
+    stride = context if arguments.stride is None else arguments.stride
     if not 1 <= context <= model.config.max_position_embeddings:
         raise UsageError(
             f"--context {context} is not in 1..{model.config.max_position_embeddings}, the model's longest"
         )
     if not 1 <= stride <= context:
         raise UsageError(f"--stride {stride} is not in 1..{context}, the context")
+    if arguments.limit < 0:
+        raise UsageError(f"--limit {arguments.limit} is below 0, which scores all")
     dtype = arguments.dtype if arguments.dtype != "auto" else checkpoint.trained_dtype(folder)
     stream = open_stream(arguments.data, tokenizer, folder)
     report = evaluate_stream(

@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 
 from pocketlm import __version__
-from pocketlm.errors import PocketError, UsageError
+from pocketlm.errors import FileError, PocketError, UsageError
 
 VERBS = {
     "train": "train a model from a preset or a .toml file",
@@ -50,6 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nothing is left to say
         return 0
+    except OSError as error:  # a full disk, a missing right: what was committed before stands
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"pocketlm: {place}{error.strerror or error}", file=sys.stderr)
+        return FileError.exit_code
 
 
 def run(words: list[str]) -> int:

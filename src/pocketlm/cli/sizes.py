@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pocketlm.cli.arguments import Parser, print_json, print_table
 from pocketlm.config import Config, parse_overrides
+
+if TYPE_CHECKING:
+    from pocketlm.model.sizes import Parameters
 
 
 def run(argv: list[str]) -> int:
@@ -23,6 +27,7 @@ def run(argv: list[str]) -> int:
     flops = sizes.flops_per_token(config.model, context)
     micro_batch = config.train.micro_batch if config.train.micro_batch != "auto" else 1
     dtype = config.train.dtype if config.train.dtype != "auto" else "bf16"
+    assumed = ", assumed for auto" if "auto" in (config.train.micro_batch, config.train.dtype) else ""
     memory = sizes.training_memory(config, micro_batch, dtype)
     cache = sizes.kv_cache_bytes_per_token(config.model, 4)
     if arguments.json:
@@ -44,7 +49,8 @@ def run(argv: list[str]) -> int:
     print_table(_parameter_rows(count))
     print(f"\ntraining FLOPs per token, context {context}: {flops:,.0f}")
     print(f"KV cache per token, fp32: {cache:,} bytes; full context: {_mebibytes(cache * context)}")
-    print(f"\ntraining memory, {dtype}, {micro_batch} row(s) of {context} at once (activations are an estimate):\n")
+    how = f"{dtype}, {micro_batch} row(s) of {context} at once{assumed}"
+    print(f"\ntraining memory, {how} (activations are an estimate):\n")
     print_table([(part.replace("_", " "), _mebibytes(size)) for part, size in asdict(memory).items()])
     print(f"\ntotal {_mebibytes(memory.total)}")
     return 0
@@ -74,11 +80,9 @@ def _model_config(path: Path, fields: list[str]) -> Config:
     return Config.build({"name": str(path), **tree}, parse_overrides(fields))
 
 
-def _parameter_rows(count: object) -> list[tuple[str, ...]]:
-    from dataclasses import fields
-
-    rows = [(field.name.replace("_", " "), f"{getattr(count, field.name):,}") for field in fields(count)]  # type: ignore[arg-type]
-    return [("parameters", ""), *rows]
+def _parameter_rows(count: Parameters) -> list[tuple[str, ...]]:
+    parts = [(part, f"{size:,}") for part, size in asdict(count).items()]
+    return [*parts, ("parameters", f"{count.total:,}"), ("  without embeddings", f"{count.non_embedding:,}")]
 
 
 def _mebibytes(size: int) -> str:

@@ -15,7 +15,7 @@ def run(argv: list[str]) -> int:
         print(f"usage: {USAGE}\n\nTrain a byte-level BPE tokenizer.")
         return 0
     if argv[:1] != ["train"]:
-        raise UsageError(f"pocketlm tokenizer takes train; usage: {USAGE}")
+        raise UsageError(f"tokenizer takes train; usage: {USAGE}")
     parser = Parser("tokenizer train", "Train a byte-level BPE tokenizer and write it as a tokenizer.json.")
     parser.add_argument("--source", required=True, help="stdlib | files:GLOB")
     parser.add_argument(

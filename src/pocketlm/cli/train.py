@@ -26,16 +26,16 @@ def run(argv: list[str]) -> int:
     }
     config = load_config(arguments.preset, overrides)
 
-    from pocketlm.train.loop import finished_line, train
+    from pocketlm.train.loop import train
 
     out = Path(arguments.out) if arguments.out else None
-    listener = _listener(config, plain=arguments.json or not sys.stderr.isatty())
+    listener = _listener(config, plain=arguments.json)
     folder = train(config, out=out, resume=arguments.resume, listener=listener)
     summary = _summary(folder)
     if arguments.json:
         print_json(summary)
     else:
-        say(finished_line(folder, summary.get("elapsed_s", 0.0)))
+        say(_next_line(folder, summary, config.train.total_steps))
     return 0
 
 
@@ -49,8 +49,9 @@ def load_config(name: str, overrides: dict[str, Any]) -> Config:
 def _parser() -> Parser:
     parser = Parser(
         "train",
-        "Train a model, or go on with the run that stands in its folder.",
-        epilog=f"presets: {preset_names()}\n\nEvery field of the configuration is a flag as well: --optim.lr 3e-4",
+        "Train a model, or go on with the run that stands in its folder.\n\n"
+        "Each --section.field is also a line of a .toml file: [optim] lr = 3e-4",
+        epilog=f"presets: {preset_names()}\ntheir values: pocketlm train PRESET --help",
         usage="pocketlm train PRESET|FILE.toml [--out DIR] [--section.field VALUE ...]",
         add_help=False,
     )
@@ -65,23 +66,32 @@ def _parser() -> Parser:
 
 
 def _help(parser: Parser, argv: list[str]) -> int:
-    """The flags, then every field with its default in the named preset; tyro renders those from the model."""
-    print(parser.format_help())
-    named = [word for word in argv if not word.startswith("-")]
-    config = load_config(named[0], {}) if named else Config()
+    """The flags, then every field with its default in the preset that stands first."""
+    from pocketlm.cli.fields import add_fields
 
-    import tyro
-
-    fields = tyro.extras.get_parser(Config, default=config, prog="pocketlm train", add_help=False)
-    text: str = fields.format_help()  # type: ignore[no-untyped-call]
-    print(text[text.index("\n\n") :].strip() if "\n\n" in text else text)
+    add_fields(parser, Config() if argv[0].startswith("-") else load_config(argv[0], {}))
+    print(parser.format_help(), end="")
     return 0
 
 
 def _listener(config: Config, *, plain: bool) -> Listener:
+    """The live panel where stderr is a terminal that can show it; lines elsewhere."""
     from pocketlm.train.log import PlainLines
+    from pocketlm.train.panel import Panel, terminal
 
-    return PlainLines(say, config.train.log_every)
+    console = None if plain else terminal(sys.stderr)
+    return Panel(console) if console else PlainLines(say, config.train.log_every)
+
+
+def _next_line(folder: Path, summary: dict[str, Any], total_steps: int) -> str:
+    """How it ended, and what to type next."""
+    from pocketlm.train.log import duration
+
+    if (summary["step"] or 0) < total_steps:
+        return (
+            f"stopped at step {summary['step']} of {total_steps}; the same command without --train.stop-at-step goes on"
+        )
+    return f"trained in {duration(summary['elapsed_s'])}; next: pocketlm chat {folder}"
 
 
 def _summary(folder: Path) -> dict[str, Any]:

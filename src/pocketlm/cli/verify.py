@@ -32,9 +32,7 @@ def check(path: Path) -> list[tuple[Path, str | None]]:
         FileError: nothing there that pocketlm knows.
     """
     if (path / "dataset.json").exists():
-        from pocketlm.data.shards import open_dataset
-
-        return [(path, _problem(lambda: open_dataset(path)))]
+        return _check_dataset(path)
     from pocketlm.files import verify_folder
 
     if (path / "checkpoints").is_dir():
@@ -47,6 +45,18 @@ def check(path: Path) -> list[tuple[Path, str | None]]:
     if not path.exists():
         raise FileError(f"{path} does not exist; give a run, a checkpoint or a data set")
     return [(path, _problem(lambda: verify_folder(path)))]
+
+
+def _check_dataset(path: Path) -> list[tuple[Path, str | None]]:
+    """Opening a data set checks its sizes and its tokenizer; each shard is hashed when it is first read."""
+    from pocketlm.data.shards import open_dataset
+
+    try:
+        dataset = open_dataset(path)
+    except PocketError as error:
+        return [(path, str(error))]
+    shards = [shard for stream in (dataset.train, dataset.val) for shard in stream.shards]
+    return [(shard.path, _problem(lambda shard=shard: shard.tokens)) for shard in shards]
 
 
 def _problem(check_it: object) -> str | None:

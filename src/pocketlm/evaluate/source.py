@@ -31,12 +31,12 @@ def open_stream(source: str | None, tokenizer: Tokenizer, model_folder: Path) ->
 
     Args:
         source: a SOURCE, whose documents are joined with the end-of-text token; or a data set folder, whose held-out
-            part is taken; or None, for the data set that the model's run was trained on.
+            part is taken.
         tokenizer: the model's.
         model_folder: where the model lies.
 
     Raises:
-        UsageError: no source, and the model's folder does not say which data it was trained on.
+        UsageError: no source.
         DataError: the source is refused, has under 2 tokens, or was prepared with another tokenizer.
     """
     if source is None:

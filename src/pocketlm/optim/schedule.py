@@ -34,7 +34,7 @@ def factor(schedule: ScheduleConfig, step: int, total_steps: int) -> float:
         return 1.0
     decay = total_steps - warmup
     if schedule.kind == "wsd":
-        decay = min(decay, round(schedule.decay_fraction * total_steps))
+        decay = max(1, min(decay, round(schedule.decay_fraction * total_steps)))
     remaining = min(1.0, (total_steps - step) / decay) if decay else 0.0
     shape = (1 - math.cos(math.pi * remaining)) / 2 if schedule.kind == "cosine" else remaining
     return schedule.final_factor + (1 - schedule.final_factor) * shape

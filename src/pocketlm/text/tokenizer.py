@@ -255,7 +255,7 @@ def bpe_size(spec: str) -> int | None:
 
 
 def _from_path(path: Path) -> Tokenizer:
-    """A tokenizer.json by itself, a folder with one (its tokenizer_config.json names the end token), or GPT-2's files."""
+    """A tokenizer.json, a folder with one (its tokenizer_config.json names the end token), or GPT-2's two files."""
     if not path.is_dir():
         return Tokenizer(_read(path), None, str(path))
     file, config = path / "tokenizer.json", path / "tokenizer_config.json"

@@ -25,6 +25,7 @@ Points = Sequence[Point]
 SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 MARK = "●"
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))  # bits of a braille cell, by row and column
+DOT_RADIUS = 3.5
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 58, 20, 34, 42
 
 SVG_STYLE = """
@@ -121,6 +122,15 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """The values with equally many digits after the point, where none has a suffix or an exponent."""
+    plain = [short(value) for value in values]
+    if any(not text.lstrip("-").replace(".", "", 1).isdigit() for text in plain):
+        return plain
+    digits = max(len(text.partition(".")[2]) for text in plain)
+    return [f"{value:.{digits}f}" for value in values]
+
+
 @dataclass(frozen=True)
 class Frame:
     """The stretch of both axes that is shown."""
@@ -136,15 +146,15 @@ class Frame:
         return (x - self.x_low) / (self.x_high - self.x_low), (self.y_high - y) / (self.y_high - self.y_low)
 
 
-def frame(curves: Sequence[Points], y_low: float | None = None) -> Frame:
-    """A frame around the points, up to their ceiling; from y_low, or a little under the lowest."""
+def frame(curves: Sequence[Points], *, from_x: float | None = None, from_y: float | None = None) -> Frame:
+    """A frame around the points up to their ceiling, widened to begin at from_x and from_y where they are given."""
     xs = [x for points in curves for x, _ in points]
     low = min(y for points in curves for _, y in points)
     high = ceiling(curves)
     pad = 0.04 * (high - low) or 0.05 * abs(high) or 1.0  # a flat line still gets a height
-    x_low, x_high = min(xs), max(xs)
-    bottom = low - pad if y_low is None else min(y_low, low)
-    return Frame(x_low, x_high if x_high > x_low else x_low + 1, bottom, high + pad)
+    bottom = low - pad if from_y is None else min(from_y, low)
+    left = min(xs) if from_x is None else min(from_x, *xs)
+    return Frame(left, max(xs) if max(xs) > left else left + 1, bottom, high + pad)
 
 
 # --- the terminal
@@ -159,10 +169,12 @@ def terminal_chart(line: Points, marks: Points, width: int, height: int) -> list
     if not curves:
         return []
     shown = frame(curves)
-    labels = [f"{value:.2f}" for value in (shown.y_high, (shown.y_high + shown.y_low) / 2, shown.y_low)]
-    gutter = max(map(len, labels))
-    columns, rows = width - gutter - 2, height - 2
-    assert columns > 8 and rows > 2, f"no chart fits into {width} x {height}"
+    rows = height - 2
+    step = (shown.y_high - shown.y_low) / rows
+    at_row = {row: f"{shown.y_high - (row + 0.5) * step:.2f}" for row in (0, rows // 2, rows - 1)}
+    gutter = max(map(len, at_row.values()))
+    columns = width - gutter - 2
+    assert min(columns, rows) >= 3, f"no chart fits into {width} x {height}"
 
     cells = [[0] * columns for _ in range(rows)]
     for column, row in _line_dots(line, shown, 2 * columns, 4 * rows):
@@ -172,7 +184,6 @@ def terminal_chart(line: Points, marks: Points, width: int, height: int) -> list
         if 0 <= y <= 1:
             grid[min(rows - 1, int(y * rows))][min(columns - 1, int(x * columns))] = MARK
 
-    at_row = dict(zip((0, rows // 2, rows - 1), labels, strict=True))
     plot = [
         f"{at_row.get(row, ''):>{gutter}} {'┤' if row in at_row else '│'}{''.join(cells_row)}"
         for row, cells_row in enumerate(grid)
@@ -204,25 +215,27 @@ def svg_chart(
     *,
     title: str,
     x_label: str,
-    y_low: float | None = None,
+    from_y: float | None = None,
     width: int = 760,
     height: int = 320,
+    legend: bool = True,
     standalone: bool = False,
 ) -> str:
     """An SVG element: series in the order given, the later over the earlier; "" without points.
 
     Args:
-        series: what is drawn; every name goes into the legend.
+        series: what is drawn; their names go into the legend.
         title: what it shows, over the chart and for screen readers.
         x_label: what the x axis counts.
-        y_low: where the y axis begins; by default a little under the lowest point.
+        from_y: where the y axis begins; by default a little under the lowest point. The x axis begins at 0.
         width, height: user units, pixels where it is not scaled.
+        legend: whether there is one; it needs a width of about 600.
         standalone: a file of its own, with style and background; otherwise the page has `SVG_STYLE`.
     """
     series = [one for one in series if one.points]
     if not series:
         return ""
-    shown = frame([one.points for one in series], y_low)
+    shown = frame([one.points for one in series], from_x=0, from_y=from_y)
     box = Frame(MARGIN_LEFT, width - MARGIN_RIGHT, MARGIN_TOP, height - MARGIN_BOTTOM)
     head = f'<svg class="chart" role="img" aria-label="{escape(title)}" viewBox="0 0 {width} {height}"'
     if standalone:
@@ -230,46 +243,48 @@ def svg_chart(
         head += f' xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">\n{style}'
     else:
         head += ">"
-    parts = [head, *_svg_axes(shown, box, x_label), *_svg_legend(series, title, box)]
+    parts = [head, *_svg_axes(shown, box, x_label), *_svg_words(series if legend else [], title, box)]
     # an inner svg element cuts what leaves it, without an id that a page with several charts would have twice
     inner_width, inner_height = box.x_high - box.x_low, box.y_high - box.y_low
-    parts.append(f'<svg x="{box.x_low}" y="{box.y_low}" width="{inner_width}" height="{inner_height}">')
+    x, inner = box.x_low - DOT_RADIUS, inner_width + 2 * DOT_RADIUS  # a dot at either end stays whole
+    parts.append(f'<svg x="{x}" y="{box.y_low}" width="{inner}" height="{inner_height}">')
     for one in series:
         parts += _svg_series(one, shown, inner_width, inner_height)
     return "\n".join([*parts, "</svg>", "</svg>"]) + "\n"
 
 
 def _svg_axes(shown: Frame, box: Frame, x_label: str) -> Iterator[str]:
-    for value in ticks(shown.y_low, shown.y_high, 6):
+    values = ticks(shown.y_low, shown.y_high, 6)
+    for value, label in zip(values, tick_labels(values), strict=True):
         y = box.y_low + shown.place((shown.x_low, value))[1] * (box.y_high - box.y_low)
         yield f'<path class="grid" d="M{box.x_low} {y:.1f}H{box.x_high}"/>'
-        yield f'<text x="{box.x_low - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
-    for value in ticks(shown.x_low, shown.x_high, max(2, int((box.x_high - box.x_low) / 90))):
+        yield f'<text x="{box.x_low - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+    for value in ticks(shown.x_low, shown.x_high, max(2, int((box.x_high - box.x_low) / 80))):
         x = box.x_low + shown.place((value, shown.y_low))[0] * (box.x_high - box.x_low)
         yield f'<text x="{x:.1f}" y="{box.y_high + 18}" text-anchor="middle">{short(value)}</text>'
     yield f'<text x="{box.x_high}" y="{box.y_high + 35}" text-anchor="end">{escape(x_label)}</text>'
 
 
-def _svg_legend(series: Sequence[Series], title: str, box: Frame) -> Iterator[str]:
+def _svg_words(series: Sequence[Series], title: str, box: Frame) -> Iterator[str]:
     """The title at the left; at the right each name after its line or dot, in the row of the title."""
     yield f'<text x="{box.x_low}" y="18" font-weight="600">{escape(title)}</text>'
     right = box.x_high
-    for one in reversed(series if len(series) > 1 else []):
+    for one in reversed(series):
         yield f'<text x="{right}" y="18" text-anchor="end">{escape(one.name)}</text>'
         left = right - 6.6 * len(one.name) - 10  # the width of a text is not known here; this is a little more
         if one.look == "dots":
-            yield f'<circle class="dots" cx="{left + 2:.0f}" cy="14" r="3.5"/>'
+            yield f'<circle class="dots" cx="{left + 2:.0f}" cy="14" r="{DOT_RADIUS}"/>'
         else:
             yield f'<polyline class="{one.look}" points="{left - 12:.0f},14 {left + 5:.0f},14"/>'
         right = left - 28
 
 
 def _svg_series(one: Series, shown: Frame, width: float, height: float) -> Iterator[str]:
-    places = [(x * width, y * height) for x, y in map(shown.place, one.points)]
+    places = [(DOT_RADIUS + x * width, y * height) for x, y in map(shown.place, one.points)]
     if one.look == "dots":
         for (x, y), (raw_x, raw_y) in zip(places, one.points, strict=True):
-            hover = f"{escape(one.name)}: {raw_y:.4f} at {short(raw_x)}"
-            yield f'<circle class="dots" cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{hover}</title></circle>'
+            hover = f"<title>{raw_y:.4f} at {short(raw_x)}</title>"
+            yield f'<circle class="dots" cx="{x:.1f}" cy="{y:.1f}" r="{DOT_RADIUS}">{hover}</circle>'
     else:
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         yield f'<polyline class="{one.look}" points="{line}"/>'

@@ -22,12 +22,13 @@ from pocketlm.config import Config
 from pocketlm.data.loader import Loader
 from pocketlm.errors import ConfigError, Diverged, FileError, Interrupted
 from pocketlm.evaluate.loss import evaluate_stream
-from pocketlm.files import Lock, sweep
+from pocketlm.files import Lock, set_aside, sweep
 from pocketlm.generate.sampling import Sampling
 from pocketlm.language_model import LanguageModel
 from pocketlm.model.loss import linear_cross_entropy
 from pocketlm.optim.schedule import factor
-from pocketlm.train.log import Listener, Silent, duration
+from pocketlm.train.log import Listener, Silent
+from pocketlm.train.report import write_report
 from pocketlm.train.run import Run, begin, info
 from pocketlm.train.signals import StopRequest
 from pocketlm.train.state import TrainState
@@ -39,7 +40,8 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
     Args:
         config: the whole run.
         out: the run's folder, by default `runs/NAME`.
-        resume: "auto" goes on from the newest valid checkpoint; a path names one of the run's checkpoints.
+        resume: "auto" goes on from the newest valid checkpoint; a path names one of the run's checkpoints, and later
+            ones are set aside.
         listener: hears what happens.
 
     Raises:
@@ -69,6 +71,7 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
         finally:
             listener.finished()
             run.journal.close()
+            listener.note(f"report: {write_report(folder, run.dataset)}")  # last: everything is saved if it fails
     return folder
 
 
@@ -79,6 +82,9 @@ def _find_start(folder: Path, resume: str, listener: Listener) -> Path | None:
     path = checkpoint.find_checkpoint(Path(resume), listener.note)
     if path.resolve().parent != (folder / "checkpoints").resolve():
         raise FileError(f"{path} is no checkpoint of {folder}; --resume takes one of the run's own")
+    for later in checkpoint.list_checkpoints(folder):
+        if checkpoint.step_of(later) > checkpoint.step_of(path):
+            listener.note(f"set aside as {set_aside(later)}: the run goes on from step {checkpoint.step_of(path)}")
     return path
 
 
@@ -226,8 +232,3 @@ def _save(run: Run, state: TrainState, validation: float | None) -> None:
     )
     run.listener.saved(checkpoint.save(run.folder / "checkpoints", snapshot))
     checkpoint.prune(run.folder, train.keep_last, train.keep_best)
-
-
-def finished_line(run_folder: Path, elapsed_s: float) -> str:
-    """What to type next."""
-    return f"trained in {duration(elapsed_s)}; next: pocketlm chat {run_folder}"

@@ -1,0 +1,64 @@
+"""The fields of a configuration as help: what may be typed, what it means, what it is by default.
+
+The flags are not parsed by argparse: `config.parse_overrides` reads them. A test types every default that is shown
+here back in, so the help cannot promise what is not read.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from argparse import ArgumentParser
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pocketlm.config import Config, Section
+
+WORDS = {bool: "true|false", int: "N", float: "X", str: "TEXT", NoneType: "none"}
+LIST_WORDS = {str: '"TEXT"', Ellipsis: "..."}
+
+
+def add_fields(parser: ArgumentParser, config: Config) -> None:
+    """Adds every field to the parser's help, a group a section, with its value in `config` as the default."""
+    for name in type(config).model_fields:
+        if isinstance(section := getattr(config, name), Section):
+            group = parser.add_argument_group(name, section.__doc__)
+            for flag, options in _flags(section, f"{name}."):
+                group.add_argument(flag, **options)
+    for flag, options in _flags(config, ""):
+        parser.add_argument(flag, **options)
+
+
+def _flags(section: Section, prefix: str) -> list[tuple[str, dict[str, Any]]]:
+    """(flag, what argparse takes with it) of each field that is no section itself."""
+    fields = [(name, info, getattr(section, name)) for name, info in type(section).model_fields.items()]
+    return [
+        (
+            f"--{prefix}{name}".replace("_", "-"),
+            {"metavar": _kind(info.annotation), "help": f"{info.description} (default: {_typed(value)})"},
+        )
+        for name, info, value in fields
+        if not isinstance(value, Section)
+    ]
+
+
+def _kind(annotation: Any) -> str:
+    """What may be typed for a type: N, X, TEXT, none, true|false, cosine|wsd, auto|N, '[X, X]', '["TEXT", ...]'."""
+    origin, members = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(members[0])
+    if origin is Literal:
+        return "|".join(members)
+    if origin in (Union, UnionType):
+        return "|".join(map(_kind, members))
+    if origin is tuple:
+        return f"'[{', '.join(LIST_WORDS.get(member) or _kind(member) for member in members)}]'"
+    return WORDS[annotation]
+
+
+def _typed(value: Any) -> str:
+    """A value as one types it in a shell; argparse wants % doubled."""
+    if value is None:
+        return "none"
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, bool | tuple) else str(value)
+    return shlex.quote(text).replace("%", "%%")
