@@ -112,11 +112,20 @@ def describe(record: Record) -> str:
     if record["kind"] == "eval":
         return f"{step}  validation loss {record['loss']:.4f}  bits/byte {record['bits_per_byte']:.4f}"
     if record["kind"] == "sample":
-        return f"{step}  sample: {record['prompt']}{record['text']}"
+        return f"{step}  sample: {inert(record['prompt'] + record['text'])}"
     return (
         f"{step}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
         f"{record['tokens_per_s']:,.0f} tok/s  MFU {100 * record['mfu']:.0f} %"
     )
+
+
+def inert(text: str) -> str:
+    """The text with its line ends, tabs as spaces, and every other character that is not printed as U+FFFD.
+
+    Those are the control characters, with them every escape sequence, and invisible marks such as those that turn
+    the direction of writing.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.expandtabs(4))
 
 
 def duration(seconds: float) -> str:

@@ -32,7 +32,7 @@ from rich.text import Text
 
 from pocketlm.files import Journal
 from pocketlm.train import curve
-from pocketlm.train.log import Record, RunInfo, duration
+from pocketlm.train.log import Record, RunInfo, duration, inert
 
 REFRESH_S = 0.5
 MOST_OF_TIME = 0.01
@@ -173,15 +173,6 @@ def memory() -> Pairs:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         held.append(("GPU memory", torch.cuda.max_memory_allocated()))
     return [(name, f"{size / 2**30:.2f} GiB") for name, size in held]
-
-
-def inert(text: str) -> str:
-    """The text with its line ends, tabs as spaces, and every other character that is not printed as U+FFFD.
-
-    Those are the control characters, with them every escape sequence, and invisible marks such as those that turn
-    the direction of writing.
-    """
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.expandtabs(4))
 
 
 # --- the picture

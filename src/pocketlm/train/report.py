@@ -25,7 +25,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from pocketlm import checkpoint, distributed
@@ -190,8 +191,10 @@ def _template() -> str:
     return (resources.files("pocketlm.train") / "report.html.jinja").read_text(encoding="utf-8")
 
 
-def _environment() -> Environment:
-    return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
 
 
 def _context(story: Story, dataset: Dataset | None) -> dict[str, Any]:
