@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pocketlm.train.report import write_curve
+from pocketlm.training.report import write_curve
 
 ROOT = Path(__file__).parents[1]
 

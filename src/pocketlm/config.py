@@ -47,7 +47,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """One decoder. With its defaults it is a Llama; `config.json` uses the same words."""
 
-    vocab_size: Count = 50257
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)] = 50257
     """Rows of the embedding; at least the tokenizer's ids."""
     hidden_size: Count = 256
     """Width of the residual stream."""
@@ -183,11 +183,11 @@ class TrainConfig(Section):
     """Rows that go through the model at once."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the computation; weights, gradient sums and moments are fp32 always. `auto` probes."""
-    seed: Natural = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Weights, order and samples follow from it."""
     determinism: Determinism = "bitwise"
     """What is promised of a second run and of a resume."""
-    threads: Literal["auto"] | Count = "auto"
+    threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """CPU threads."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more work."""
@@ -431,6 +431,12 @@ def _problem(name: str, given: Any, messages: list[str]) -> str:
     return f"{name}: given {given!r}, allowed is {' or '.join(messages)}"
 
 
+def _known_ids(tokenizer: str) -> int | None:
+    """How many ids a tokenizer has whose name says so; others are counted once they are read."""
+    kind, _, size = tokenizer.partition(":")
+    return int(size) if kind == "bpe" and size.isdecimal() else {"gpt2": 50257, "byte": 257}.get(tokenizer)
+
+
 def _clashes(config: Config) -> Iterator[str]:
     """Fields that are right alone and wrong together."""
     data, train, model = config.data, config.train, config.model
@@ -444,6 +450,12 @@ def _clashes(config: Config) -> Iterator[str]:
         yield (
             f"train.tokens_per_step {train.tokens_per_step} is no multiple of data.context {data.context}; "
             f"the nearest is --train.tokens-per-step {nearest}"
+        )
+    ids = _known_ids(data.tokenizer)
+    if ids and ids > model.vocab_size:
+        yield (
+            f"model.vocab_size {model.vocab_size} is below the {ids} ids of the tokenizer {data.tokenizer}; "
+            f"add --model.vocab-size {ids}"
         )
     warmup = config.schedule.warmup_steps
     if warmup is not None and warmup > train.total_steps:

@@ -21,7 +21,7 @@ import pytest
 import pocketlm
 from pocketlm.cli.main import main
 from pocketlm.files import Journal
-from pocketlm.train import resolve
+from pocketlm.training import resolve
 
 SOURCES = Path(pocketlm.__file__).parent
 DTYPES = ("fp32", "bf16")

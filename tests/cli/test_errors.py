@@ -19,7 +19,7 @@ import pytest
 
 from pocketlm.cli.main import main
 from pocketlm.files import Lock
-from pocketlm.train import resolve
+from pocketlm.training import resolve
 
 TEXT = "".join(f"{n}: the {n * n % 97} ravens flew over {n % 13} hills\n" for n in range(600))
 TRAIN = ["train", "debug", "--data.source", "files:text.txt", "--train.total-steps", "10", "--out", "run"]

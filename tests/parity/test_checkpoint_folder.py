@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import pocketlm
 from pocketlm import checkpoint
 from pocketlm.config import Config
-from pocketlm.train.loop import train
+from pocketlm.training.loop import train
 
 TEXT = "the cat <|endoftext|> ünïcode\n\n  and 日本語 🙂"
 

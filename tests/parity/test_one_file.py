@@ -23,8 +23,8 @@ from pocketlm.config import Config
 from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import open_dataset
 from pocketlm.files import Journal
-from pocketlm.train import resolve
-from pocketlm.train.loop import train
+from pocketlm.training import resolve
+from pocketlm.training.loop import train
 
 TWIN = Path(__file__).parents[2] / "examples" / "one_file.py"
 LONG = "".join(f"{n}: the {n * n % 97} ravens flew over {n % 13} hills, née à Zürich\n" for n in range(1200))

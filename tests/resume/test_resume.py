@@ -17,7 +17,7 @@ import pytest
 from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.files import Journal, sha256_of
-from pocketlm.train.loop import train
+from pocketlm.training.loop import train
 
 CLOCKS = {"elapsed_s", "tokens_per_s", "mfu"}
 STEPS = 16
@@ -90,7 +90,7 @@ def test_resumed_again_and_again_in_new_processes(case: str, workdir: Path) -> N
 
 
 def test_a_resume_never_probes_again(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pocketlm.train import resolve
+    from pocketlm.training import resolve
 
     fields: dict[str, Any] = {"train__dtype": "auto", "train__micro_batch": "auto"}
     monkeypatch.setattr(resolve, "matmul_rate", lambda config, device, dtype: {4: 1e9, 2: 3e9}[dtype.itemsize])

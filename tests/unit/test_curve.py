@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pocketlm.train import curve
-from pocketlm.train.curve import Series
+from pocketlm.training import curve
+from pocketlm.training.curve import Series
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -11,9 +11,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from pocketlm.files import Journal
-from pocketlm.train import panel
-from pocketlm.train.log import RunInfo
-from pocketlm.train.panel import Clock, Heard, Panel
+from pocketlm.training import panel
+from pocketlm.training.log import RunInfo
+from pocketlm.training.panel import Clock, Heard, Panel
 
 WIDTHS = (20, 40, 60, 75, 76, 80, 120, 200)
 

@@ -15,10 +15,10 @@ import pytest
 from pocketlm.config import Config
 from pocketlm.errors import FileError
 from pocketlm.files import Journal
-from pocketlm.train import loop, report
-from pocketlm.train.log import Silent
-from pocketlm.train.loop import train
-from pocketlm.train.report import write_curve, write_report
+from pocketlm.training import loop, report
+from pocketlm.training.log import Silent
+from pocketlm.training.loop import train
+from pocketlm.training.report import write_curve, write_report
 
 STEPS = 12
 PROMPT = "<script>alert(1)</script>"

@@ -24,7 +24,7 @@ def run(argv: list[str]) -> int:
     from pocketlm import checkpoint
     from pocketlm.evaluate.loss import evaluate_stream
     from pocketlm.evaluate.source import open_stream
-    from pocketlm.train.precision import TORCH_DTYPES
+    from pocketlm.training.precision import TORCH_DTYPES
 
     path = Path(arguments.model) if arguments.model else checkpoint.newest_run()
     folder = checkpoint.find_checkpoint(path, say)

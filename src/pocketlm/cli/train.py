@@ -1,4 +1,4 @@
-"""`pocketlm train`: the flags, and what is shown; the run itself is in train/loop.py."""
+"""`pocketlm train`: the flags, and what is shown; the run itself is in training/loop.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pocketlm.cli.arguments import Parser, print_json, say
 from pocketlm.config import Config, parse_overrides, preset_names
 
 if TYPE_CHECKING:
-    from pocketlm.train.log import Listener
+    from pocketlm.training.log import Listener
 
 SHORT_FLAGS = {"total_steps": "train.total_steps", "seed": "train.seed", "determinism": "train.determinism"}
 
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
     }
     config = load_config(arguments.preset, overrides)
 
-    from pocketlm.train.loop import train
+    from pocketlm.training.loop import train
 
     out = Path(arguments.out) if arguments.out else None
     listener = _listener(config, plain=arguments.json)
@@ -76,8 +76,8 @@ def _help(parser: Parser, argv: list[str]) -> int:
 
 def _listener(config: Config, *, plain: bool) -> Listener:
     """The live panel where stderr is a terminal that can show it; lines elsewhere."""
-    from pocketlm.train.log import PlainLines
-    from pocketlm.train.panel import Panel, terminal
+    from pocketlm.training.log import PlainLines
+    from pocketlm.training.panel import Panel, terminal
 
     console = None if plain else terminal(sys.stderr)
     return Panel(console) if console else PlainLines(say, config.train.log_every)
@@ -85,7 +85,7 @@ def _listener(config: Config, *, plain: bool) -> Listener:
 
 def _next_line(folder: Path, summary: dict[str, Any], total_steps: int) -> str:
     """How it ended, and what to type next."""
-    from pocketlm.train.log import duration
+    from pocketlm.training.log import duration
 
     if (summary["step"] or 0) < total_steps:
         return (

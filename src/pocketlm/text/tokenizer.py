@@ -294,20 +294,24 @@ _LOCAL = "give a local tokenizer.json by --data.tokenizer PATH"
 
 def _hub_file(repository: str, name: str) -> Path | None:
     """A file of a Hub repository, from the Hub library's cache or fetched by it; None if it is not in there."""
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 
     try:
+        cached = try_to_load_from_cache(repository, name)
+        if cached is not None:
+            return Path(cached) if isinstance(cached, str) else None  # else it is known not to be in there
+        get_hf_file_metadata(hf_hub_url(repository, name))  # asked once: the download itself would try for 20 s
         return Path(hf_hub_download(repository, name))
     except RemoteEntryNotFoundError:
         return None
     except HFValidationError as error:
         raise DataError(f"no path {repository!r}, and no Hub id: {error}; allowed is {SPECS}") from None
     except Exception as error:  # the library passes on what its HTTP client raises, not all of it OSError
-        if try_to_load_from_cache(repository, name) is _CACHED_NO_EXIST:  # offline, but known not to be in there
-            return None
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot fetch {name} of {repository!r} (no such path here): {reason}; {_LOCAL}") from None
+        raise DataError(
+            f"no path {repository!r} here, and its {name} cannot be fetched from the Hub ({type(error).__name__}); "
+            f"{_LOCAL}"
+        ) from None
 
 
 def gpt2_tokenizer() -> Tokenizer:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pocketlm.config import Config, Dtype
 from pocketlm.distributed import Runtime
-from pocketlm.train.precision import TORCH_DTYPES
-from pocketlm.train.state import versions
+from pocketlm.training.precision import TORCH_DTYPES
+from pocketlm.training.state import versions
 
 MICRO_BATCH_TOKENS = 8192
 BF16_MUST_GAIN = 1.2
@@ -52,7 +52,9 @@ class Resolved:
 
 def resolve(config: Config, runtime: Runtime) -> Resolved:
     """Probes what is left to `auto`. The probe takes about a second."""
-    rates = {dtype: matmul_rate(config, runtime.device, TORCH_DTYPES[dtype]) for dtype in ("fp32", "bf16")}
+    wanted = config.train.dtype
+    candidates: tuple[Dtype, ...] = ("fp32", "bf16") if wanted == "auto" else (wanted,)
+    rates = {dtype: matmul_rate(config, runtime.device, TORCH_DTYPES[dtype]) for dtype in candidates}
     dtype, dtype_reason = _dtype(config, rates)
     micro_batch, micro_reason = _micro_batch(config)
     given = "auto" if config.train.threads == "auto" else "as given"
@@ -70,7 +72,7 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     )
 
 
-def _dtype(config: Config, rates: Mapping[str, float]) -> tuple[Dtype, str]:
+def _dtype(config: Config, rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
     if config.train.dtype != "auto":
         return config.train.dtype, "as given"
     gain = rates["bf16"] / rates["fp32"]

@@ -17,10 +17,10 @@ from pocketlm.model import sizes
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.optimizer import Optimizer
-from pocketlm.train.log import Listener, RunInfo
-from pocketlm.train.precision import Precision
-from pocketlm.train.resolve import Resolved, resolve
-from pocketlm.train.state import TrainState, seed_global_generators
+from pocketlm.training.log import Listener, RunInfo
+from pocketlm.training.precision import Precision
+from pocketlm.training.resolve import Resolved, resolve
+from pocketlm.training.state import TrainState, seed_global_generators
 
 
 @dataclass(frozen=True)

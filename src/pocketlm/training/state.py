@@ -21,7 +21,7 @@ from pocketlm.data import order
 from pocketlm.errors import FileError
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.tensors import Shapes
-from pocketlm.train.precision import Precision
+from pocketlm.training.precision import Precision
 
 SCHEMA = 1
 SMOOTHING = 0.95

@@ -3,7 +3,7 @@
 It is made from the files of the run's folder (config.toml, resolved.toml, metrics.jsonl) and the data set, so it can
 be made again at any time, for a stopped run too:
 
-    from pocketlm.train.report import write_report
+    from pocketlm.training.report import write_report
     write_report(Path("runs/tiny"))
 
 Whatever a run holds is text to the page: the template escapes every value, a policy in its head forbids scripts and
@@ -35,8 +35,8 @@ from pocketlm.data.shards import DATASET_FILE, Dataset, open_dataset, unigram_en
 from pocketlm.errors import FileError
 from pocketlm.files import Journal, read_json, read_text, write_file
 from pocketlm.model import sizes
-from pocketlm.train import curve
-from pocketlm.train.log import Record, duration
+from pocketlm.training import curve
+from pocketlm.training.log import Record, duration
 
 REPORT = "report.html"
 CHART_POINTS = 1500
@@ -188,7 +188,7 @@ def _noisy(raw: list[curve.Point], span: int) -> list[curve.Series]:
 
 
 def _template() -> str:
-    return (resources.files("pocketlm.train") / "report.html.jinja").read_text(encoding="utf-8")
+    return (resources.files("pocketlm.training") / "report.html.jinja").read_text(encoding="utf-8")
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

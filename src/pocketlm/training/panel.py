@@ -31,8 +31,8 @@ from rich.live import Live
 from rich.text import Text
 
 from pocketlm.files import Journal
-from pocketlm.train import curve
-from pocketlm.train.log import Record, RunInfo, duration, inert
+from pocketlm.training import curve
+from pocketlm.training.log import Record, RunInfo, duration, inert
 
 REFRESH_S = 0.5
 MOST_OF_TIME = 0.01

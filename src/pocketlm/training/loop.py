@@ -27,11 +27,11 @@ from pocketlm.generate.sampling import Sampling
 from pocketlm.language_model import LanguageModel
 from pocketlm.model.loss import linear_cross_entropy
 from pocketlm.optim.schedule import factor
-from pocketlm.train.log import Listener, Silent
-from pocketlm.train.report import write_report
-from pocketlm.train.run import Run, begin, info
-from pocketlm.train.signals import StopRequest
-from pocketlm.train.state import TrainState
+from pocketlm.training.log import Listener, Silent
+from pocketlm.training.report import write_report
+from pocketlm.training.run import Run, begin, info
+from pocketlm.training.signals import StopRequest
+from pocketlm.training.state import TrainState
 
 
 def train(config: Config, *, out: Path | None = None, resume: str = "auto", listener: Listener | None = None) -> Path:
@@ -51,15 +51,19 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
         Diverged: loss or gradient are no numbers any more; the last checkpoint stands.
         Interrupted: a signal came; the last whole step is saved.
     """
+    if out is None and Path(config.name).name != config.name:
+        raise ConfigError(f"name: given {config.name!r}, allowed is the name of a folder in runs/; or give --out")
     folder = out or Path("runs") / config.name
     listener = listener or Silent()
+    if folder.exists() and not folder.is_dir():
+        raise FileError(f"{folder} is a file; give a folder as --out")
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder):
         for path in (*sweep(folder), *sweep(folder / "checkpoints")):
             listener.note(f"removed what a stopped process had left: {path}")
         start = _find_start(folder, resume, listener)
         if start is not None:
-            _check_same_config(folder, config)
+            _check_same_config(folder, start, config)
             if checkpoint.step_of(start) >= config.train.total_steps:
                 listener.note(f"{folder} is complete: step {checkpoint.step_of(start)} of {config.train.total_steps}")
                 return folder
@@ -88,8 +92,8 @@ def _find_start(folder: Path, resume: str, listener: Listener) -> Path | None:
     return path
 
 
-def _check_same_config(folder: Path, config: Config) -> None:
-    stored = Config.from_toml(folder / "config.toml")
+def _check_same_config(folder: Path, start: Path, config: Config) -> None:
+    stored = Config.from_toml(start / "training" / "config.toml")
     if changed := config.differences(stored):
         raise ConfigError(
             f"{folder} was begun with another configuration (given, there): {'; '.join(changed)}; "
@@ -157,7 +161,7 @@ def train_step(state: TrainState, loader: Loader, config: Config, micro_batch: i
     if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
         raise Diverged(
             f"step {state.step + 1}: loss {loss.item()}, gradient norm {norm.item()}; nothing was applied. "
-            f"The last checkpoint stands; try a lower --optim.lr in a new --out"
+            f"What was saved before stands; try a lower --optim.lr in a new --out"
         )
     total = config.train.total_steps
     state.optimizer.step(factor(config.schedule, state.step, total), state.step, total)
