@@ -3,20 +3,31 @@
 # make check   what CI runs: lint, then test
 #
 # Each makes .venv itself, once. TORCH=cpu takes PyTorch's CPU build from PyTorch's own index: without an NVIDIA GPU
-# that saves gigabytes. PYTHON=python3.12 chooses the interpreter.
+# that saves gigabytes. TORCH=pypi goes back to the build from PyPI; a build once chosen stays until the other is named.
+# PYTHON=python3.12 chooses the interpreter.
 
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH_VERSION := 2.13.0
-TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--index-url https://download.pytorch.org/whl/cpu)
+TORCH_BUILD := $(or $(TORCH),$(if $(wildcard $(VENV)/.torch-*-cpu),cpu,pypi))
+TORCH_STAMP := $(VENV)/.torch-$(TORCH_VERSION)-$(TORCH_BUILD)
+TORCH_FLAGS_cpu := --index-url https://download.pytorch.org/whl/cpu
+TORCH_FLAGS_pypi :=
 PYTHON := $(shell for p in python3.14 python3.13 python3.12 python3.11 python3; do \
 	if $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then echo $$p; break; fi; done)
 DEMO_RUN := runs/tiny
 
+$(if $(filter cpu pypi,$(TORCH_BUILD)),,$(error TORCH=$(TORCH) is no build of PyTorch; allowed is TORCH=cpu or TORCH=pypi))
+ifeq ($(origin PYTHON)$(filter clean,$(MAKECMDGOALS)),command line)
+OTHER_PYTHON := $(shell test ! -x $(BIN)/python || test "`$(PYTHON) -V`" = "`$(BIN)/python -V`" || echo yes)
+$(if $(OTHER_PYTHON),$(error $(VENV) has another Python than $(PYTHON); type: make clean, then the same command again))
+endif
+
 .PHONY: demo test check lint format clean
 
 demo: $(VENV)/.ready
-	@$(BIN)/pocketlm train tiny --out $(DEMO_RUN)
+	@$(BIN)/pocketlm train tiny --out $(DEMO_RUN) || { code=$$?; \
+		if [ $$code = 2 ]; then echo "or: make demo DEMO_RUN=runs/demo2" >&2; fi; exit $$code; }
 	@echo; echo "# pocketlm generate $(DEMO_RUN) --prompt 'def read_file(path):'"; echo
 	@$(BIN)/pocketlm generate $(DEMO_RUN) --prompt "def read_file(path):" --max-new-tokens 200 --seed 1
 	@echo; echo "next: . $(BIN)/activate; pocketlm chat $(DEMO_RUN)"
@@ -40,18 +51,22 @@ clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 # PyTorch first and by exact version: left to a dependency, pip would take the newest build with all of CUDA.
-$(VENV)/.torch-$(TORCH_VERSION):
+# A pip that answers is the mark of a whole .venv: its python is linked before pip is there. pip takes one build of
+# torch for the other, so only force changes it.
+$(TORCH_STAMP):
 	@test -n "$(PYTHON)" || { echo "pocketlm needs Python 3.11 or newer; on Debian or Ubuntu type: sudo apt install python3 python3-venv"; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) has no venv module; type: sudo apt install $$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"; exit 2; }
 	@echo "setting up $(VENV) with $(PYTHON): once, some minutes"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) torch==$(TORCH_VERSION)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $(VENV)/.torch-*
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_FLAGS_$(TORCH_BUILD)) \
+		$(if $(wildcard $(VENV)/.torch-* $(VENV)/.ready*),--force-reinstall) torch==$(TORCH_VERSION)
 	@touch $@
 
-$(VENV)/.ready: $(VENV)/.torch-$(TORCH_VERSION) pyproject.toml constraints.txt
+$(VENV)/.ready: $(TORCH_STAMP) pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.torch-$(TORCH_VERSION) pyproject.toml constraints.txt
+$(VENV)/.ready-dev: $(TORCH_STAMP) pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@ $(VENV)/.ready

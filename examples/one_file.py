@@ -143,7 +143,7 @@ class Model(nn.Module):
     def loss(self, rows: Tensor, scale: float) -> Tensor:
         """`scale` times the summed nats of rows (B, T + 1). The output matrix is the embedding: tied weights."""
         hidden = self(rows[:, :-1]).flatten(0, 1)  # (B * T, C)
-        return CrossEntropy.apply(hidden, self.embed_tokens.weight, rows[:, 1:].flatten(), scale)
+        return CrossEntropy.apply(hidden, self.embed_tokens.weight, rows[:, 1:].reshape(-1, 1), scale)
 
 
 class Layer(nn.Module):
@@ -190,7 +190,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """scale * sum of -ln p(target) with p = softmax(x W^T), for rows x (N, C), head W (V, C), targets t (N,).
+    """scale * sum of -ln p(target) with p = softmax(x W^T), for rows x (N, C), head W (V, C), targets t (N, 1).
 
     Autograd could find the gradient; by hand it is one formula: d loss / d logits = scale * (p - onehot(t)). Pull the
     true token up, push every other down as far as the model believed in it.
@@ -199,14 +199,14 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, t: Tensor, scale: float) -> Tensor:
         z = x @ W.t()  # (N, V)
-        z_t, m = z.gather(1, t[:, None]), z.amax(1, keepdim=True)
-        E = (z - m).exp()  # the largest is exp(0): nothing overflows
-        s = E.sum(1, keepdim=True)  # p = E / s; the division is done below, on thinner matrices
-        w = torch.full_like(s, scale)
-        dx = (E @ W) * (w / s) - W[t] * w
-        dW = (E.t() @ (x * (w / s))).index_add_(0, t, x * w, alpha=-1)
+        z = z - z.amax(1, keepdim=True)  # the same p, and the largest is exp(0): nothing overflows
+        z_t, E = z.gather(1, t), z.exp()
+        others = E.scatter_(1, t, 0).sum(1, keepdim=True)
+        s = z_t.exp() + others  # p = E / s; the division is done below, on thinner matrices
+        D = E.scatter_(1, t, -others)  # E - s * onehot(t), without subtracting what may be nearly equal
+        dx, dW = (D @ W) * (scale / s), D.t() @ (x * (scale / s))
         ctx.save_for_backward(dx, dW)
-        return (m + s.log() - z_t).sum() * scale
+        return (s.log() - z_t).sum() * scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:

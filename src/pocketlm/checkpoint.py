@@ -59,8 +59,6 @@ def save(checkpoints: Path, snapshot: Snapshot) -> Path:
     """
     folder = checkpoints / f"step-{snapshot.step:08d}"
     end_id = snapshot.tokenizer.end_id
-    if folder.exists():  # damaged, or of a run that was set back: this run was resumed from an earlier one
-        remove_folder(folder)
     with commit_folder(folder) as commit:
         commit.write("config.json", _json(huggingface.config_json(snapshot.model, end_id=end_id)))
         commit.write("generation_config.json", _json(huggingface.generation_config_json(snapshot.sample, end_id)))

@@ -32,6 +32,7 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Tree = dict[str, Any]
 
 Dtype = Literal["fp32", "bf16"]
@@ -133,7 +134,7 @@ class OptimConfig(Section):
     """`muon`: orthogonalised momentum for the blocks' matrices, AdamW for the rest."""
     lr: Positive = 3e-4
     """Peak rate of AdamW."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay of the first and second moment."""
     eps: Positive = 1e-8
     """AdamW's epsilon."""
@@ -145,9 +146,9 @@ class OptimConfig(Section):
     """Largest global gradient norm; none is no clipping."""
     muon_lr: Positive = 0.02
     """Peak rate of Muon."""
-    muon_momentum: Fraction = 0.95
+    muon_momentum: Decay = 0.95
     """Muon's momentum (Nesterov)."""
-    muon_momentum_start: Fraction = 0.85
+    muon_momentum_start: Decay = 0.85
     """Momentum at the first step, rising over the first tenth of the run."""
     muon_steps: Count = 5
     """Newton-Schulz steps."""
@@ -185,8 +186,8 @@ class TrainConfig(Section):
     """Precision of the computation; weights, gradient sums and moments are fp32 always. `auto` probes."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Weights, order and samples follow from it."""
-    determinism: Determinism = "bitwise"
-    """What is promised of a second run and of a resume."""
+    determinism: Literal["auto", "bitwise", "same-data", "off"] = "auto"
+    """What is promised of a second run and of a resume; `auto` is bitwise on a CPU, same-data on a GPU."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """CPU threads."""
     gradient_checkpointing: bool = False
@@ -228,10 +229,10 @@ class SampleConfig(Section):
     """What is completed."""
 
 
-# Fields that may differ when a run goes on: they change what is kept or said, never a weight.
+# Fields that may differ when a run goes on: they change what is measured, kept or said, never a weight.
 FREE_FIELDS = frozenset(
-    {"train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_last", "train.keep_best"}
-    | {"train.stop_at_step", "data.dir"}
+    {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every"}
+    | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "data.dir"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )
 

@@ -33,13 +33,21 @@ BLOCK_BYTES = 1 << 20
 Chunk = bytes | memoryview
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and what is above it, each on the disk for certain before anything is put into it."""
+    if not path.exists():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+
+
 def write_file(path: Path, data: Chunk | Iterable[Chunk]) -> None:
     """Writes a file so that a crash leaves the old content or the new, never a part.
 
     Raises:
         OSError: the disk refused; the old content stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = _temporary(path)
     try:
         _write_synced(temporary, data)
@@ -75,7 +83,7 @@ def commit_folder(final: Path) -> Iterator[FolderWriter]:
         OSError: the disk refused; nothing stands under the name.
     """
     assert not final.exists(), f"{final} exists"
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(final.parent)
     temporary = _temporary(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -202,24 +210,33 @@ class Journal:
 
     def sync(self) -> None:
         """Returns once every record is on the disk."""
-        os.fsync(self._file.fileno())
+        _sync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """All whole records; a last line without its end, left by a crash, is not one."""
-        if not path.exists():
-            return []
-        lines = path.read_bytes().split(b"\n")[:-1]
-        return [json.loads(line) for line in lines]
+        """The records up to the first line that is none: a crash may leave a torn line, a power cut worse."""
+        return [record for _, record in _whole_lines(path)]
 
     @staticmethod
     def truncate(path: Path, step: int) -> None:
         """Drops every record after `step`: what a resumed run will write again."""
-        records = [record for record in Journal.read(path) if record["step"] <= step]
-        write_file(path, b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        write_file(path, [line + b"\n" for line, record in _whole_lines(path) if record["step"] <= step])
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line with its record, up to the first that is not one."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(record, dict) or "step" not in record:
+            return
+        yield line, record
 
 
 class Lock:
@@ -267,14 +284,22 @@ def _write_synced(path: Path, data: Chunk | Iterable[Chunk]) -> tuple[int, str]:
             digest.update(chunk)
             size += len(chunk)
         file.flush()
-        os.fsync(file.fileno())
+        _sync(file.fileno())
     return size, digest.hexdigest()
+
+
+def _sync(descriptor: int) -> None:
+    """Returns once the bytes are on the medium; on macOS fsync alone leaves them in the drive's cache."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)
 
 
 def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -22,6 +22,7 @@ from typing import Literal, Unpack, get_args
 import torch
 
 from pocketlm.checkpoint import Warn, find_checkpoint, load_model, newest_run
+from pocketlm.distributed import default_device
 from pocketlm.errors import UsageError
 from pocketlm.files import read_json
 from pocketlm.generate import engine
@@ -48,7 +49,7 @@ class CompletionOptions(SamplingOptions, total=False):
 def load(
     model: str | os.PathLike[str] | None = None, *, dtype: LoadDtype = "auto", warn: Warn = warnings.warn
 ) -> LanguageModel:
-    """The model of a run (its newest valid checkpoint), of a checkpoint or of a Hugging Face folder.
+    """The model of a run (its newest valid checkpoint), of a checkpoint or of a Hugging Face folder, on the GPU if any.
 
     Args:
         model: the folder; by default the newest run under `runs/`.
@@ -63,8 +64,7 @@ def load(
         raise UsageError(f"dtype {dtype!r}: allowed is {', '.join(get_args(LoadDtype))}")
     folder = find_checkpoint(newest_run() if model is None else Path(model), warn)
     transformer, tokenizer, sample = load_model(folder)
-    if dtype == "bf16":
-        transformer = transformer.to(torch.bfloat16)
+    transformer = transformer.to(default_device(), torch.bfloat16 if dtype == "bf16" else None)
     sampling = Sampling(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
     return LanguageModel(transformer, tokenizer, sampling, folder, _has_chat_template(folder))
 
@@ -74,7 +74,7 @@ class LanguageModel:
     """A model that reads and writes text."""
 
     model: Transformer
-    """Token ids (B, T) -> logits (B, T, V)."""
+    """Token ids (B, T) -> logits (B, T, V), both on `device`."""
     tokenizer: Tokenizer
     sampling: Sampling = field(default_factory=Sampling)
     """How it speaks unless told otherwise: its generation_config.json."""
@@ -82,6 +82,11 @@ class LanguageModel:
     """Where it was loaded from."""
     has_chat_template: bool = False
     """Whether its folder has a chat template. Nothing here applies it yet."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.head.device
 
     def generate(self, prompt: str, **options: Unpack[CompletionOptions]) -> str:
         """The text that follows `prompt`, all at once; takes what `stream` takes."""

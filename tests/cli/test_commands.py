@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import pocketlm
 from pocketlm.cli.main import main
+from pocketlm.evaluate.loss import LossReport
 from pocketlm.files import Journal
 from pocketlm.training import resolve
 
 SOURCES = Path(pocketlm.__file__).parent
 DTYPES = ("fp32", "bf16")
+FIGURES = LossReport(1.0, 2.0, 3.0, 4.0, 5, 6)
 TOML = """
 preset = "debug"
 
@@ -108,7 +111,7 @@ def test_data_prepare_and_show(said: dict[str, Any]) -> None:
     assert described["vocab_size"] == 300
     assert described["samples"][0].encode() == texts[0]
     shown = run("data", "show", "data/own")
-    assert str(described["train"]["tokens"]) in shown
+    assert f"{described['train']['tokens']:,}" in shown
     assert described["samples"][0] in shown
 
 
@@ -137,6 +140,38 @@ def test_eval_gives_exactly_what_training_measured_last(dtype: str) -> None:
     other = run_json("eval", f"runs/{dtype}", "--data", "data/own", "--dtype", "fp32" if dtype == "bf16" else "bf16")
     assert other["loss"] != evaluated["loss"], "the precision is part of the measurement"
     assert other["loss"] == pytest.approx(evaluated["loss"], abs=0.02)
+
+
+def test_eval_finds_what_was_held_out_of_its_own_data() -> None:
+    named, found = (run_json("eval", "runs/fp32", *data) for data in (["--data", "data/own"], []))
+    assert found == named
+    assert found["data"] == "data/own"
+    _, err = both("eval", "runs/fp32")
+    assert "on data/own in fp32" in err
+    assert "remembers" not in err
+
+
+def test_eval_computes_where_training_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pocketlm.distributed.default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(
+        "pocketlm.evaluate.loss.evaluate_stream",
+        lambda model, *_, **__: pytest.fail("the model was not moved") if model.head.device.type != "meta" else FIGURES,
+    )
+    assert run_json("eval", "runs/fp32")["tokens"] == FIGURES.tokens
+
+
+def test_eval_says_when_the_text_is_what_the_model_was_trained_on() -> None:
+    own = both("eval", "runs/fp32", "--data", "files:text/*.py")[1]
+    assert "was trained on files:text/*.py: this is how it remembers" in own
+    assert "remembers" not in both("eval", "runs/fp32", "--data", "files:text/config.py")[1]
+
+
+def test_fields_may_stand_before_what_they_change() -> None:
+    after = run_json("sizes", "debug", "--model.hidden-size", "64")
+    for fields in ("--model.hidden-size 64", "--model.hidden-size=64", "--name x --model.hidden-size=64"):
+        assert run_json("sizes", *fields.split(), "debug") == after
+    _, err = both("train", "--train.log-every", "3", "fp32.toml", "--name", "fp32")
+    assert "runs/fp32 is complete" in err
 
 
 def test_train_again_says_that_the_run_is_complete() -> None:

@@ -44,10 +44,13 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.toml").write_text("[train\nseed = 1\n")
     (folder / "unknown.toml").write_text('preset = "debug"\n[optim]\nlrr = 1\n')
     (folder / "mistyped.toml").write_text("preset = 3\n")
+    (folder / "checkpointless").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(resolve, "matmul_rate", lambda config, device, dtype: 1e9)
         assert main(TRAIN) == 0
+    own = {"manifest.json", "training"}
+    shutil.copytree(folder / NEWEST, folder / "foreign", ignore=lambda place, names: own & set(names))
     return folder
 
 
@@ -101,6 +104,10 @@ CASES: list[tuple[str, int, list[str]]] = [
     ("train debug --optim.lrr 1", 2, ["'optim.lrr'", "did you mean --optim.lr?"]),
     ("train debug --lr 1", 2, ["'lr'", "did you mean --optim.lr?"]),
     ("train debug --optim.lr", 2, ["--optim.lr needs a value"]),
+    ("train --optim.lr --seed 3 debug", 2, ["--optim.lr needs a value"]),
+    ("train --optim.lr much debug", 2, ["optim.lr", "'much'"]),
+    ("train --optim.lr=much debug", 2, ["optim.lr", "'much'"]),
+    ("train --lr 1 debug", 2, ["'lr'", "did you mean --optim.lr?"]),
     ("train debug --out", 2, ["--out"]),
     ("generate run --prompt x --temprature 1", 2, ["--temprature", "did you mean --temperature?"]),
     ("generate run", 2, ["--prompt"]),
@@ -108,11 +115,12 @@ CASES: list[tuple[str, int, list[str]]] = [
     ("generate data --prompt x", 3, ["data", "config.json"]),
     ("chat nowhere", 3, ["nowhere does not exist"]),
     ("eval nowhere --data files:text.txt", 3, ["nowhere does not exist"]),
-    ("eval run", 2, ["--data"]),
+    ("eval foreign", 2, ["foreign was not trained here", "--data"]),
     ("eval run --data nowhere", 3, ["'nowhere'", "files:GLOB"]),
     ("eval run --data files:empty.txt", 3, ["empty.txt"]),
     ("sizes nowhere", 2, ["'nowhere'", "presets:"]),
     ("verify nowhere", 3, ["nowhere does not exist"]),
+    ("verify checkpointless", 3, ["checkpointless is none of them", "a run, a checkpoint or a data set"]),
     ("data show nowhere", 3, ["nowhere", "dataset.json"]),
     ("data show run", 3, ["run", "dataset.json"]),
     ("data shwo run", 2, ["prepare or show"]),
@@ -132,7 +140,7 @@ CASES: list[tuple[str, int, list[str]]] = [
     ("train debug --data.tokenizer run", 3, ["run", "tokenizer.json"]),
     ("train debug --data.tokenizer broken.toml", 3, ["broken.toml", "tokenizer.json"]),
     ("tokenizer train --source files:text.txt --vocab-size 9 --out t.json", 3, ["9", "256"]),
-    ("tokenizer train --source files:text.txt --vocab-size 90000 --out t.json", 3, ["90000", "too small"]),
+    ("tokenizer train --source files:text.txt --vocab-size 90000 --out t.json", 3, ["90000", "too small", "; take "]),
     # what does not go together
     ("train debug --model.vocab-size 256", 2, ["257", "256", "--model.vocab-size 257"]),
     ("train debug --data.source files:short.txt", 3, ["context 32", "longer than the corpus"]),
@@ -219,6 +227,23 @@ def test_other_data_on_a_run(refused: Refused) -> None:
     before = files_of(Path("run"))
     assert "other data" in refused(3, *TRAIN)
     assert files_of(Path("run")) == before
+
+
+def test_the_own_data_of_a_run_are_not_there_any_more(refused: Refused) -> None:
+    Path("data").rename("elsewhere")
+    message = refused(2, "eval", "run")
+    assert f"the data set that {NEWEST} was trained on is not in data/; give the text to score: --data" in message
+
+
+def test_prepare_says_what_another_set_is(refused: Refused) -> None:
+    words = ["data", "prepare", "--source", "files:text.txt", "--tokenizer", "byte", "--out", "set"]
+    assert main(words) == 0
+    Path("other.txt").write_text(TEXT)
+    message = refused(3, *words, "--source", "files:other.txt", "--tokenizer", "bpe:300")
+    assert message == (
+        "set holds another data set (given, there): source: files:other.txt, files:text.txt; "
+        "tokenizer: bpe:300, byte; give another folder, or delete it"
+    )
 
 
 def test_a_run_in_use_names_the_process(refused: Refused) -> None:
@@ -362,6 +387,67 @@ def test_a_hub_tokenizer_without_a_network(workdir: Path, tmp_path: Path) -> Non
     assert "\n" not in message
     assert "someone/model" in message
     assert "--data.tokenizer PATH" in message
+
+
+PROBELESS = "from pocketlm.training import resolve; resolve.matmul_rate = lambda *words: 1e9"
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["stderr", "stdout and stderr"])
+def test_a_run_goes_on_when_nobody_hears_it(both: bool, workdir: Path) -> None:
+    """As `pocketlm train ... 2>&1 | head -1` has it."""
+    source = f"{PROBELESS}\nimport sys; from pocketlm.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", source, *TRAIN, "--out", "unheard"]
+    stdout = subprocess.STDOUT if both else subprocess.DEVNULL
+    reading, writing = os.pipe()
+    with subprocess.Popen(command, stdout=writing if both else stdout, stderr=writing) as process:
+        os.close(writing)
+        os.read(reading, 1)
+        os.close(reading)
+    assert process.returncode == 0
+    assert Path("unheard/checkpoints/step-00000010/manifest.json").exists()
+
+
+@pytest.mark.parametrize("words", [["sizes", "debug"], ["generate", "run", "--prompt", "the"], ["train", "--help"]])
+def test_a_result_that_nobody_reads_is_no_error(words: list[str], workdir: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    source = "import sys; from pocketlm.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", source, *words], stdout=writing, stderr=subprocess.PIPE, check=False, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_refusal_that_nobody_hears_keeps_its_code(workdir: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    source = "import sys; from pocketlm.cli.main import main; sys.exit(main(['train', 'debgu']))"
+    done = subprocess.run([sys.executable, "-c", source], stderr=writing, check=False)
+    os.close(writing)
+    assert done.returncode == 2
+
+
+def test_characters_that_stdout_cannot_have_cost_no_other(workdir: Path) -> None:
+    Path("text.txt").write_text("caf\u00e9 " * 9000)
+    assert main(["data", "prepare", "--source", "files:text.txt", "--tokenizer", "byte", "--out", "coffee"]) == 0
+    shown = pocketlm("data", "show", "coffee", PYTHONIOENCODING="ascii")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "caf? caf?" in shown.stdout
+    described = pocketlm("data", "show", "coffee", "--json", PYTHONIOENCODING="ascii")
+    assert json.loads(described.stdout)["samples"][0].startswith("caf\u00e9 caf\u00e9")
+
+
+def test_a_model_folder_of_others_is_not_called_damaged(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "foreign"]) == 3
+    printed = capsys.readouterr()
+    assert (printed.out.count("\n"), printed.err) == (1, "")
+    assert "foreign is a model folder" in printed.out
+    assert "nothing to check it against" in printed.out
+    assert "damaged" not in printed.out
+    Path("foreign/training").mkdir()
+    assert main(["verify", "foreign"]) == 3
+    assert "damaged" in capsys.readouterr().out
 
 
 def test_a_reader_that_has_gone_is_no_error(workdir: Path) -> None:

@@ -103,12 +103,6 @@ def test_pruning_keeps_the_newest_and_the_best_and_strangers(tmp_path: Path) -> 
     assert stranger.is_dir()
 
 
-def test_saving_a_step_again_replaces_a_damaged_folder(tmp_path: Path) -> None:
-    folder = save(tmp_path, 3)
-    (folder / "manifest.json").unlink()
-    verify_folder(save(tmp_path, 3))
-
-
 def test_a_run_without_models_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="pocketlm train tiny"):
         checkpoint.newest_run(tmp_path)

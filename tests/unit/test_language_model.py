@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocketlm import language_model as module
+from pocketlm.cli import chat
 from pocketlm.cli import generate as cli
 from pocketlm.config import InitConfig, ModelConfig, SampleConfig
 from pocketlm.errors import DataError, FileError, UsageError
@@ -235,6 +236,14 @@ def test_load_in_bf16(folder: Path) -> None:
     assert pieces.num_tokens == 20
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_load_takes_the_device_there_is(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "default_device", lambda: torch.device("meta"))
+    loaded = load(folder, dtype=dtype)  # type: ignore[arg-type]
+    assert loaded.device.type == "meta"
+    assert loaded.model.head.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+
+
 def test_load_refuses_a_dtype_it_has_not(folder: Path) -> None:
     with pytest.raises(UsageError, match="dtype 'fp8': allowed is auto, fp32, bf16"):
         load(folder, dtype="fp8")  # type: ignore[arg-type]
@@ -316,6 +325,26 @@ def test_each_piece_is_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", Pipe())
     cli.run(["--prompt", "ab", "--max-new-tokens", "30", "--seed", "0"])
     assert len(set(Pipe.seen)) > 5
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stdout", "expected"), [(Terminal(), "a\ufffd[31mb\n    c"), (io.StringIO(), "a\x1b[31mb\n\tc")]
+)
+def test_a_terminal_gets_no_escape_from_a_model(
+    stdout: io.StringIO, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert cli._print_pieces(completion("a\x1b[31mb\n\tc")) == "a\x1b[31mb\n\tc"
+    assert stdout.getvalue() == expected
+    stdout.seek(0)
+    for piece in completion("a\x1b[31mb\n\tc"):
+        chat._show(piece)
+    assert stdout.getvalue() == expected
 
 
 def test_the_help_tells_the_true_default(capsys: pytest.CaptureFixture[str]) -> None:

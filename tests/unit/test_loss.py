@@ -98,6 +98,18 @@ def test_padded_rows_of_the_head_get_no_gradient_and_no_probability() -> None:
     assert (torch.autograd.grad(loss, head)[0][8:] == 0).all()
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_num_ids_of_the_whole_head_changes_no_bit(dtype: torch.dtype, softcap: float | None) -> None:
+    x, head, targets = rows(dtype)
+    results = []
+    for num_ids in (None, V):
+        loss = linear_cross_entropy(x, head, targets, scale=0.3, chunk=3, softcap=softcap, num_ids=num_ids)
+        losses = token_losses(x, head, targets, chunk=3, softcap=softcap, num_ids=num_ids)
+        results.append((loss, losses, *torch.autograd.grad(loss, (x, head))))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_equal_logits_cost_ln_v() -> None:
     losses = token_losses(torch.zeros(3, C), torch.randn(V, C), torch.tensor([0, 5, IGNORE]))
     assert losses.tolist() == pytest.approx([math.log(V), math.log(V), 0.0])
@@ -156,3 +168,36 @@ def test_bf16_stays_near_fp32_at_the_size_of_a_vocabulary() -> None:
     for ours, theirs in pairs:
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()
+
+
+def sure_rows(margins: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """bf16 rows (N, 64) along their targets' rows of the head (1000, 64), so far that p is about sigmoid(margin)."""
+    generator = torch.Generator().manual_seed(3)
+    head = 8 * F.normalize(torch.randn(1000, 64, generator=generator), dim=1)
+    targets = torch.randperm(1000, generator=generator)[: len(margins)]
+    # a row of this length has the logit 8 l; the others are near normal, of deviation l: 8 l - (ln 1000 + l^2 / 2)
+    length = 8 - (64 - 2 * (margins + math.log(1000))).sqrt()
+    return (length[:, None] * head[targets] / 8).bfloat16(), head.bfloat16(), targets
+
+
+def exact_gradients(x: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p of the targets, dx and dhead in float64, of the logits that bf16 gives."""
+    dz = (x @ head.T).double().softmax(1)
+    p = dz.gather(1, targets[:, None]).squeeze(1)
+    dz[torch.arange(len(x)), targets] -= 1
+    return p, dz @ head.double(), dz.T @ x.double()
+
+
+@pytest.mark.parametrize("p", [0.98, 0.999, 1 - 1e-5])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_bf16_gradients_of_sure_targets_keep_their_digits(p: float, share: float) -> None:
+    sure = torch.arange(64) < 64 * share
+    x, head, targets = sure_rows(torch.where(sure, math.log(p / (1 - p)), -2.0))
+    p_exact, *exact = exact_gradients(x, head, targets)
+    assert (1 - p_exact[sure]).median().item() == pytest.approx(1 - p, rel=0.5)
+    inputs = [x.requires_grad_(), head.requires_grad_()]
+    loss = linear_cross_entropy(x, head, targets, scale=1.0, chunk=10)
+    dx, dhead = (gradient.double() for gradient in torch.autograd.grad(loss, inputs))
+    pairs = [(dx[sure], exact[0][sure]), (dhead[targets[sure]], exact[1][targets[sure]]), (dhead, exact[1])]
+    for got, expected in pairs:
+        assert (got - expected).norm() < 0.01 * expected.norm()

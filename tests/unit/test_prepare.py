@@ -310,6 +310,51 @@ def test_a_finished_folder_of_another_tokenizer_is_refused(hashed: Dataset, tmp_
         prepare(config("stdlib", tokenizer=str(tmp_path / "tokenizer.json"), dir=str(hashed.path)), progress=silent)
 
 
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"val_fraction": 0.2}, "val_fraction: 0.2, 0.1"),
+        ({"piece_documents": 50}, "piece_documents: 50, 100"),
+        ({"tokenizer": "bpe:300"}, "tokenizer: bpe:300, byte"),
+        ({"source": "synthetic"}, "source: synthetic, files:"),
+    ],
+)
+def test_what_is_asked_for_exactly_is_not_another_set(
+    hashed: Dataset, tmp_path: Path, changes: dict[str, Any], words: str, finished: bool
+) -> None:
+    asked = {"source": f"files:{tmp_path}/corpus.jsonl", "piece_documents": 100, "dir": str(hashed.path)}
+    if not finished:
+        (hashed.path / "dataset.json").unlink()
+    before = contents(hashed.path)
+    with pytest.raises(DataError) as caught:
+        prepare(config(**asked | changes), progress=silent, exact=True)
+    assert words in str(caught.value)
+    assert "(given, there)" in str(caught.value)
+    assert str(caught.value).count(", ") == 3, "what is equal is not named"
+    assert "--" not in str(caught.value), "train says --data.dir, data prepare --out"
+    assert contents(hashed.path) == before
+    assert prepare(config(**asked), progress=silent, exact=True) == hashed.path
+
+
+def test_a_finished_set_of_text_that_changed_is_not_the_one_asked_for(hashed: Dataset, tmp_path: Path) -> None:
+    source = write_corpus(tmp_path, CORPUS[:-1])
+    with pytest.raises(DataError, match=r"source: files:\S+ \([0-9a-f]{8}\), files:\S+ \([0-9a-f]{8}\); give"):
+        prepare(config(source, piece_documents=100, dir=str(hashed.path)), progress=silent, exact=True)
+
+
+def test_a_tokenizer_is_known_by_what_it_is_not_by_its_path(hashed: Dataset, tmp_path: Path) -> None:
+    trained, folder = train_tokenizer(CORPUS, 300), str(tmp_path / "set")
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(trained.to_json(), encoding="utf-8")
+    source = f"files:{tmp_path}/corpus.jsonl"
+    for name in ("a.json", "b.json"):
+        prepare(config(source, tokenizer=str(tmp_path / name), dir=folder), progress=silent, exact=True)
+    (tmp_path / "b.json").write_text(train_tokenizer(CORPUS, 310).to_json(), encoding="utf-8")
+    with pytest.raises(DataError, match="tokenizer: "):
+        prepare(config(source, tokenizer=str(tmp_path / "b.json"), dir=folder), progress=silent, exact=True)
+
+
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     source = write_corpus(tmp_path, CORPUS)
     with pytest.raises(DataError, match=r"holds other files \(corpus.jsonl\)"):

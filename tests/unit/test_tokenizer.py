@@ -347,7 +347,7 @@ def test_a_trained_tokenizer_has_its_promised_layout(own: Tokenizer) -> None:
 
 
 def test_too_little_text_says_what_it_gives() -> None:
-    with pytest.raises(DataError, match=r"it gives 257; use --data.tokenizer bpe:257"):
+    with pytest.raises(DataError, match=r"it gives 257; take 257 \(bpe:257\)"):
         train_tokenizer(["abc"], 300)
     assert train_tokenizer(["abc"], 257).vocab_size == 257
     with pytest.raises(DataError, match="more than 256"):

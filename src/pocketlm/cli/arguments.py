@@ -1,13 +1,17 @@
-"""What the verbs share: a parser whose refusals are one line, and how they print."""
+"""What the verbs share: a parser whose refusals are one line, and how they print.
+
+stdout is for results, stderr for the person. A person who has gone away stops nothing: what is said goes nowhere.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import json
+import os
 import sys
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from pocketlm.errors import UsageError
 
@@ -37,15 +41,51 @@ class Parser(argparse.ArgumentParser):
             self.error(f"cannot place {' '.join(extra)!r}{hint}")
         return known
 
+    def parse_with_fields(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The flags, and what is left for `config.parse_overrides`; fields may stand anywhere.
+
+        Every flag that is not the parser's own is a field and takes a value. Fields are taken out first: argparse
+        knows none of them and would place the first field's value as a positional.
+        """
+        own = {flag for action in self._actions for flag in action.option_strings}
+        words, fields = list[str](), list[str]()
+        rest = iter(argv)
+        for word in rest:
+            if not word.startswith("--") or word.partition("=")[0] in own:
+                words.append(word)
+            elif "=" in word:
+                fields.append(word)
+            elif (value := next(rest, "--")).startswith("--"):
+                raise UsageError(f"{word} needs a value: {word} VALUE")
+            else:
+                fields.append(f"{word}={value}")
+        known, extra = self.parse_known_args(words)
+        return known, extra + fields
+
 
 def say(text: str) -> None:
-    """A line for the person, on stderr: stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person, on stderr; nothing more once its reader has gone."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # a broken pipe, a terminal that was closed, a full disk
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Lets all that is still written to a stream go nowhere, also at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def shown(text: str) -> str:
+    """Text for stdout: exact for files and pipes, without control characters for a terminal."""
+    from pocketlm.training.log import inert
+
+    return inert(text) if sys.stdout.isatty() else text
 
 
 def print_json(tree: Any) -> None:
-    """One JSON value on stdout."""
-    print(json.dumps(tree, ensure_ascii=False), flush=True)
+    """One JSON value on stdout, in ASCII: no encoding of the terminal's can lose a character."""
+    print(json.dumps(tree), flush=True)
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pocketlm.cli.arguments import Parser, say
+from pocketlm.cli.arguments import Parser, say, shown
 from pocketlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -213,4 +213,4 @@ def _reader() -> Callable[[], str]:
 
 
 def _show(text: str) -> None:
-    print(text, end="", flush=True)
+    print(shown(text), end="", flush=True)

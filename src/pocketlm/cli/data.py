@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pocketlm.cli.arguments import Parser, print_json, say
+from pocketlm.cli.arguments import Parser, print_json, say, shown
 from pocketlm.config import Config, DataConfig
 from pocketlm.errors import UsageError
 
@@ -51,7 +51,7 @@ def _prepare(argv: list[str]) -> int:
 
     from pocketlm.data.prepare import prepare
 
-    folder = prepare(config, progress=say)
+    folder = prepare(config, progress=say, exact=True)
     if arguments.json:
         print_json(_description(folder))
     else:
@@ -74,7 +74,7 @@ def _show(argv: list[str]) -> int:
         for name, cell in value.items() if isinstance(value, dict) else [("", value)]:
             print(f"{key} {name}".replace("_", " ").strip().ljust(LABEL_WIDTH), _cell(cell))
     for sample in samples:
-        print(f"\n--- a document\n{sample}")
+        print(f"\n--- a document\n{shown(sample)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`pocketlm eval MODEL --data SOURCE`: loss, perplexity and bits per byte."""
+"""`pocketlm eval [MODEL] [--data SOURCE]`: loss, perplexity and bits per byte."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ def run(argv: list[str]) -> int:
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="a run, checkpoint or model folder (default: newest run)"
     )
-    parser.add_argument("--data", metavar="SOURCE|DIR", help="a text source, or a prepared data set's held-out part")
+    parser.add_argument(
+        "--data",
+        metavar="SOURCE|DIR",
+        help="a text source, or a data set's held-out part (default: held out of what the model was trained on)",
+    )
     parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: the model's)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the context)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="score only this many first tokens")
@@ -21,9 +25,9 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
 
-    from pocketlm import checkpoint
+    from pocketlm import checkpoint, distributed
     from pocketlm.evaluate.loss import evaluate_stream
-    from pocketlm.evaluate.source import open_stream
+    from pocketlm.evaluate.source import open_stream, own_dataset, own_source
     from pocketlm.training.precision import TORCH_DTYPES
 
     path = Path(arguments.model) if arguments.model else checkpoint.newest_run()
@@ -40,12 +44,14 @@ def run(argv: list[str]) -> int:
     if arguments.limit < 0:
         raise UsageError(f"--limit {arguments.limit} is below 0, which scores all")
     dtype = arguments.dtype if arguments.dtype != "auto" else checkpoint.trained_dtype(folder)
-    stream = open_stream(arguments.data, tokenizer, folder)
-    report = evaluate_stream(
-        model.to(TORCH_DTYPES[dtype]), stream, tokenizer, context=context, stride=stride, limit=arguments.limit
-    )
+    data = str(own_dataset(folder).path) if arguments.data is None else arguments.data
+    stream = open_stream(data, tokenizer, folder)
+    if data == own_source(folder):
+        say(f"{folder} was trained on {data}: this is how it remembers; without --data, what was held out is scored")
+    model = model.to(distributed.default_device(), TORCH_DTYPES[dtype])
+    report = evaluate_stream(model, stream, tokenizer, context=context, stride=stride, limit=arguments.limit)
     if arguments.json:
-        print_json({"model": str(folder), "data": arguments.data, "dtype": dtype, "context": context, **report.tree()})
+        print_json({"model": str(folder), "data": data, "dtype": dtype, "context": context, **report.tree()})
         return 0
     rows: list[tuple[str, ...]] = [
         ("loss (nats/token)", f"{report.loss:.4f}"),
@@ -56,5 +62,5 @@ def run(argv: list[str]) -> int:
         ("bytes", f"{report.bytes:,}"),
     ]
     print_table(rows)
-    say(f"{folder} in {dtype}, windows of {context} tokens, stride {stride}")
+    say(f"{folder} on {data} in {dtype}, windows of {context} tokens, stride {stride}")
     return 0

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from pocketlm.cli.arguments import Parser, print_json, say
+from pocketlm.cli.arguments import Parser, print_json, say, shown
 
 if TYPE_CHECKING:
     from pocketlm.language_model import Completion
@@ -51,7 +51,7 @@ def _print_pieces(completion: Completion) -> str:
     pieces = []
     for piece in completion:
         pieces.append(piece)
-        sys.stdout.write(piece)
+        sys.stdout.write(shown(piece))
         sys.stdout.flush()
     if sys.stdout.isatty():
         say("")

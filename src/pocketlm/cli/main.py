@@ -6,11 +6,13 @@ Exit codes: 0 done, 2 usage or configuration, 3 data or file refused, 4 training
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
 from importlib import import_module
 
 from pocketlm import __version__
+from pocketlm.cli.arguments import say, silence
 from pocketlm.errors import FileError, PocketError, UsageError
 
 VERBS = {
@@ -39,20 +41,24 @@ Begin with:  pocketlm train tiny"""
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an encoding without a character must not cost the rest of the text
     try:
         _refuse_windows()
-        return run(words)
+        code = run(words)
+        print(end="", flush=True)  # here, where a reader that has gone is known for one
+        return code
     except PocketError as error:
-        print(f"pocketlm: {error}", file=sys.stderr)
+        say(f"pocketlm: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; nothing is left to say
+    except BrokenPipeError:  # of stdout, as `say` survives that of stderr: who reads the result has had enough of it
+        silence(sys.stdout)
         return 0
     except OSError as error:  # a full disk, a missing right: what was committed before stands
         place = f"{error.filename}: " if error.filename else ""
-        print(f"pocketlm: {place}{error.strerror or error}", file=sys.stderr)
+        say(f"pocketlm: {place}{error.strerror or error}")
         return FileError.exit_code
 
 

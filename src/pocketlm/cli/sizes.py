@@ -17,7 +17,7 @@ def run(argv: list[str]) -> int:
     parser = Parser("sizes", "Parameters, FLOPs per token and memory of a preset, a .toml file or a model folder.")
     parser.add_argument("what", metavar="PRESET|FILE.toml|MODEL", help="whose sizes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments, fields = parser.parse_known_args(argv)
+    arguments, fields = parser.parse_with_fields(argv)
     config = _config(arguments.what, fields)
 
     from pocketlm.model import sizes
@@ -74,7 +74,7 @@ def _model_config(path: Path, fields: list[str]) -> Config:
     context = model.max_position_embeddings
     tree = {
         "model": model.model_dump(exclude_none=True),
-        "data": {"context": context},
+        "data": {"context": context, "tokenizer": str(path)},
         "train": {"tokens_per_step": context},
     }
     return Config.build({"name": str(path), **tree}, parse_overrides(fields))

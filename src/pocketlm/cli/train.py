@@ -19,7 +19,7 @@ def run(argv: list[str]) -> int:
     parser = _parser()
     if "-h" in argv or "--help" in argv:
         return _help(parser, argv)
-    arguments, fields = parser.parse_known_args(argv)
+    arguments, fields = parser.parse_with_fields(argv)
     overrides = parse_overrides(fields)
     overrides |= {
         field: value for flag, field in SHORT_FLAGS.items() if (value := getattr(arguments, flag)) is not None

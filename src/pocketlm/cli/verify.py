@@ -33,7 +33,7 @@ def check(path: Path) -> list[tuple[Path, str | None]]:
     """
     if (path / "dataset.json").exists():
         return _check_dataset(path)
-    from pocketlm.files import verify_folder
+    from pocketlm.files import MANIFEST, verify_folder
 
     if (path / "checkpoints").is_dir():
         from pocketlm.checkpoint import list_checkpoints
@@ -42,9 +42,13 @@ def check(path: Path) -> list[tuple[Path, str | None]]:
         if not checkpoints:
             raise FileError(f"{path} has no checkpoint yet")
         return [(folder, _problem(lambda folder=folder: verify_folder(folder))) for folder in checkpoints]
-    if not path.exists():
-        raise FileError(f"{path} does not exist; give a run, a checkpoint or a data set")
-    return [(path, _problem(lambda: verify_folder(path)))]
+    if (path / MANIFEST).exists() or (path / "training").is_dir():
+        return [(path, _problem(lambda: verify_folder(path)))]
+    if (path / "config.json").is_file():
+        problem = f"{path} is a model folder but no checkpoint: it has no {MANIFEST}, so nothing to check it against"
+        return [(path, problem)]
+    what = "is none of them" if path.exists() else "does not exist"
+    raise FileError(f"{path} {what}; give a run, a checkpoint or a data set")
 
 
 def _check_dataset(path: Path) -> list[tuple[Path, str | None]]:

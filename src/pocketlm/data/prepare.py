@@ -42,26 +42,29 @@ Progress = Callable[[str], None]
 Tree = dict[str, Any]
 
 
-def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data")) -> Path:
+def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data"), exact: bool = False) -> Path:
     """Makes the data set that `config` describes, or finds it finished, and returns its folder.
 
     The folder is `config.dir`, else root/NAME-FINGERPRINT. A finished set in `config.dir` is used as it is, whatever
-    source the config names; `progress` is told where they differ.
+    source the config names, and `progress` is told where they differ; with `exact` that is refused.
 
     Args:
         config: source, tokenizer, split and piece size.
         progress: called with one line for people, a few times a minute.
         root: where folders go that have no name of their own.
+        exact: whether a set that stands in the folder, finished or not, must be the one that `config` describes.
 
     Raises:
         DataError: a source or tokenizer that is refused, no text, or a folder that holds something else.
     """
-    if config.dir and (Path(config.dir) / DATASET_FILE).exists():
+    if config.dir and not exact and (Path(config.dir) / DATASET_FILE).exists():
         return _existing(Path(config.dir), config, progress)
     source = open_source(config.source)
     tokenizer = None if bpe_size(config.tokenizer) else load_tokenizer(config.tokenizer)
     inputs = _inputs(config, source, tokenizer)
     folder = Path(config.dir) if config.dir else root / f"{source.name}-{_hash(inputs)[:12]}"
+    if exact:
+        _check_same(folder, inputs)
     if (folder / DATASET_FILE).exists():
         return folder
     _check_ours(folder)
@@ -103,15 +106,53 @@ def _existing(folder: Path, config: DataConfig, progress: Progress) -> Path:
     return folder
 
 
+def _check_same(folder: Path, inputs: Tree) -> None:
+    """What stands in the folder, if anything, was made as `inputs` say."""
+    if (stands := _standing(folder)) is None:
+        return
+    pairs = {name: (inputs[name], stands[name]) for name in ("val_fraction", "piece_documents")}
+    for name in ("source", "tokenizer"):
+        pairs[name] = (_told(inputs[name], stands[name]), _told(stands[name], inputs[name]))
+    changed = [f"{name}: {given}, {there}" for name, (given, there) in pairs.items() if given != there]
+    if changed:
+        raise DataError(
+            f"{folder} holds another data set (given, there): {'; '.join(changed)}; give another folder, or delete it"
+        )
+
+
+def _standing(folder: Path) -> Tree | None:
+    """What a set was made from, in the form of `_inputs`: a finished one, or one with a plan. None if there is none."""
+    if (folder / DATASET_FILE).exists():
+        info = open_dataset(folder).info
+        return info | {"val_fraction": info["split"]["val_fraction"]}
+    try:
+        tree = read_json(folder / PLAN_FILE)
+        inputs: Tree = tree["inputs"]
+        return inputs | {
+            "source": inputs["source"] | {"fingerprint": None},  # an unfinished set of text that changed is made anew
+            "tokenizer": inputs["tokenizer"] | {"fingerprint": tree["tokenizer"]["fingerprint"]},
+        }
+    except (FileError, KeyError):
+        return None
+
+
+def _told(part: Tree, other: Tree) -> str:
+    """A source or tokenizer as its user wrote it, told apart from `other` where only what it names has changed."""
+    both = part["fingerprint"] and other["fingerprint"]
+    if both and part["fingerprint"] == other["fingerprint"]:
+        return ""
+    return f"{part['spec']} ({part['fingerprint'][:8]})" if both and part["spec"] == other["spec"] else part["spec"]
+
+
 def _check_ours(folder: Path) -> None:
     """A folder to work in is new, empty, or an unfinished data set."""
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file; give another --data.dir")
+        raise DataError(f"{folder} is a file; give the name of a folder")
     if folder.is_dir():
         sweep(folder)
         names = {path.name for path in folder.iterdir()}
         if names and not names & {PLAN_FILE, TOKENIZER_FILE}:
-            raise DataError(f"{folder} holds other files ({min(names)}); give a new folder as --data.dir")
+            raise DataError(f"{folder} holds other files ({min(names)}); give a new folder")
 
 
 # --- the plan

@@ -1,15 +1,23 @@
-"""What a model is scored on: a text source with the model's own tokenizer, or the held-out part of a data set."""
+"""What a model is scored on: a text source with the model's own tokenizer, or the held-out part of a data set.
+
+A checkpoint knows what it was trained on: the data set's fingerprint is in its state, where it lay in its
+configuration. So without a source its own held-out text can be found.
+"""
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from pocketlm.checkpoint import STATE, read_state
 from pocketlm.data.loader import Stream
-from pocketlm.data.shards import open_dataset
-from pocketlm.errors import DataError, UsageError
+from pocketlm.data.shards import DATASET_FILE, Dataset, open_dataset
+from pocketlm.errors import DataError, FileError, UsageError
+from pocketlm.files import read_json, read_text
 from pocketlm.text.sources import Document, open_source
 from pocketlm.text.tokenizer import Tokenizer
 
@@ -26,7 +34,7 @@ class ArrayStream:
         return self.tokens[start : start + length]
 
 
-def open_stream(source: str | None, tokenizer: Tokenizer, model_folder: Path) -> Stream:
+def open_stream(source: str, tokenizer: Tokenizer, model_folder: Path) -> Stream:
     """The tokens to score.
 
     Args:
@@ -36,13 +44,8 @@ def open_stream(source: str | None, tokenizer: Tokenizer, model_folder: Path) ->
         model_folder: where the model lies.
 
     Raises:
-        UsageError: no source.
         DataError: the source is refused, has under 2 tokens, or was prepared with another tokenizer.
     """
-    if source is None:
-        raise UsageError(
-            "give the text to score: --data stdlib, --data files:GLOB, or a prepared folder such as data/NAME"
-        )
     if not Path(source).is_dir():
         return _checked(ArrayStream(encode_documents(open_source(source).documents(), tokenizer)), source)
     dataset = open_dataset(Path(source))
@@ -51,6 +54,55 @@ def open_stream(source: str | None, tokenizer: Tokenizer, model_folder: Path) ->
             f"{source} was prepared with another tokenizer than {model_folder} has; give its text as files:GLOB"
         )
     return _checked(dataset.val, source)
+
+
+def own_dataset(model_folder: Path) -> Dataset:
+    """The data set that a checkpoint was trained on.
+
+    Raises:
+        UsageError: the folder is no checkpoint, or the data set is not where it was.
+        DataError: the data set is damaged.
+    """
+    if not (model_folder / STATE).is_file():
+        raise UsageError(f"{model_folder} was not trained here; give the text to score: --data stdlib or files:GLOB")
+    data, fingerprint = _data_settings(model_folder), read_state(model_folder).get("data_fingerprint")
+    if (dataset := find_dataset(fingerprint, data["source"], data.get("dir"))) is None:
+        raise UsageError(
+            f"the data set that {model_folder} was trained on is not in {data.get('dir') or 'data/'}; "
+            "give the text to score: --data with its folder, or with stdlib or files:GLOB"
+        )
+    return dataset
+
+
+def own_source(model_folder: Path) -> str | None:
+    """The SOURCE that a checkpoint was trained on; None where nothing says so."""
+    if not (model_folder / STATE).is_file():
+        return None
+    data = _data_settings(model_folder)
+    return _source_of(Path(data["dir"])) if "dir" in data else str(data["source"])
+
+
+def find_dataset(fingerprint: object, source: str, folder: str | None) -> Dataset | None:
+    """The data set with this fingerprint in `folder`, or without one among those under data/ that `source` gave."""
+    made = (path for path in sorted(Path("data").glob("*")) if _source_of(path) == source)
+    for path in [Path(folder)] if folder else made:
+        if (path / DATASET_FILE).is_file() and (dataset := open_dataset(path)).fingerprint == fingerprint:
+            return dataset
+    return None
+
+
+def _source_of(dataset: Path) -> str | None:
+    """The SOURCE of a data set folder; None where there is no finished one."""
+    try:
+        return str(read_json(dataset / DATASET_FILE)["source"]["spec"])
+    except (FileError, KeyError, TypeError):
+        return None
+
+
+def _data_settings(checkpoint: Path) -> dict[str, Any]:
+    """The table [data] of a verified checkpoint's configuration."""
+    settings: dict[str, Any] = tomllib.loads(read_text(checkpoint / "training" / "config.toml"))["data"]
+    return settings
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:

@@ -2,15 +2,17 @@
 
 For rows x (N, C), head W (V, C) and targets t, with w = scale where a target counts and 0 where it is ignored:
 
-    z = x W^T      m = max z      E = exp(z - m)      s = sum E           a chunk of rows at a time
-    loss = sum w (m + log s - z_t)                                        in nats
-    dx   = (E W) w/s - w W_t                                              from dz = w (E/s - onehot t)
-    dW   = E^T (x w/s), then w x off row t
+    z = x W^T less the row's largest      E = exp z      s = sum E        a chunk of rows at a time
+    loss = sum w (log s - z_t)                                            in nats
+    D    = E - s onehot t                                                 dz = D w/s
+    dx   = (D W) w/s
+    dW   = D^T (x w/s)
 
 The gradients are made in the forward pass, while E is there: three products, nothing recomputed, and no N x V matrix
-kept. E is never normalised: 1/s goes on the thin matrix, so the wide one is passed over less often. A soft-cap,
-z = c tanh(x W^T / c), multiplies dz by its slope 1 - tanh^2. The products run in the dtype of x; all that is between
-them, and the sum of dW over chunks, is fp32 (fp64 for fp64).
+kept. At the target D is minus the sum of the others, added up as such: E_t - s would lose its digits where the model
+is sure, and all of them in bf16. D is never normalised: 1/s goes on the thin matrix, so the wide one is passed over
+less often. A soft-cap, z = c tanh(x W^T / c), multiplies D by its slope 1 - tanh^2. The products run in the dtype of
+x; all that is between them, and the sum of dW over chunks, is fp32 (fp64 for fp64).
 """
 
 from __future__ import annotations
@@ -86,15 +88,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dW = torch.zeros_like(head, dtype=_wide(head))
         chunks = (torch.split(rows, options.chunk) for rows in (hidden, targets, dx))
         for x, t, dx_rows in zip(*chunks, strict=True):
-            nats, E, s, slope = _softmax(x, head, t, options)
+            nats, D, s = _softmax(x, head, t, options)
             losses.append(nats)
-            w = (t != options.ignore)[:, None].to(s.dtype) * scale  # (n, 1)
-            t = t.clamp(min=0)
-            w_s, w_t = w / s, w * slope
-            E = E.to(x.dtype)
-            dx_rows.copy_((E @ head) * w_s - head[t] * w_t)
-            dW += E.t() @ (x * w_s).to(x.dtype)
-            dW.index_add_(0, t, x * w_t, alpha=-1)
+            w_s = (t != options.ignore)[:, None] * (scale / s)  # (n, 1)
+            D = D.to(x.dtype)
+            dx_rows.copy_((D @ head) * w_s)
+            dW += D.t() @ (x * w_s).to(x.dtype)
         ctx.save_for_backward(dx, dW.to(head.dtype))
         return torch.cat(losses).sum() * scale
 
@@ -113,9 +112,8 @@ def _token_losses(hidden: Tensor, head: Tensor, targets: Tensor, options: _Optio
 
 class _Softmax(NamedTuple):
     nats: Tensor  # (n,), zero where ignored
-    E: Tensor  # (n, V), times the slope of the soft-cap
+    D: Tensor  # (n, V), times the slope of the soft-cap
     s: Tensor  # (n, 1)
-    slope: Tensor | float  # (n, 1), of the soft-cap at the target
 
 
 def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options) -> _Softmax:
@@ -128,13 +126,13 @@ def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options) -> _Softmax:
         z, slopes = options.softcap * tanh, 1 - tanh.square()
     if options.num_ids is not None:
         z[:, options.num_ids :] = float("-inf")
-    z_t, m = z.gather(1, column), z.amax(1, keepdim=True)
-    E = z.sub_(m).exp_()  # in place: z is ours, and a second n x V matrix would double the memory
-    s = E.sum(1, keepdim=True)
-    nats = torch.where(t != options.ignore, (m + s.log() - z_t).squeeze(1), 0.0)
-    if slopes is None:
-        return _Softmax(nats, E, s, 1.0)
-    return _Softmax(nats, E.mul_(slopes), s, slopes.gather(1, column))
+    z -= z.amax(1, keepdim=True)  # in place: z is ours, and a second n x V matrix would double the memory
+    z_t, E = z.gather(1, column), z.exp_()
+    others = E.scatter_(1, column, 0).sum(1, keepdim=True)
+    s = z_t.exp() + others
+    nats = torch.where(t != options.ignore, (s.log() - z_t).squeeze(1), 0.0)
+    D = E.scatter_(1, column, -others)
+    return _Softmax(nats, D if slopes is None else D.mul_(slopes), s)
 
 
 def _wide(x: Tensor) -> torch.dtype:

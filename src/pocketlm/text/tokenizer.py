@@ -384,6 +384,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if (reached := engine.get_vocab_size()) < vocab_size:
         raise DataError(
             f"the training text is too small for {vocab_size} tokens: it gives {reached}; "
-            f"use --data.tokenizer bpe:{reached} or give more text"
+            f"take {reached} (bpe:{reached}) or give more text"
         )
     return Tokenizer(engine.to_str(), END_OF_TEXT, f"bpe:{vocab_size}")

@@ -20,9 +20,9 @@ import torch
 from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.data.loader import Loader
-from pocketlm.errors import ConfigError, Diverged, FileError, Interrupted
+from pocketlm.errors import ConfigError, Diverged, FileError, Interrupted, PocketError
 from pocketlm.evaluate.loss import evaluate_stream
-from pocketlm.files import Lock, set_aside, sweep
+from pocketlm.files import Lock, make_folder, set_aside, sweep
 from pocketlm.generate.sampling import Sampling
 from pocketlm.language_model import LanguageModel
 from pocketlm.model.loss import linear_cross_entropy
@@ -30,7 +30,7 @@ from pocketlm.optim.schedule import factor
 from pocketlm.training.log import Listener, Silent
 from pocketlm.training.report import write_report
 from pocketlm.training.run import Run, begin, info
-from pocketlm.training.signals import StopRequest
+from pocketlm.training.signals import StopRequest, exit_signal
 from pocketlm.training.state import TrainState
 
 
@@ -51,13 +51,13 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
         Diverged: loss or gradient are no numbers any more; the last checkpoint stands.
         Interrupted: a signal came; the last whole step is saved.
     """
-    if out is None and Path(config.name).name != config.name:
+    if out is None and (Path(config.name).name != config.name or not config.name):
         raise ConfigError(f"name: given {config.name!r}, allowed is the name of a folder in runs/; or give --out")
     folder = out or Path("runs") / config.name
     listener = listener or Silent()
     if folder.exists() and not folder.is_dir():
         raise FileError(f"{folder} is a file; give a folder as --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with Lock(folder):
         for path in (*sweep(folder), *sweep(folder / "checkpoints")):
             listener.note(f"removed what a stopped process had left: {path}")
@@ -68,6 +68,7 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
                 listener.note(f"{folder} is complete: step {checkpoint.step_of(start)} of {config.train.total_steps}")
                 return folder
         run, state = begin(folder, config, start, listener)
+        _set_aside_later(folder, start, listener)
         try:
             listener.started(info(run, state))
             with StopRequest() as stop:
@@ -75,7 +76,7 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
         finally:
             listener.finished()
             run.journal.close()
-            listener.note(f"report: {write_report(folder, run.dataset)}")  # last: everything is saved if it fails
+            _report(run)
     return folder
 
 
@@ -86,10 +87,27 @@ def _find_start(folder: Path, resume: str, listener: Listener) -> Path | None:
     path = checkpoint.find_checkpoint(Path(resume), listener.note)
     if path.resolve().parent != (folder / "checkpoints").resolve():
         raise FileError(f"{path} is no checkpoint of {folder}; --resume takes one of the run's own")
-    for later in checkpoint.list_checkpoints(folder):
-        if checkpoint.step_of(later) > checkpoint.step_of(path):
-            listener.note(f"set aside as {set_aside(later)}: the run goes on from step {checkpoint.step_of(path)}")
     return path
+
+
+def _set_aside_later(folder: Path, start: Path | None, listener: Listener) -> None:
+    """Checkpoints after the one that the run goes on from are damaged or of another future: they get another name.
+
+    Left where they are, pruning would take them for the newest.
+    """
+    step = checkpoint.step_of(start) if start else -1
+    for later in checkpoint.list_checkpoints(folder):
+        if checkpoint.step_of(later) > step:
+            begins = f"goes on from step {step}" if start else "begins afresh"
+            listener.note(f"set aside as {set_aside(later)}: the run {begins}")
+
+
+def _report(run: Run) -> None:
+    """The last thing done, when all is saved: without it nothing is lost, and it must not hide how the run ended."""
+    try:
+        run.listener.note(f"report: {write_report(run.folder, run.dataset)}")
+    except (PocketError, OSError) as error:
+        run.listener.note(f"no report: {error}")
 
 
 def _check_same_config(folder: Path, start: Path, config: Config) -> None:
@@ -111,20 +129,18 @@ def _loop(run: Run, state: TrainState, stop: StopRequest) -> None:
         state.elapsed_s += seconds
         _record(run, _train_record(run, state, loss, grad_norm, seconds))
 
-        ending = state.step == run.last_step or stop.received is not None
         last = state.step == train.total_steps
         validation = None
         if last or _due(state.step, train.eval_every):
             validation = _evaluate(run, state)
         if last or _due(state.step, sample.every):
             _sample(run, state)
-        if ending or _due(state.step, train.checkpoint_every):
+        stopped_by = stop.received  # asked once: a signal from here on is served after the next step
+        if stopped_by or state.step == run.last_step or _due(state.step, train.checkpoint_every):
             _save(run, state, validation)
-        if stop.received is not None and not last:
-            name = stop.received.name
-            raise Interrupted(
-                f"stopped by {name} at step {state.step}, saved; the same command goes on", stop.exit_signal
-            )
+        if stopped_by and not last:
+            message = f"stopped by {stopped_by.name} at step {state.step}, saved; the same command goes on"
+            raise Interrupted(message, exit_signal(stopped_by))
 
 
 def _due(step: int, every: int) -> bool:
@@ -160,8 +176,8 @@ def train_step(state: TrainState, loader: Loader, config: Config, micro_batch: i
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or math.inf)
     if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
         raise Diverged(
-            f"step {state.step + 1}: loss {loss.item()}, gradient norm {norm.item()}; nothing was applied. "
-            f"What was saved before stands; try a lower --optim.lr in a new --out"
+            f"step {state.step + 1}: loss {loss.item()}, gradient norm {norm.item()}; nothing was applied, "
+            f"what was saved before stands; try a lower --optim.lr in a new --out"
         )
     total = config.train.total_steps
     state.optimizer.step(factor(config.schedule, state.step, total), state.step, total)
@@ -196,6 +212,7 @@ def _record(run: Run, record: dict[str, Any]) -> None:
 
 def _evaluate(run: Run, state: TrainState) -> float:
     """Validation loss with the model that computes: `pocketlm eval` of this step's checkpoint gives the same."""
+    state.check_finite()
     report = evaluate_stream(
         state.precision.compute,
         run.dataset.val,
@@ -209,6 +226,7 @@ def _evaluate(run: Run, state: TrainState) -> float:
 
 def _sample(run: Run, state: TrainState) -> None:
     """Completes the configured prompts; the draw depends on seed and step only."""
+    state.check_finite()
     sample = run.config.sample
     sampling = Sampling(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
     speaker = LanguageModel(state.precision.model, run.dataset.tokenizer, sampling)
@@ -220,6 +238,7 @@ def _sample(run: Run, state: TrainState) -> None:
 
 def _save(run: Run, state: TrainState, validation: float | None) -> None:
     """The journal first, then the checkpoint: a checkpoint never knows of a step that the journal lacks."""
+    state.check_finite()
     run.journal.sync()
     train = run.config.train
     metric = validation if train.best_metric == "validation" else state.smoothed_loss

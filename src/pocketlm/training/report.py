@@ -31,9 +31,10 @@ from markupsafe import Markup
 
 from pocketlm import checkpoint, distributed
 from pocketlm.config import Config
-from pocketlm.data.shards import DATASET_FILE, Dataset, open_dataset, unigram_entropy
+from pocketlm.data.shards import Dataset, unigram_entropy
 from pocketlm.errors import FileError
-from pocketlm.files import Journal, read_json, read_text, write_file
+from pocketlm.evaluate import source
+from pocketlm.files import Journal, read_text, write_file
 from pocketlm.model import sizes
 from pocketlm.training import curve
 from pocketlm.training.log import Record, duration
@@ -128,12 +129,7 @@ def find_dataset(story: Story) -> Dataset | None:
     if not steps:
         return None
     wanted, data = checkpoint.read_state(steps[-1]).get("data_fingerprint"), story.config.data
-    for path in [Path(data.dir)] if data.dir else sorted(Path("data").glob("*")):
-        if not (path / DATASET_FILE).is_file() or read_json(path / DATASET_FILE)["source"]["spec"] != data.source:
-            continue
-        if (dataset := open_dataset(path)).fingerprint == wanted:
-            return dataset
-    return None
+    return source.find_dataset(wanted, data.source, data.dir)
 
 
 def points(records: Iterable[Record], key: str, x: Mapping[int, float]) -> list[curve.Point]:
@@ -278,7 +274,7 @@ def _commands(story: Story) -> list[str]:
         *going_on,
         f"pocketlm chat {run}",
         f"pocketlm generate {run} --prompt {prompt}",
-        f"pocketlm eval {run} --data {shlex.quote(story.config.data.source)}",
+        f"pocketlm eval {run}",
         f"pocketlm verify {run}",
     ]
 

@@ -24,7 +24,7 @@ from pocketlm.training.state import versions
 MICRO_BATCH_TOKENS = 8192
 BF16_MUST_GAIN = 1.2
 PROBE_ROWS = 2048
-PROBE_S = 0.4
+PROBE_S = 0.25
 
 
 @dataclass(frozen=True)

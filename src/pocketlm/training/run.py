@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pocketlm import checkpoint, distributed
 from pocketlm.config import Config
@@ -20,7 +22,7 @@ from pocketlm.optim.optimizer import Optimizer
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
 from pocketlm.training.resolve import Resolved, resolve
-from pocketlm.training.state import TrainState, seed_global_generators
+from pocketlm.training.state import TrainState, read_state, seed_global_generators, versions
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,15 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
     """Data, model and state, at step 0 or at a checkpoint's step."""
     dataset = open_dataset(prepare(config.data, progress=listener.note))
     _check_fits(config, dataset)
-    stored = checkpoint.read_state(start) if start else None
+    stored = read_state(start) if start else None
     if stored and stored["data_fingerprint"] != dataset.fingerprint:
         raise DataError(f"{folder} was trained on other data than {dataset.path}; give the old data, or a new --out")
     runtime = distributed.start(config.train)
     resolved = Resolved(**stored["resolved"]) if stored else resolve(config, runtime)
     runtime = distributed.keep_threads(runtime, resolved.threads)
+    if stored and (changes := _changes(stored, runtime)):
+        listener.note(f"this run was begun elsewhere, its next steps may differ in the last bits: {'; '.join(changes)}")
+        runtime = replace(runtime, determinism="same-data")
     state = new_state(config, resolved, runtime)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
@@ -66,6 +71,13 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
     Journal.truncate(metrics, state.step if start else -1)
     loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle)
     return Run(folder, config, resolved, runtime, dataset, loader, Journal(metrics), listener), state
+
+
+def _changes(stored: Mapping[str, Any], runtime: distributed.Runtime) -> list[str]:
+    """What bit-exact arithmetic rests on and is not as it was when the checkpoint was written."""
+    then = stored["versions"] | {"device": stored["resolved"]["device"]}
+    now = versions() | {"device": runtime.device.type}
+    return [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
 
 
 def _check_fits(config: Config, dataset: Dataset) -> None:
@@ -107,7 +119,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"{train.total_steps * train.tokens_per_step:,} tokens, {epochs:.2f} epochs",
         f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {resolved.micro_batch}; "
         f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",
-        f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {resolved.device}, "
+        f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
         f"{resolved.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products; "
         f"determinism: {run.runtime.determinism}",
         *going_on,

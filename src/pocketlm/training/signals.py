@@ -1,4 +1,7 @@
-"""A polite stop: SIGINT, SIGTERM and SIGUSR1 ask, the loop answers at the next step boundary, a second one ends."""
+"""A polite stop: a signal asks, the loop answers at the next step boundary, a second signal ends the process.
+
+Asked by Ctrl-C (SIGINT), schedulers (SIGTERM, SIGUSR1) and a terminal or connection that goes away (SIGHUP).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
@@ -32,7 +35,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    @property
-    def exit_signal(self) -> int:
-        """The number whose exit code (128 + number) the process leaves with; SIGUSR1 acts as SIGTERM."""
-        return signal.SIGINT if self.received == signal.SIGINT else signal.SIGTERM
+
+def exit_signal(received: signal.Signals) -> int:
+    """The number whose exit code (128 + number) the process leaves with; all but Ctrl-C act as SIGTERM."""
+    return signal.SIGINT if received == signal.SIGINT else signal.SIGTERM

@@ -7,18 +7,20 @@ the fingerprints that say whether a resume continues the same computation.
 
 from __future__ import annotations
 
+import math
 import platform
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from pocketlm import __version__
+from pocketlm import __version__, checkpoint
 from pocketlm.checkpoint import Restored
 from pocketlm.data import order
-from pocketlm.errors import FileError
+from pocketlm.errors import Diverged, FileError
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.tensors import Shapes
 from pocketlm.training.precision import Precision
@@ -49,6 +51,21 @@ class TrainState:
         before = loss if self.smoothed_loss is None else self.smoothed_loss
         self.smoothed_loss = SMOOTHING * before + (1 - SMOOTHING) * loss
 
+    def check_finite(self) -> None:
+        """What is not finite is never evaluated, sampled from or saved.
+
+        Raises:
+            Diverged: a parameter or moment is infinite or not a number.
+        """
+        tensors = dict(self.precision.model.named_parameters()) | self.optimizer.tensors()
+        norms = torch._foreach_norm([tensor.detach() for tensor in tensors.values()], math.inf)
+        broken = [name for name, norm in zip(tensors, norms, strict=True) if not math.isfinite(norm.item())]
+        if broken:
+            raise Diverged(
+                f"after step {self.step} {broken[0]} is not finite; what was saved before stands; "
+                f"try a lower --optim.lr in a new --out"
+            )
+
     def scalars(self) -> dict[str, Any]:
         """The part that is no tensor."""
         return {
@@ -74,17 +91,8 @@ class TrainState:
 
     @torch.no_grad()
     def load(self, restored: Restored) -> None:
-        """Takes over a checkpoint whose shapes were checked.
-
-        Raises:
-            FileError: the state was written by a version that this one cannot continue.
-        """
+        """Takes over a checkpoint whose version and shapes were checked."""
         state = restored.state
-        for key, mine in (("schema", SCHEMA), ("order_version", order.VERSION)):
-            if state.get(key) != mine:
-                raise FileError(
-                    f"{restored.path}: its {key} is {state.get(key)}, this pocketlm has {mine}; give a new --out"
-                )
         for name, parameter in self.precision.model.named_parameters():
             parameter.copy_(restored.weights[name])
         self.precision.refresh()
@@ -92,6 +100,19 @@ class TrainState:
         self.step, self.position, self.tokens = state["step"], state["position"], state["tokens"]
         self.smoothed_loss, self.elapsed_s = state["smoothed_loss"], state["elapsed_s"]
         restore_random_states(state["random"])
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The scalars of a verified checkpoint.
+
+    Raises:
+        FileError: written by a version that this one cannot continue.
+    """
+    state = checkpoint.read_state(path)
+    for key, mine in (("schema", SCHEMA), ("order_version", order.VERSION)):
+        if state.get(key) != mine:
+            raise FileError(f"{path}: its {key} is {state.get(key)}, this pocketlm has {mine}; give a new --out")
+    return state
 
 
 def seed_global_generators(seed: int) -> None:

@@ -1,0 +1,105 @@
+"""What `make` does with a .venv that is half made, of another build of PyTorch or of another Python.
+
+Interpreters are shell scripts that write down what they were asked, so nothing is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = """#!/bin/sh
+echo "$*" >> "{log}"
+case "$*" in
+  -V) echo "Python {version}" ;;
+  "-m pip"*) test -f "$(dirname "$0")/pip" ;;
+  "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python && touch .venv/bin/pip ;;
+esac
+"""
+POCKETLM = """#!/bin/sh
+echo "pocketlm: $*" >&2
+exit {code}
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the Makefile and an interpreter `python3.99`."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    script(tmp_path / "bin" / "python3.99", PYTHON.format(log=tmp_path / "log", version="3.99.0"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name in ("MAKEFLAGS", "MAKELEVEL", "TORCH"):  # of a `make test` around this one
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def script(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def make(*words: str) -> tuple[int, list[str], str]:
+    """The exit code, what the interpreters were asked, and what was said."""
+    log = Path("log")
+    log.unlink(missing_ok=True)
+    done = subprocess.run(["make", *words], capture_output=True, text=True, check=False)
+    return done.returncode, log.read_text().splitlines() if log.exists() else [], done.stdout + done.stderr
+
+
+def made(asked: list[str]) -> bool:
+    return "-m venv --clear .venv" in asked
+
+
+def test_a_venv_is_made_once(home: Path) -> None:
+    code, asked, said = make(".venv/.ready", "PYTHON=python3.99")
+    assert (code, made(asked)) == (0, True), said
+    assert not [line for line in asked if "--force-reinstall" in line]
+    assert make(".venv/.ready")[:2] == (0, [])
+
+
+def test_a_half_made_venv_is_made_again(home: Path) -> None:
+    make(".venv/.ready", "PYTHON=python3.99")
+    for path in (home / ".venv" / "bin" / "pip", *(home / ".venv").glob(".[rt]*")):
+        path.unlink()
+    code, asked, said = make(".venv/.ready", "PYTHON=python3.99")
+    assert (code, made(asked)) == (0, True), said
+
+
+def test_another_build_of_torch_is_installed_and_stays(home: Path) -> None:
+    make(".venv/.ready", "PYTHON=python3.99")
+    for build, index in (("cpu", True), ("pypi", False)):
+        code, asked, said = make(".venv/.ready", f"TORCH={build}")
+        (torch,) = [line for line in asked if "torch==" in line]
+        assert (code, "--force-reinstall" in torch, "--index-url" in torch) == (0, True, index), said
+        assert any("--editable ." in line for line in asked)
+        assert make(".venv/.ready")[:2] == (0, []), "a build once chosen stays"
+
+
+def test_what_cannot_be_had_is_refused_in_one_line(home: Path) -> None:
+    make(".venv/.ready", "PYTHON=python3.99")
+    script(home / "bin" / "python3.98", PYTHON.format(log=home / "log", version="3.98.0"))
+    code, _, said = make(".venv/.ready", "PYTHON=python3.98")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "another Python than python3.98; type: make clean" in said
+    assert make("-n", "clean", "PYTHON=python3.98")[0] == 0
+    code, _, said = make(".venv/.ready", "TORCH=cuda")
+    assert (code, said.count("\n")) == (2, 1)
+    assert "allowed is TORCH=cpu or TORCH=pypi" in said
+
+
+@pytest.mark.parametrize(("code", "hints"), [(2, 1), (3, 0)])
+def test_a_demo_over_another_run_names_another_folder(home: Path, code: int, hints: int) -> None:
+    make(".venv/.ready", "PYTHON=python3.99")
+    script(home / ".venv" / "bin" / "pocketlm", POCKETLM.format(code=code))
+    left, _, said = make("demo")
+    assert left == 2, "make's own code of failure"
+    assert f"Error {code}" in said, "the code of the command"
+    assert said.count("or: make demo DEMO_RUN=runs/demo2\n") == hints
