@@ -29,7 +29,7 @@ demo: $(VENV)/.ready
 	@$(BIN)/pocketlm train tiny --out $(DEMO_RUN) || { code=$$?; \
 		if [ $$code = 2 ]; then echo "or: make demo DEMO_RUN=runs/demo2" >&2; fi; exit $$code; }
 	@echo; echo "# pocketlm generate $(DEMO_RUN) --prompt 'def read_file(path):'"; echo
-	@$(BIN)/pocketlm generate $(DEMO_RUN) --prompt "def read_file(path):" --max-new-tokens 200 --seed 1
+	@$(BIN)/pocketlm generate $(DEMO_RUN) --prompt "def read_file(path):" --max-new-tokens 200 --seed 2
 	@echo; echo "next: . $(BIN)/activate; pocketlm chat $(DEMO_RUN)"
 
 test: $(VENV)/.ready-dev

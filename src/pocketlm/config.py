@@ -350,27 +350,6 @@ def preset_tree(name: str) -> Tree:
     return _merged(base, {"name": name} | tree)
 
 
-def parse_overrides(words: list[str]) -> dict[str, Any]:
-    """`--optim.lr 3e-4 --sample.prompts '["a"]'` as dotted names to values; `--a.b=c` is read too.
-
-    Raises:
-        UsageError: a word that is no flag, or a flag without its value.
-    """
-    overrides: dict[str, Any] = {}
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("--"):
-            raise UsageError(f"cannot place {word!r}; fields are given as --section.field VALUE")
-        name, equals, value = word[2:].partition("=")
-        if not equals:
-            try:
-                value = next(rest)
-            except StopIteration:
-                raise UsageError(f"{word} needs a value: {word} VALUE") from None
-        overrides[_field_name(name)] = _parsed_list(word, value) if value.startswith("[") else value
-    return overrides
-
-
 def unknown_field(name: str) -> str:
     """One line that says that a field does not exist, and which one is nearest."""
     near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
@@ -387,13 +366,6 @@ def _presets() -> Any:
 
 def _field_name(flag: str) -> str:
     return flag.replace("-", "_")
-
-
-def _parsed_list(flag: str, text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        raise UsageError(f'{flag}: {text!r} is no list; write it like \'["one", "two"]\'') from None
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,8 +15,9 @@ from typing import Any, get_args
 
 import pytest
 
+from pocketlm.cli.fields import parse_overrides
 from pocketlm.cli.main import VERBS, main
-from pocketlm.config import FIELDS, Config, parse_overrides
+from pocketlm.config import FIELDS, Config
 
 HEAVY = {"torch", "numpy", "pydantic", "tokenizers", "pyarrow", "huggingface_hub", "tiktoken", "rich", "tyro"}
 ANSWERED = """

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pocketlm.config import FIELDS, FREE_FIELDS, Config, parse_overrides, preset_names
+from pocketlm.cli.fields import parse_overrides
+from pocketlm.config import FIELDS, FREE_FIELDS, Config, preset_names
 from pocketlm.errors import ConfigError, FileError, UsageError
 
 PRESETS = preset_names().split(", ")

@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def parse_with_fields(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The flags, and what is left for `config.parse_overrides`; fields may stand anywhere.
+        """The flags, and what is left for `fields.parse_overrides`; fields may stand anywhere.
 
         Every flag that is not the parser's own is a field and takes a value. Fields are taken out first: argparse
         knows none of them and would place the first field's value as a positional.

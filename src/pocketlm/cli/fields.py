@@ -1,21 +1,44 @@
 """The fields of a configuration as help: what may be typed, what it means, what it is by default.
 
-The flags are not parsed by argparse: `config.parse_overrides` reads them. A test types every default that is shown
-here back in, so the help cannot promise what is not read.
+argparse shows them and `parse_overrides` reads them, into the same tree as a TOML file. A test types every default that
+is shown back in, so the help cannot promise what is not read.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+import tomllib
 from argparse import ArgumentParser
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pocketlm.config import Config, Section
+from pocketlm.errors import UsageError
 
 WORDS = {bool: "true|false", int: "N", float: "X", str: "TEXT", NoneType: "none"}
 LIST_WORDS = {str: '"TEXT"', Ellipsis: "..."}
+
+
+def parse_overrides(words: list[str]) -> dict[str, Any]:
+    """`--optim.lr 3e-4 --sample.prompts '["a"]'` as dotted names to values; `--a.b=c` is read too.
+
+    Raises:
+        UsageError: a word that is no flag, or a flag without its value.
+    """
+    overrides: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            raise UsageError(f"cannot place {word!r}; fields are given as --section.field VALUE")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            try:
+                value = next(rest)
+            except StopIteration:
+                raise UsageError(f"{word} needs a value: {word} VALUE") from None
+        overrides[name.replace("-", "_")] = _parsed_list(word, value) if value.startswith("[") else value
+    return overrides
 
 
 def add_fields(parser: ArgumentParser, config: Config) -> None:
@@ -62,3 +85,10 @@ def _typed(value: Any) -> str:
         return "none"
     text = json.dumps(value, ensure_ascii=False) if isinstance(value, bool | tuple) else str(value)
     return shlex.quote(text).replace("%", "%%")
+
+
+def _parsed_list(flag: str, text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        raise UsageError(f'{flag}: {text!r} is no list; write it like \'["one", "two"]\'') from None

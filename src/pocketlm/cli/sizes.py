@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocketlm.cli.arguments import Parser, print_json, print_table
-from pocketlm.config import Config, parse_overrides
+from pocketlm.cli.fields import parse_overrides
+from pocketlm.config import Config
 
 if TYPE_CHECKING:
     from pocketlm.model.sizes import Parameters

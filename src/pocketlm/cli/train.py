@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.cli.arguments import Parser, print_json, say
-from pocketlm.config import Config, parse_overrides, preset_names
+from pocketlm.cli.fields import parse_overrides
+from pocketlm.config import Config, preset_names
 
 if TYPE_CHECKING:
     from pocketlm.training.log import Listener
