@@ -14,7 +14,7 @@ from pocketlm.model.transformer import Transformer, allocate
 
 PRESETS = {
     "debug": 26_816,
-    "tiny": 2_558_144,
+    "tiny": 2_115_264,
     "smallm": 20_535_808,
     "smollm2-135m": 134_515_008,
     "smollm2-135m-official": 134_515_008,

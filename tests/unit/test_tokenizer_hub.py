@@ -80,5 +80,5 @@ def test_a_hub_id_is_fetched_and_cached(hub: str, own: Tokenizer, tmp_path: Path
 
 def test_a_hub_id_offline_says_what_to_give(tmp_path: Path) -> None:
     offline = run_load("someone/model", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
-    assert "DataError: cannot fetch tokenizer.json of 'someone/model'" in offline.stderr
+    assert "DataError: no path 'someone/model' here, and its tokenizer.json cannot be fetched" in offline.stderr
     assert "--data.tokenizer PATH" in offline.stderr

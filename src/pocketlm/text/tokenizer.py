@@ -15,6 +15,7 @@ SentencePiece with byte fallback (Llama 2); others are refused when they are loa
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import json
 import os
@@ -301,7 +302,8 @@ def _hub_file(repository: str, name: str) -> Path | None:
         cached = try_to_load_from_cache(repository, name)
         if cached is not None:
             return Path(cached) if isinstance(cached, str) else None  # else it is known not to be in there
-        get_hf_file_metadata(hf_hub_url(repository, name))  # asked once: the download itself would try for 20 s
+        with contextlib.suppress(RemoteEntryNotFoundError):  # the download says it again, and remembers it
+            get_hf_file_metadata(hf_hub_url(repository, name))  # asked once: offline the download would try for 20 s
         return Path(hf_hub_download(repository, name))
     except RemoteEntryNotFoundError:
         return None
