@@ -29,6 +29,7 @@ demo: $(VENV)/.ready
 	@$(BIN)/pocketlm train tiny --out $(DEMO_RUN) || { code=$$?; \
 		if [ $$code = 2 ]; then echo "or: make demo DEMO_RUN=runs/demo2" >&2; fi; exit $$code; }
 	@echo; echo "# pocketlm generate $(DEMO_RUN) --prompt 'def read_file(path):'"; echo
+	@printf '%s' "def read_file(path):"
 	@$(BIN)/pocketlm generate $(DEMO_RUN) --prompt "def read_file(path):" --max-new-tokens 200 --seed 2
 	@echo; echo "next: . $(BIN)/activate; pocketlm chat $(DEMO_RUN)"
 
