@@ -79,7 +79,6 @@ def _json(tree: Mapping[str, Any]) -> bytes:
 class Restored:
     """What a verified checkpoint gives back to training."""
 
-    path: Path
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
@@ -92,7 +91,6 @@ def restore(path: Path, weights: Shapes, optimizer: Shapes) -> Restored:
         FileError: damaged, or made for other shapes.
     """
     return Restored(
-        path,
         read_tensors(path / WEIGHTS, weights),
         read_tensors(path / OPTIMIZER, optimizer),
         read_state(path),
