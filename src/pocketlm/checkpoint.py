@@ -4,7 +4,7 @@
       config.json generation_config.json model.safetensors     what transformers opens as it is, for a Llama layout
       tokenizer.json tokenizer_config.json
       training/config.toml                                     the run's configuration
-      training/optimizer.safetensors                           every moment, by name
+      training/optimizer.safetensors                           every moment by name, and the guard's history
       training/state.json                                      everything else that step k + 1 depends on
       manifest.json                                            size and SHA-256 of each; without it, damaged
 
@@ -13,10 +13,12 @@ Trees come in and go out as plain values: this file knows neither the loop nor i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,20 @@ from torch import Tensor
 
 from pocketlm.config import Dtype, ModelConfig, SampleConfig
 from pocketlm.errors import FileError
-from pocketlm.files import MANIFEST, commit_folder, read_json, remove_folder, verify_folder
+from pocketlm.files import MANIFEST, commit_folder, read_json, read_manifest, remove_folder, verify_folder
 from pocketlm.formats import huggingface
 from pocketlm.model.transformer import Transformer
-from pocketlm.tensors import Shapes, read_tensors, serialize
+from pocketlm.tensors import Shapes, bytes_of, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "training/optimizer.safetensors", "training/state.json"
+SAVED = {
+    *("config.json", "generation_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json"),
+    *("training/config.toml", OPTIMIZER, STATE, MANIFEST),
+}
+CLOCKS = ("elapsed_s", "resolved.peak_flops", "resolved.reasons")
+"""What of the state is measured time, or words about it. Nothing is computed from it."""
 
 Warn = Callable[[str], None]
 
@@ -52,10 +60,10 @@ class Snapshot:
 
 
 def save(checkpoints: Path, snapshot: Snapshot) -> Path:
-    """Commits a snapshot as `checkpoints/step-N` and returns that folder.
+    """Commits a snapshot as `checkpoints/step-N` and returns that folder; one that stands there is replaced.
 
     Raises:
-        OSError: the disk refused; no folder of that name exists, earlier checkpoints stand.
+        OSError: the disk refused; what stood there before still does.
     """
     folder = checkpoints / f"step-{snapshot.step:08d}"
     end_id = snapshot.tokenizer.end_id
@@ -124,36 +132,97 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def newest_valid(run: Path, warn: Warn) -> Path | None:
     """The newest checkpoint of a run whose every byte verifies; each damaged one on the way is warned of."""
-    for path in reversed(list_checkpoints(run)):
+    return next(_valid(reversed(list_checkpoints(run)), warn), None)
+
+
+def verify(path: Path) -> None:
+    """Checks a checkpoint byte for byte, and that it is of the step in its name.
+
+    Raises:
+        FileError: naming the file that is damaged or missing.
+    """
+    verify_folder(path)
+    if STEP_FOLDER.fullmatch(path.name) and (step := read_state(path).get("step")) != step_of(path):
+        raise FileError(f"{path} is damaged: its state is of step {step}")
+
+
+def _valid(checkpoints: Iterable[Path], warn: Warn) -> Iterator[Path]:
+    for path in checkpoints:
         try:
-            verify_folder(path)
+            verify(path)
         except FileError as error:
             warn(f"{error}; looking at the one before")
         else:
-            return path
-    return None
+            yield path
 
 
-def prune(run: Path, keep_last: int, keep_best: int) -> list[Path]:
-    """Removes all but the newest `keep_last` checkpoints and the `keep_best` with the lowest metric.
+def state_hash(path: Path) -> str:
+    """SHA-256 over every leaf of a checkpoint's state but the clocks: equal hashes are equal runs, bit for bit.
 
-    A checkpoint without a metric (no evaluation at its step) is never a best one. Returns what was removed.
+    A tensor counts with its file, name, dtype, shape and bytes, any other leaf with its name and JSON text.
     """
-    checkpoints = list_checkpoints(run)
-    rated = [(metric, path) for path in checkpoints if (metric := _metric(path)) is not None]
-    best = {path for _, path in sorted(rated, key=lambda pair: (pair[0], step_of(pair[1])))[:keep_best]}
-    doomed = [path for path in checkpoints[:-keep_last] if path not in best]
+    digest = hashlib.sha256()
+    for file in (WEIGHTS, OPTIMIZER):
+        for name, tensor in sorted(read_tensors(path / file).items()):
+            digest.update(f"{file} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(bytes_of(tensor))
+    for name, value in _leaves(read_state(path)):
+        if not f"{name}.".startswith(tuple(f"{clock}." for clock in CLOCKS)):
+            digest.update(f"{name} {json.dumps(value)}\n".encode())
+    return digest.hexdigest()
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each leaf of a tree with its dotted name, in the order of the names."""
+    for name, value in sorted(tree.items()):
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def prune(
+    run: Path, keep_last: int, keep_best: int, metrics: Mapping[int, float], *, warn: Warn, keep: Collection[int] = ()
+) -> list[Path]:
+    """Removes all but the newest `keep_last` checkpoints, the `keep_best` with the lowest metric, and those in `keep`.
+
+    The newest ones are read again before: damaged ones do not count and stay where they are, and while fewer than two
+    are whole nothing is removed. Nor is a folder that holds anything which its manifest does not name.
+
+    Args:
+        metrics: a metric of some of the steps; a checkpoint without one is never a best one.
+        keep: steps that stay in any case.
+
+    Returns:
+        What was removed.
+    """
+    checkpoints = [path for path in list_checkpoints(run) if not path.is_symlink()]
+    newest = list(islice(_valid(reversed(checkpoints), warn), keep_last))
+    if len(newest) < 2:
+        return []
+    best = _best(checkpoints, metrics, keep_best)
+    older = [path for path in checkpoints if step_of(path) < step_of(newest[-1]) and step_of(path) not in keep]
+    doomed = [path for path in older if path not in best and _is_ours(path, warn)]
     for path in doomed:
         remove_folder(path)
     return doomed
 
 
-def _metric(path: Path) -> float | None:
+def _best(checkpoints: Sequence[Path], metrics: Mapping[int, float], count: int) -> list[Path]:
+    rated = [path for path in checkpoints if step_of(path) in metrics]
+    return sorted(rated, key=lambda path: (metrics[step_of(path)], step_of(path)))[:count]
+
+
+def _is_ours(path: Path, warn: Warn) -> bool:
+    """Whether a folder holds nothing but what its manifest names; where that cannot be read, what a save writes."""
     try:
-        metric = read_state(path).get("metric")
+        known = {MANIFEST, *read_manifest(path)}
     except FileError:
-        return None
-    return float(metric) if isinstance(metric, int | float) else None
+        known = SAVED
+    strange = [file for file in path.rglob("*") if not file.is_dir() and str(file.relative_to(path)) not in known]
+    if strange:
+        warn(f"{path} is kept: it holds {strange[0].relative_to(path)}, which pocketlm did not write")
+    return not strange
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
@@ -179,7 +248,7 @@ def find_checkpoint(path: Path, warn: Warn) -> Path:
             raise FileError(f"{path} has no valid checkpoint; train it again with the same command")
         return newest
     if (path / "training").is_dir() or (path / MANIFEST).exists():
-        verify_folder(path)
+        verify(path)
     elif not (path / "config.json").is_file():
         what = "is no model folder: it has no config.json" if path.exists() else "does not exist"
         raise FileError(f"{path} {what}; give a run folder, a checkpoint or a Hugging Face folder")

@@ -50,10 +50,11 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)  # the format wants its data aligned
     yield struct.pack("<Q", len(text)) + text
     for name in names:
-        yield _bytes_of(tensors[name])
+        yield bytes_of(tensors[name])
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's elements, in order, as they stand in a file."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 

@@ -30,7 +30,7 @@ from pocketlm.config import DataConfig
 from pocketlm.data.shards import DATASET_FILE, SCHEMA, TOKENIZER_FILE, Tokens, open_dataset, shard_chunks, token_dtype
 from pocketlm.data.split import Split, Survey, survey, text_bytes
 from pocketlm.errors import DataError, FileError
-from pocketlm.files import read_json, read_text, sha256_of, sweep, write_file
+from pocketlm.files import read_json, read_text, remove_file, sha256_of, sweep, write_file
 from pocketlm.text.sources import Document, Source, open_source
 from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_tokenizer
 
@@ -230,7 +230,7 @@ def _clear(folder: Path) -> None:
     """Removes what an earlier plan left, the plan first."""
     for pattern in (PLAN_FILE, TOKENIZER_FILE, "piece-*.json", "train-*.tokens", "val-*.tokens"):
         for path in folder.glob(pattern):
-            path.unlink()
+            remove_file(path)
 
 
 # --- pieces
@@ -301,7 +301,7 @@ class Collected:
     def write(self, path: Path, vocab_size: int) -> Tree | None:
         """Writes the shard and says what is in it; a shard without documents is not written."""
         if not self.documents:
-            path.unlink(missing_ok=True)
+            remove_file(path)
             return None
         write_file(path, shard_chunks(self.documents, token_dtype(vocab_size)))
         return {

@@ -22,7 +22,7 @@ from pocketlm.config import Config
 from pocketlm.data.loader import Loader
 from pocketlm.errors import ConfigError, Diverged, FileError, Interrupted, PocketError
 from pocketlm.evaluate.loss import evaluate_stream
-from pocketlm.files import Lock, make_folder, set_aside, sweep
+from pocketlm.files import Journal, Lock, make_folder, set_aside, sweep
 from pocketlm.generate.sampling import Sampling
 from pocketlm.language_model import LanguageModel
 from pocketlm.model.loss import linear_cross_entropy
@@ -242,7 +242,12 @@ def _save(run: Run, state: TrainState, validation: float | None) -> None:
     run.journal.sync()
     train = run.config.train
     metric = validation if train.best_metric == "validation" else state.smoothed_loss
-    extra = {"metric": metric, "data_fingerprint": run.dataset.fingerprint, "resolved": run.resolved.tree()}
+    extra = {
+        "metric": metric,
+        "data_fingerprint": run.dataset.fingerprint,
+        "resolved": run.resolved.tree(),
+        "records": run.journal.num_records,
+    }
     snapshot = checkpoint.Snapshot(
         step=state.step,
         model=run.config.model,
@@ -254,4 +259,5 @@ def _save(run: Run, state: TrainState, validation: float | None) -> None:
         state=state.scalars() | extra,
     )
     run.listener.saved(checkpoint.save(run.folder / "checkpoints", snapshot))
-    checkpoint.prune(run.folder, train.keep_last, train.keep_best)
+    metrics = {r["step"]: r["loss"] for r in Journal.read(run.journal.path) if r["kind"] == "eval"}
+    checkpoint.prune(run.folder, train.keep_last, train.keep_best, metrics, warn=run.listener.note)

@@ -67,10 +67,9 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
         state.load(checkpoint.restore(start, *state.shapes()))
     write_file(folder / "config.toml", config.to_toml().encode())
     write_file(folder / "resolved.toml", resolved.to_toml(config).encode())
-    metrics = folder / "metrics.jsonl"
-    Journal.truncate(metrics, state.step if start else -1)
+    journal = Journal(folder / "metrics.jsonl", keep=stored["records"] if stored else 0)
     loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle)
-    return Run(folder, config, resolved, runtime, dataset, loader, Journal(metrics), listener), state
+    return Run(folder, config, resolved, runtime, dataset, loader, journal, listener), state
 
 
 def _changes(stored: Mapping[str, Any], runtime: distributed.Runtime) -> list[str]:
