@@ -79,6 +79,12 @@ def save(checkpoints: Path, snapshot: Snapshot) -> Path:
     return folder
 
 
+def size_bytes(snapshot: Snapshot) -> int:
+    """What a checkpoint takes on the disk, tensors and tokenizer; the rest is a few kB."""
+    tensors = sum(tensor.nbytes for tensor in (*snapshot.weights.values(), *snapshot.optimizer.values()))
+    return tensors + len(snapshot.tokenizer.to_json().encode())
+
+
 def _json(tree: Mapping[str, Any]) -> bytes:
     return (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode()
 
@@ -130,9 +136,13 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def newest_valid(run: Path, warn: Warn) -> Path | None:
-    """The newest checkpoint of a run whose every byte verifies; each damaged one on the way is warned of."""
-    return next(_valid(reversed(list_checkpoints(run)), warn), None)
+def newest_valid(run: Path, warn: Warn, accept: Callable[[int], bool] = lambda step: True) -> Path | None:
+    """The newest checkpoint of a run whose every byte verifies; each damaged one on the way is warned of.
+
+    Args:
+        accept: which steps count.
+    """
+    return next(_valid((path for path in reversed(list_checkpoints(run)) if accept(step_of(path))), warn), None)
 
 
 def verify(path: Path) -> None:

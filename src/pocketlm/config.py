@@ -6,6 +6,7 @@
       data      text source, tokenizer, context, split, order
       optim     AdamW, or Muon for the matrices and AdamW for the rest
       schedule  the learning rate's factor as a function of the step
+      guard     when a step is skipped, and when the run goes back
       train     steps, tokens per step, precision, evaluation, checkpoints
       sample    how the finished model speaks, and what it is asked while it trains
 
@@ -173,6 +174,19 @@ class ScheduleConfig(Section):
     """wsd: share of the steps that decay."""
 
 
+class GuardConfig(Section):
+    """When a step is skipped, and when the run goes back. A loss or gradient that is not finite is always skipped."""
+
+    spike_sigma: NonNegative = 6.0
+    """A loss so many deviations above the mean of the last ones is skipped; 0 for none."""
+    window: Annotated[int, Field(ge=2, le=2**16)] = 128
+    """Steps that mean and deviation are taken over, and that skips are counted in."""
+    max_skips: Natural = 8
+    """More skips than these in the window: back to the last checkpoint, and the data since then are left out."""
+    max_rollbacks: Natural = 3
+    """More times back than these: the run ends with exit code 4."""
+
+
 class TrainConfig(Section):
     """The run."""
 
@@ -206,6 +220,8 @@ class TrainConfig(Section):
     """Best checkpoints kept beside them."""
     best_metric: Literal["validation", "train"] = "validation"
     """What is best: the validation loss, or the smoothed training loss."""
+    on_save_error: Literal["stop", "go-on"] = "stop"
+    """When the disk refuses a checkpoint: stop with exit code 3, or say so and try again at the next one."""
     log_every: Count = 10
     """Steps between lines where there is no live panel."""
     stop_at_step: Count | None = None
@@ -232,7 +248,8 @@ class SampleConfig(Section):
 # Fields that may differ when a run goes on: they change what is measured, kept or said, never a weight.
 FREE_FIELDS = frozenset(
     {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every"}
-    | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "data.dir"}
+    | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "train.on_save_error"}
+    | {"data.dir"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )
 
@@ -247,6 +264,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    guard: GuardConfig = GuardConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
 

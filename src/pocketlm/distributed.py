@@ -10,11 +10,19 @@ import os
 import platform
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
+from pocketlm import __version__
 from pocketlm.config import Determinism, TrainConfig
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
+PROMISES: dict[Determinism, str] = {
+    "bitwise": "a second run and a resumed one are equal bit for bit, on this machine",
+    "same-data": "the same data in the same order; a second run may differ in the last bits",
+    "off": "the same data in the same order; threads and kernels as they are fastest at each start",
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ def start(train: TrainConfig) -> Runtime:
     threads = available_cores() if train.threads == "auto" else train.threads
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(determinism == "bitwise")
+    torch.backends.cudnn.benchmark = determinism == "off"  # tries kernels, and takes the fastest of the day
     # Deterministic mode would also fill every fresh tensor with NaN: a debugging aid that costs a pass over memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Runtime(device, threads, determinism)
@@ -58,7 +67,9 @@ def keep_freed_memory() -> None:
 
 
 def keep_threads(runtime: Runtime, threads: int) -> Runtime:
-    """The same, with the number of threads that the run began with."""
+    """The same, with the number of threads that the run began with: sums are split by it. `off` takes today's."""
+    if runtime.determinism == "off":
+        return runtime
     torch.set_num_threads(threads)
     return replace(runtime, threads=threads)
 
@@ -71,3 +82,14 @@ def default_device() -> torch.device:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """What bit-exact arithmetic rests on beside the state."""
+    return {
+        "pocketlm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+    }

@@ -339,15 +339,23 @@ class Journal:
 
         A crash may leave a torn line, a power cut worse: from the first line on that is none, nothing is kept.
         """
-        lines = list(_whole_lines(path))[:keep]
-        content = b"".join(line + b"\n" for line, _ in lines)
-        if not path.exists() or path.stat().st_size != len(content):
-            write_file(path, content)
         self.path = path
+        self._open(keep)
+
+    def _open(self, keep: int | None) -> None:
+        lines = list(_whole_lines(self.path))[:keep]
+        content = b"".join(line + b"\n" for line, _ in lines)
+        if not self.path.exists() or self.path.stat().st_size != len(content):
+            write_file(self.path, content)
         self.num_records = len(lines)
         self._end = len(content)
         self._waiting = b""
-        self._file = DISK.append(path)
+        self._file = DISK.append(self.path)
+
+    def rewind(self, keep: int) -> None:
+        """Goes back to the first `keep` records."""
+        self.close()
+        self._open(keep)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a record. It is on the disk for certain only after `sync`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pocketlm.cli.arguments import Parser, print_json, say
 from pocketlm.cli.fields import parse_overrides
 from pocketlm.config import Config, preset_names
+from pocketlm.training.signals import leave_on_signal
 
 if TYPE_CHECKING:
     from pocketlm.training.log import Listener
@@ -26,18 +28,21 @@ def run(argv: list[str]) -> int:
         field: value for flag, field in SHORT_FLAGS.items() if (value := getattr(arguments, flag)) is not None
     }
     config = load_config(arguments.preset, overrides)
-
-    from pocketlm.training.loop import train
-
-    out = Path(arguments.out) if arguments.out else None
-    listener = _listener(config, plain=arguments.json)
-    folder = train(config, out=out, resume=arguments.resume, listener=listener)
+    with leave_on_signal():
+        folder = _train(config, arguments)
     summary = _summary(folder)
     if arguments.json:
         print_json(summary)
     else:
         say(_next_line(folder, summary, config.train.total_steps))
     return 0
+
+
+def _train(config: Config, arguments: argparse.Namespace) -> Path:
+    from pocketlm.training.loop import train
+
+    out = Path(arguments.out) if arguments.out else None
+    return train(config, out=out, resume=arguments.resume, listener=_listener(config, plain=arguments.json))
 
 
 def load_config(name: str, overrides: dict[str, Any]) -> Config:

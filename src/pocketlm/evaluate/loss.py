@@ -14,7 +14,7 @@ per byte compare between tokenizers; a loss per token does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
@@ -69,7 +69,14 @@ def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
 
 @torch.no_grad()
 def evaluate_stream(
-    model: Transformer, stream: Stream, tokenizer: Tokenizer, *, context: int, stride: int | None = None, limit: int = 0
+    model: Transformer,
+    stream: Stream,
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    stride: int | None = None,
+    limit: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> LossReport:
     """Scores a stream.
 
@@ -79,12 +86,14 @@ def evaluate_stream(
         context: T, tokens of a window.
         stride: S, by default T.
         limit: score only this many first tokens; 0 for all.
+        check: called before each batch; what it raises ends the evaluation.
     """
     assert stream.num_tokens >= 2
     num_tokens = min(limit + 1, stream.num_tokens) if limit else stream.num_tokens
     nats = np.zeros(tokenizer.vocab_size)  # float64, by target
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for batch in _batches(windows(num_tokens, context, stride or context), max(1, BATCH_TOKENS // context)):
+        check()
         targets, losses = _score(model, stream, batch)
         nats += np.bincount(targets, weights=losses, minlength=len(nats))
         counts += np.bincount(targets, minlength=len(counts))

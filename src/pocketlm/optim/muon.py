@@ -35,17 +35,20 @@ class Muon:
             self._by_shape[matrix.shape].append(name)
 
     @torch.no_grad()
-    def step(self, lr: float, mu: float) -> None:
-        """Updates every matrix in place from its `.grad`."""
+    def step(self, lr: float, mu: float, skip: Tensor) -> None:
+        """Updates every matrix in place from its `.grad`; where `skip`, () bool, is true nothing changes."""
         for (rows, columns), names in self._by_shape.items():
             gradients = [self._gradient(name) for name in names]
             momenta = [self.momentum[name] for name in names]
-            torch._foreach_lerp_(momenta, gradients, 1 - mu)
-            ahead = torch._foreach_lerp(gradients, momenta, mu)
+            moved = torch._foreach_lerp(momenta, gradients, 1 - mu)
+            ahead = torch._foreach_lerp(gradients, moved, mu)
             update = orthogonalize(torch.stack(ahead), self.num_steps)  # (matrices, m, n)
             scale = max(1, rows / columns) ** 0.5
-            for name, direction in zip(names, update.unbind(), strict=True):
-                self.matrices[name].mul_(1 - lr * self.weight_decay).sub_(direction, alpha=lr * scale)
+            for name, new, direction in zip(names, moved, update.unbind(), strict=True):
+                matrix, momentum = self.matrices[name], self.momentum[name]
+                updated = (matrix * (1 - lr * self.weight_decay)).sub_(direction, alpha=lr * scale)
+                torch.where(skip, matrix, updated, out=matrix)
+                torch.where(skip, momentum, new, out=momentum)
 
     def _gradient(self, name: str) -> Tensor:
         gradient = self.matrices[name].grad

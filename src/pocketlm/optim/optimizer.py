@@ -20,15 +20,11 @@ from pocketlm.optim.schedule import muon_momentum
 
 
 class Optimizer:
-    """Updates a model's fp32 parameters in place from their `.grad`.
-
-    `updates` counts the updates that were applied: AdamW's bias correction needs it. It is not the schedule's step.
-    """
+    """Updates a model's fp32 parameters in place from their `.grad`."""
 
     def __init__(self, model: Module, config: OptimConfig) -> None:
         self.config = config
         self.parameters = dict(model.named_parameters())
-        self.updates = 0
         groups = split(self.parameters, config)
         self.muon = Muon(
             {name: self.parameters[name] for name in groups.muon},
@@ -48,6 +44,11 @@ class Optimizer:
         )
         self._materialize()
 
+    @property
+    def updates(self) -> int:
+        """Updates applied, which AdamW's bias correction needs; not the schedule's step. Waits for a GPU."""
+        return int(self._counts[0].item())
+
     def _materialize(self) -> None:
         for name in self.adamw_names:
             parameter = self.parameters[name]
@@ -57,19 +58,24 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
-    def step(self, factor: float, step: int, total_steps: int) -> None:
-        """One update.
+    @property
+    def _counts(self) -> list[Tensor]:
+        return [self.adamw.state[self.parameters[name]]["step"] for name in self.adamw_names]
+
+    def step(self, factor: float, step: int, total_steps: int, skip: Tensor) -> None:
+        """One update, or none.
 
         Args:
             factor: the schedule's factor on every peak rate.
             step: updates scheduled so far, of `total_steps` (for Muon's momentum).
+            skip: () bool; where it is true nothing changes, whatever the gradients are.
         """
+        self.adamw.found_inf = skip.float()  # type: ignore[attr-defined]  # what a GradScaler would tell it
         for group in self.adamw.param_groups:
             group["lr"] = self.config.lr * factor
         self.adamw.step()
         momentum = muon_momentum(self.config.muon_momentum_start, self.config.muon_momentum, step, total_steps)
-        self.muon.step(self.config.muon_lr * factor, momentum)
-        self.updates += 1
+        self.muon.step(self.config.muon_lr * factor, momentum, skip)
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by name; the tensors themselves, not copies."""
@@ -81,12 +87,14 @@ class Optimizer:
         return moments | {f"momentum.{name}": tensor for name, tensor in self.muon.momentum.items()}
 
     @torch.no_grad()
+    def reset(self) -> None:
+        """As before the first step."""
+        torch._foreach_zero_([*self.tensors().values(), *self._counts])
+
+    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """Takes over moments of the same names and shapes, and the count of updates."""
-        mine = self.tensors()
-        assert mine.keys() == tensors.keys()
-        for name, tensor in mine.items():
+        for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
-        self.updates = updates
-        for name in self.adamw_names:
-            self.adamw.state[self.parameters[name]]["step"].fill_(float(updates))
+        torch._foreach_zero_(self._counts)
+        torch._foreach_add_(self._counts, updates)

@@ -2,9 +2,13 @@
 
 A record is a plain dict with `step` and one of the kinds
 
-    train    loss, lr, grad_norm, tokens, tokens_per_s, mfu, elapsed_s
-    eval     loss, bits_per_byte, bits_per_byte_with_special, perplexity, tokens, bytes
-    sample   prompt, text
+    train     loss, smoothed_loss, lr, grad_norm, tokens, tokens_per_s, mfu, elapsed_s
+    eval      loss, bits_per_byte, bits_per_byte_with_special, perplexity, tokens, bytes
+    sample    prompt, text
+    skip      reason, loss, grad_norm                   a step whose update was not applied, instead of its `train`
+    rollback  reason, from_step, rows_left_out          the run goes on from `step` again, with other data
+
+A figure that is not finite is None.
 
 A `Listener` hears them as they happen. `PlainLines` is the one for files and pipes; `panel.py` has the live one.
 """
@@ -65,6 +69,7 @@ class PlainLines:
     def record(self, record: Record) -> None:
         assert self.info is not None
         if record["kind"] != "train":
+            self._line_before = None if record["kind"] == "rollback" else self._line_before
             self.write(describe(record))
         elif record["step"] % self.every == 0 or record["step"] in (self.info.first_step + 1, self.info.total_steps):
             self._train_line(self.info, record)
@@ -110,13 +115,24 @@ def describe(record: Record) -> str:
     """A record as a line."""
     step = f"step {record['step']:>6}"
     if record["kind"] == "eval":
-        return f"{step}  validation loss {record['loss']:.4f}  bits/byte {record['bits_per_byte']:.4f}"
+        return f"{step}  validation loss {record['loss']:.4f}  bits/byte {figure(record['bits_per_byte'])}"
     if record["kind"] == "sample":
         return f"{step}  sample: {inert(record['prompt'] + record['text'])}"
+    if record["kind"] == "skip":
+        figures = f"loss {figure(record['loss'])}, norm {figure(record['grad_norm'])}"
+        return f"{step}  skipped: {record['reason']} ({figures})"
+    if record["kind"] == "rollback":
+        left_out = f"{record['rows_left_out']:,} rows are left out"
+        return f"{step}  gone back from step {record['from_step']}: {record['reason']}; {left_out}"
     return (
         f"{step}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
         f"{record['tokens_per_s']:,.0f} tok/s  MFU {100 * record['mfu']:.0f} %"
     )
+
+
+def figure(value: float | None) -> str:
+    """Four digits after the point, or that there is no number."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def inert(text: str) -> str:

@@ -32,7 +32,7 @@ from rich.text import Text
 
 from pocketlm.files import Journal
 from pocketlm.training import curve
-from pocketlm.training.log import Record, RunInfo, duration, inert
+from pocketlm.training.log import Record, RunInfo, duration, figure, inert
 
 REFRESH_S = 0.5
 MOST_OF_TIME = 0.01
@@ -67,8 +67,8 @@ class Heard:
 
     @property
     def step(self) -> int:
-        step: int = self.last["train"]["step"] if "train" in self.last else self.info.first_step
-        return step
+        steps: list[int] = [self.last[kind]["step"] for kind in ("train", "skip", "rollback") if kind in self.last]
+        return max(steps, default=self.info.first_step)
 
     def hear(self, record: Record) -> None:
         self.last[record["kind"]] = record
@@ -78,6 +78,16 @@ class Heard:
             self._remember(self.line, (record["step"], sum(self.losses) / len(self.losses)))
         elif record["kind"] == "eval":
             self._remember(self.marks, (record["step"], record["loss"]))
+        elif record["kind"] == "rollback":
+            self._forget_after(record["step"])
+
+    def _forget_after(self, step: int) -> None:
+        """What was drawn of steps that the run goes through again."""
+        self.line[:] = [point for point in self.line if point[0] <= step]
+        self.marks[:] = [point for point in self.marks if point[0] <= step]
+        self.losses.clear()
+        for kind in ("train", "skip"):
+            self.last.pop(kind, None)
 
     @staticmethod
     def _remember(points: list[curve.Point], point: curve.Point) -> None:
@@ -199,7 +209,7 @@ def numbers(heard: Heard, clock: Clock, memory: Pairs) -> Pairs:
     return [
         ("train loss", f"{heard.line[-1][1]:.4f}" if heard.line else "-"),
         ("validation", f"{validation['loss']:.4f}" if validation else "-"),
-        ("bits/byte", f"{validation['bits_per_byte']:.4f}" if validation else "-"),
+        ("bits/byte", figure(validation["bits_per_byte"]) if validation else "-"),
         ("learning rate", f"{train['lr']:.2e}" if train else "-"),
         ("gradient norm", f"{train['grad_norm']:.2f}" if train else "-"),
         ("tokens/s", f"{rate:,.0f}" if rate else "-"),

@@ -45,10 +45,14 @@ class Precision:
                 master.grad += computed.grad
             computed.grad = None
 
+    def drop_gradients(self) -> None:
+        """Forgets a step that was not finished."""
+        for parameter in (*self._masters, *self._copies):
+            parameter.grad = None
+
     @torch.no_grad()
     def refresh(self) -> None:
         """After an update: makes the copy anew, and drops the gradients."""
-        for master in self._masters:
-            master.grad = None
+        self.drop_gradients()
         if self.is_copy:
             torch._foreach_copy_(self._copies, self._masters)

@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import tomli_w
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pocketlm.config import Config, Dtype
-from pocketlm.distributed import Runtime
+from pocketlm.distributed import Runtime, versions
 from pocketlm.training.precision import TORCH_DTYPES
-from pocketlm.training.state import versions
 
 MICRO_BATCH_TOKENS = 8192
 BF16_MUST_GAIN = 1.2
@@ -27,27 +26,24 @@ PROBE_ROWS = 2048
 PROBE_S = 0.25
 
 
-@dataclass(frozen=True)
-class Resolved:
+class Resolved(BaseModel):
     """What `auto` became, and why; the matmul rate is what MFU is measured against."""
 
-    dtype: Dtype
-    micro_batch: int
-    threads: int
-    device: str
-    peak_flops: float
-    reasons: Mapping[str, str]
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    def tree(self) -> dict[str, Any]:
-        """Plain values, for the state and `resolved.toml`."""
-        return {**self.__dict__, "reasons": dict(self.reasons)}
+    dtype: Dtype
+    micro_batch: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=1, le=1024)]
+    device: str
+    peak_flops: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    reasons: dict[str, str]
 
     def to_toml(self, config: Config) -> str:
         """`resolved.toml`: the configuration as it ran, this table, and the versions of the libraries."""
         ran = {"dtype": self.dtype, "micro_batch": self.micro_batch, "threads": self.threads}
         tree = config.tree()
         tree["train"] = tree["train"] | ran
-        return tomli_w.dumps(tree | {"resolved": self.tree(), "versions": versions()})
+        return tomli_w.dumps(tree | {"resolved": self.model_dump(), "versions": versions()})
 
 
 def resolve(config: Config, runtime: Runtime) -> Resolved:

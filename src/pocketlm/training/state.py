@@ -1,32 +1,54 @@
 """Everything that step k + 1 depends on, as one value that can be written down and read back.
 
-Tensors: the parameters and the optimizer's moments, by name. The rest is JSON: the schedule's step, the position in
-the order, the count of updates, tokens seen, the smoothed loss, the random states, what `auto` was resolved to, and
-the fingerprints that say whether a resume continues the same computation.
+Tensors: the parameters, the optimizer's moments and the guard's history, by name. The rest is state.json: how far the
+run is, the count of updates, the random states, what `auto` was resolved to, and the fingerprints that say whether a
+resume continues the same computation.
 """
 
 from __future__ import annotations
 
 import math
-import platform
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field, ValidationError
+from torch import Tensor
 
-from pocketlm import __version__, checkpoint
-from pocketlm.checkpoint import Restored
+from pocketlm import checkpoint
+from pocketlm.checkpoint import STATE, Restored
+from pocketlm.config import Config
 from pocketlm.data import order
-from pocketlm.errors import Diverged, FileError
+from pocketlm.distributed import versions
+from pocketlm.errors import FileError
+from pocketlm.model.init import init_weights
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.tensors import Shapes
+from pocketlm.training.guard import Guard, Trouble
 from pocketlm.training.precision import Precision
+from pocketlm.training.progress import Mark, Natural, Progress
+from pocketlm.training.resolve import Resolved
 
-SCHEMA = 1
-SMOOTHING = 0.95
+SCHEMA = 2
+
+
+class Scalars(Progress):
+    """state.json."""
+
+    schema_number: int = Field(SCHEMA, alias="schema")
+    order_version: int = order.VERSION
+    updates: Natural
+    """Updates applied."""
+    records: Natural
+    """Lines of the journal."""
+    random: dict[str, str]
+    """States of the global generators."""
+    versions: dict[str, str]
+    data_fingerprint: str
+    resolved: Resolved
 
 
 @dataclass
@@ -35,84 +57,85 @@ class TrainState:
 
     precision: Precision
     optimizer: Optimizer
-    step: int = 0
-    """Updates scheduled; the schedule's clock."""
-    position: int = 0
-    """Rows consumed; the order's clock."""
-    tokens: int = 0
-    """Tokens trained on."""
-    smoothed_loss: float | None = None
-    """Exponential mean of the training loss."""
-    elapsed_s: float = 0.0
-    """Seconds of training so far, over all resumes."""
-
-    def smooth(self, loss: float) -> None:
-        """Takes a step's loss into the smoothed loss."""
-        before = loss if self.smoothed_loss is None else self.smoothed_loss
-        self.smoothed_loss = SMOOTHING * before + (1 - SMOOTHING) * loss
+    guard: Guard
+    progress: Progress = field(default_factory=Progress)
+    saved: Mark | None = None
+    """The mark of the newest checkpoint that this process has read or written."""
 
     def check_finite(self) -> None:
         """What is not finite is never evaluated, sampled from or saved.
 
         Raises:
-            Diverged: a parameter or moment is infinite or not a number.
+            Trouble: a parameter or moment is infinite or not a number.
         """
-        tensors = dict(self.precision.model.named_parameters()) | self.optimizer.tensors()
-        norms = torch._foreach_norm([tensor.detach() for tensor in tensors.values()], math.inf)
-        broken = [name for name, norm in zip(tensors, norms, strict=True) if not math.isfinite(norm.item())]
+        tensors = dict(self.precision.model.named_parameters()) | self.tensors()
+        floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        norms = torch._foreach_norm([tensor.detach() for tensor in floats.values()], math.inf)
+        broken = [name for name, norm in zip(floats, norms, strict=True) if not math.isfinite(norm.item())]
         if broken:
-            raise Diverged(
-                f"after step {self.step} {broken[0]} is not finite; what was saved before stands; "
-                f"try a lower --optim.lr in a new --out"
-            )
+            raise Trouble(f"after step {self.progress.step} {broken[0]} is not finite", self.progress)
 
-    def scalars(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments and the guard's history, by name; the tensors themselves."""
+        return self.optimizer.tensors() | self.guard.tensors()
+
+    def scalars(self, *, records: int, data_fingerprint: str, resolved: Resolved) -> dict[str, Any]:
         """The part that is no tensor."""
-        return {
-            "schema": SCHEMA,
-            "order_version": order.VERSION,
-            "step": self.step,
-            "position": self.position,
-            "tokens": self.tokens,
-            "updates": self.optimizer.updates,
-            "smoothed_loss": self.smoothed_loss,
-            "elapsed_s": self.elapsed_s,
-            "random": random_states(),
-            "versions": versions(),
-        }
+        counted = {"updates": self.optimizer.updates, "random": random_states(), "versions": versions()}
+        run = {"records": records, "data_fingerprint": data_fingerprint, "resolved": resolved}
+        return Scalars.model_validate(self.progress.model_dump() | counted | run).model_dump(by_alias=True)
 
     def shapes(self) -> tuple[Shapes, Shapes]:
-        """Names and shapes of the parameters and of the moments."""
+        """Names and shapes of the parameters and of the other tensors."""
         parameters = self.precision.model.named_parameters()
         return (
             {name: tuple(tensor.shape) for name, tensor in parameters},
-            {name: tuple(tensor.shape) for name, tensor in self.optimizer.tensors().items()},
+            {name: tuple(tensor.shape) for name, tensor in self.tensors().items()},
         )
+
+    def begin(self, config: Config) -> None:
+        """As before the first step: a function of the configuration."""
+        seed_global_generators(config.train.seed)
+        init_weights(self.precision.model, config.init, config.train.seed)
+        self.precision.refresh()
+        self.optimizer.reset()
+        self.guard.reset()
+        self.progress, self.saved = Progress(), None
 
     @torch.no_grad()
     def load(self, restored: Restored) -> None:
-        """Takes over a checkpoint whose version and shapes were checked."""
-        state = restored.state
+        """Takes over a checkpoint whose shapes were checked.
+
+        Raises:
+            FileError: a random state that is none.
+        """
+        scalars = Scalars.model_validate(restored.state)
         for name, parameter in self.precision.model.named_parameters():
             parameter.copy_(restored.weights[name])
         self.precision.refresh()
-        self.optimizer.load(restored.optimizer, state["updates"])
-        self.step, self.position, self.tokens = state["step"], state["position"], state["tokens"]
-        self.smoothed_loss, self.elapsed_s = state["smoothed_loss"], state["elapsed_s"]
-        restore_random_states(state["random"])
+        self.optimizer.load(restored.optimizer, scalars.updates)
+        self.guard.load(restored.optimizer)
+        self.progress = Progress(**{name: getattr(scalars, name) for name in Progress.model_fields})
+        self.saved = self.progress.mark
+        restore_random_states(scalars.random)
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> Scalars:
     """The scalars of a verified checkpoint.
 
     Raises:
-        FileError: written by a version that this one cannot continue.
+        FileError: written by a version that this one cannot continue, or not a state.
     """
-    state = checkpoint.read_state(path)
+    tree = checkpoint.read_state(path)
     for key, mine in (("schema", SCHEMA), ("order_version", order.VERSION)):
-        if state.get(key) != mine:
-            raise FileError(f"{path}: its {key} is {state.get(key)}, this pocketlm has {mine}; give a new --out")
-    return state
+        if tree.get(key) != mine:
+            raise FileError(f"{path}: its {key} is {tree.get(key)}, this pocketlm has {mine}; give a new --out")
+    try:
+        return Scalars.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field_name = ".".join(map(str, first["loc"]))
+        raise FileError(f"{path / STATE} is damaged: {field_name}: {first['msg'].lower()}") from None
 
 
 def seed_global_generators(seed: int) -> None:
@@ -126,7 +149,8 @@ def random_states() -> dict[str, str]:
     """The states of the global generators as text."""
     kind, words, gauss = random.getstate()[0], random.getstate()[1], random.getstate()[2]
     name, keys, index, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
+    gpu = {"cuda": bytes(torch.cuda.get_rng_state().numpy()).hex()} if torch.cuda.is_available() else {}
+    return gpu | {
         "torch": bytes(torch.get_rng_state().numpy()).hex(),
         "numpy": f"{name} {np.asarray(keys).tobytes().hex()} {index} {has_gauss} {float(cached).hex()}",
         "python": f"{kind} {' '.join(map(str, words))} {gauss}",
@@ -134,21 +158,23 @@ def random_states() -> dict[str, str]:
 
 
 def restore_random_states(states: dict[str, str]) -> None:
-    """Puts the global generators back."""
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(states["torch"]), dtype=torch.uint8))
-    name, keys, index, has_gauss, cached = states["numpy"].split()
-    np.random.set_state(
-        (name, np.frombuffer(bytes.fromhex(keys), dtype=np.uint32), int(index), int(has_gauss), float.fromhex(cached))
-    )
-    kind, *words, gauss = states["python"].split()
-    random.setstate((int(kind), tuple(map(int, words)), None if gauss == "None" else float(gauss)))
+    """Puts the global generators back.
+
+    Raises:
+        FileError: what they are given is none of their states.
+    """
+    try:
+        torch.set_rng_state(_bytes(states["torch"]))
+        if torch.cuda.is_available() and "cuda" in states:
+            torch.cuda.set_rng_state(_bytes(states["cuda"]))
+        name, keys, index, has_gauss, cached = states["numpy"].split()
+        words = np.frombuffer(bytes.fromhex(keys), dtype=np.uint32)
+        np.random.set_state((name, words, int(index), int(has_gauss), float.fromhex(cached)))
+        kind, *numbers, gauss = states["python"].split()
+        random.setstate((int(kind), tuple(map(int, numbers)), None if gauss == "None" else float(gauss)))
+    except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise FileError(f"{STATE} is damaged: its random states are none ({error})") from None
 
 
-def versions() -> dict[str, str]:
-    """The libraries whose arithmetic a bit-exact resume rests on."""
-    return {
-        "pocketlm": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

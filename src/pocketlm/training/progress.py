@@ -1,0 +1,50 @@
+"""How far a run is, in plain numbers: the part of the state that the host counts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SMOOTHING = 0.95
+
+Natural = Annotated[int, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Mark = tuple[int, int, int, int]
+
+
+class Progress(BaseModel):
+    """How far a run is: what the host counts."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    step: Natural = 0
+    """Steps done, skipped ones too; the schedule's clock."""
+    position: Natural = 0
+    """Rows consumed, those that were left out too; the order's clock."""
+    tokens: Natural = 0
+    """Tokens of the steps done."""
+    smoothed_loss: Finite | None = None
+    """Exponential mean of the training loss."""
+    best_metric: Finite | None = None
+    """The lowest metric so far of what checkpoints are rated by (`train.best_metric`)."""
+    evaluated_at: Natural = 0
+    """The last step after which the validation loss was taken."""
+    sampled_at: Natural = 0
+    """The last step after which samples were drawn."""
+    skips: list[int] = []
+    """Steps that were skipped, of the guard's window."""
+    rollbacks: Natural = 0
+    """Times that the run went back."""
+    elapsed_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Seconds of training so far, over all resumes."""
+
+    @property
+    def mark(self) -> Mark:
+        """What tells two states of one run apart."""
+        return self.step, self.evaluated_at, self.sampled_at, self.rollbacks
+
+    def smooth(self, loss: float) -> None:
+        """Takes a step's loss into the smoothed loss."""
+        before = loss if self.smoothed_loss is None else self.smoothed_loss
+        self.smoothed_loss = SMOOTHING * before + (1 - SMOOTHING) * loss
