@@ -14,6 +14,9 @@ from pocketlm.optim.muon import Muon, orthogonalize
 from pocketlm.optim.optimizer import Optimizer
 
 
+GO, SKIP = torch.tensor(False), torch.tensor(True)
+
+
 def small_model(**fields: object) -> tuple[Transformer, Config]:
     config = Config.preset("debug", {f"optim.{name}": value for name, value in fields.items()})
     model = allocate(config.model)
@@ -69,7 +72,7 @@ def test_adamw_is_the_papers(decay: str) -> None:
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
             gradients[name].append(parameter.grad.clone())
-        ours.step(factor, step, 10)
+        ours.step(factor, step, 10, GO)
     rates = [config.optim.lr * factor for factor in factors]
     for name, parameter in model.named_parameters():
         rate = 0.3 if decay == "all" or "norm" not in name else 0.0
@@ -105,7 +108,7 @@ def test_muon_is_as_near_to_float64_as_pytorchs(shape: tuple[int, int]) -> None:
     ours = Muon({"w": mine}, num_steps=5, weight_decay=0.1)
     for gradient in gradients:
         mine.grad, theirs.grad = gradient.clone(), gradient.clone()
-        ours.step(0.02, 0.95)
+        ours.step(0.02, 0.95, GO)
         reference.step()
     moved = (truth - start).norm()
     error, their_error = ((w.detach() - truth).norm() / moved for w in (mine, theirs))
@@ -126,7 +129,7 @@ def test_an_optimizer_taken_up_again_goes_on_bit_for_bit(kind: str) -> None:
     model, config = small_model(kind=kind)
     whole = Optimizer(model, config.optim)
     fill_gradients(model, 0)
-    whole.step(1.0, 0, 10)
+    whole.step(1.0, 0, 10, GO)
     other, _ = small_model(kind=kind)
     resumed = Optimizer(other, config.optim)
     names = set(resumed.tensors())
@@ -137,9 +140,31 @@ def test_an_optimizer_taken_up_again_goes_on_bit_for_bit(kind: str) -> None:
     for step in range(1, 5):
         for m, o in ((model, whole), (other, resumed)):
             fill_gradients(m, step)
-            o.step(0.7, step, 10)
+            o.step(0.7, step, 10, GO)
     assert set(whole.tensors()) == names
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, resumed.tensors()[name]), name
     for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.goal("R13")
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_skipped_update_changes_nothing_whatever_the_gradients_are(kind: str, value: float) -> None:
+    model, config = small_model(kind=kind)
+    optimizer = Optimizer(model, config.optim)
+    fill_gradients(model, 0)
+    optimizer.step(1.0, 0, 10, GO)
+    everything = dict(model.named_parameters()) | optimizer.tensors()
+    before = {name: tensor.detach().clone() for name, tensor in everything.items()}
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.fill_(value)
+    optimizer.step(1.0, 1, 10, SKIP)
+    assert optimizer.updates == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in everything.items())
+    fill_gradients(model, 1)
+    optimizer.step(1.0, 2, 10, GO)
+    assert optimizer.updates == 2
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
