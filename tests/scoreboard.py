@@ -90,7 +90,8 @@ def judge(goal: Goal, row: Row | None, marked: set[str]) -> tuple[str, str]:
         marked: the tests that bear the goal's mark today.
     """
     if row is None or not row.tests:
-        return "unproven", "not run" if marked else goal.remains or "no test yet"
+        nothing = goal.remains if goal.remains.startswith("all of it") else "no test yet"
+        return "unproven", "not run" if marked else nothing
     total = row.sum
     if total.failed:
         return "failed", _some(total.failed)
@@ -99,7 +100,7 @@ def judge(goal: Goal, row: Row | None, marked: set[str]) -> tuple[str, str]:
         return "unproven", f"not run: {_some(not_run)}"
     if total.passed != total.total or total.total == 0:
         return "unproven", "not run to its end"
-    return ("partly", f"left: {goal.remains}") if goal.remains else ("proven", "")
+    return ("partly", f"still without {goal.remains}") if goal.remains else ("proven", "")
 
 
 def _some(texts: Sequence[str], shown: int = 3) -> str:
@@ -226,7 +227,8 @@ def _line(name: str, entry: dict[str, Any], machines: list[dict[str, Any]]) -> s
         cells += [figures, str(entry["seed"]), entry["date"], duration(entry["seconds"]), place]
     else:
         cells += [""] * 5
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
+    cells = [" ".join(cell.split()).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(cells)} |\n"
 
 
 def duration(seconds: float) -> str:

@@ -294,7 +294,7 @@ WHOLE = {"a::x": Outcome(5, 5, 1.0), "a::y": Outcome(3, 3, 2.0)}
     ("remains", "tests", "marked", "expected"),
     [
         ("", WHOLE, {"a::x", "a::y"}, ("proven", "")),
-        ("a GPU", WHOLE, {"a::x", "a::y"}, ("partly", "left: a GPU")),
+        ("a GPU", WHOLE, {"a::x", "a::y"}, ("partly", "still without a GPU")),
         ("a GPU", WHOLE | {"a::y": Outcome(2, 3, 1.0, ("y at 2",), ("z",))}, {"a::x"}, ("failed", "y at 2")),
         (
             "a GPU",
@@ -306,7 +306,8 @@ WHOLE = {"a::x": Outcome(5, 5, 1.0), "a::y": Outcome(3, 3, 2.0)}
         ("", {"a::x": Outcome(0, 0)}, {"a::x"}, ("unproven", "not run to its end")),
         ("", {"a::x": Outcome(4, 5)}, {"a::x"}, ("unproven", "not run to its end")),
         ("", {}, {"a::x"}, ("unproven", "not run")),
-        ("a GPU", {}, set(), ("unproven", "a GPU")),
+        ("a GPU", {}, set(), ("unproven", "no test yet")),
+        ("all of it: no GPU", {}, set(), ("unproven", "all of it: no GPU")),
         ("", {f"a::{n}": Outcome(0, 1, 0, (str(n),)) for n in range(5)}, set(), ("failed", "0; 1; 2; and 2 more")),
     ],
 )
@@ -319,7 +320,7 @@ def test_only_what_was_run_whole_is_proven(
 def test_the_page_has_a_line_for_every_goal_and_says_where_it_was_run() -> None:
     other = MACHINE | {"cores": 64}
     notes = ["kills: start 10 | save 35", "``` ends nothing"]
-    cut = Outcome(17, 1000, 7300.0, ("`a::y[1|2]` at case 17, seed 6",))
+    cut = Outcome(17, 1000, 7300.0, ("`a::y[1|2]` at case 17,\nseed 6",))
     board = {
         "R7": Row(5, "2026-11-20", MACHINE, notes, {"a::x": Outcome(1000, 1000, 90)}),
         "R9": Row(6, "2026-11-21", other, [], {"a::y": cut}),
