@@ -1,6 +1,8 @@
 # make demo    train a small model on Python's own library and let it write: minutes on a laptop
 # make test    run the test suite, offline
 # make check   what CI runs: lint, then test
+# make prove   the long counts of the goals of reliability, and the scoreboard: hours. GOALS="R1 R9" takes these only,
+#              SEED=7 other random cases
 #
 # Each makes .venv itself, once. TORCH=cpu takes PyTorch's CPU build from PyTorch's own index: without an NVIDIA GPU
 # that saves gigabytes. TORCH=pypi goes back to the build from PyPI; a build once chosen stays until the other is named.
@@ -23,7 +25,7 @@ OTHER_PYTHON := $(shell test ! -x $(BIN)/python || test "`$(PYTHON) -V`" = "`$(B
 $(if $(OTHER_PYTHON),$(error $(VENV) has another Python than $(PYTHON); type: make clean, then the same command again))
 endif
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test prove check lint format clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/pocketlm train tiny --out $(DEMO_RUN) || { code=$$?; \
@@ -35,6 +37,10 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev
 	@$(BIN)/python -m pytest
+
+prove: $(VENV)/.ready-dev
+	@$(BIN)/python -m pytest --prove -m goal --scoreboard docs/reliability-scoreboard.json \
+		$(if $(GOALS),--goals "$(GOALS)") $(if $(SEED),--proof-seed $(SEED))
 
 check: lint test
 

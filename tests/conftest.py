@@ -10,6 +10,8 @@ import pytest
 
 from pocketlm.text.tokenizer import GPT2_FILES, GPT2_URL
 
+pytest_plugins = ["proof", "pytester"]
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

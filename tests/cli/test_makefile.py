@@ -103,3 +103,15 @@ def test_a_demo_over_another_run_names_another_folder(home: Path, code: int, hin
     assert left == 2, "make's own code of failure"
     assert f"Error {code}" in said, "the code of the command"
     assert said.count("or: make demo DEMO_RUN=runs/demo2\n") == hints
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [((), ""), (("GOALS=R1 R9",), "--goals R1 R9"), (("GOALS=R7", "SEED=5"), "--goals R7 --proof-seed 5")],
+)
+def test_a_proof_is_whole_or_of_the_goals_named(home: Path, words: tuple[str, ...], options: str) -> None:
+    make(".venv/.ready-dev", "PYTHON=python3.99")
+    code, asked, said = make("prove", *words)
+    assert code == 0, said
+    scoreboard = "-m pytest --prove -m goal --scoreboard docs/reliability-scoreboard.json"
+    assert [line.strip() for line in asked if "pytest" in line] == [f"{scoreboard} {options}".strip()]

@@ -38,6 +38,7 @@ def modules_after(*words: str) -> tuple[int, set[str]]:
     return code, set(names)
 
 
+@pytest.mark.goal("R29")
 @pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--version"], 0), (["trian"], 2), ([], 2)])
 def test_words_without_a_verb_are_answered_before_anything_heavy_is_loaded(words: list[str], code: int) -> None:
     answered, names = modules_after(*words)
@@ -46,6 +47,7 @@ def test_words_without_a_verb_are_answered_before_anything_heavy_is_loaded(words
     assert "pocketlm" in names
 
 
+@pytest.mark.goal("R29")
 def test_importing_the_package_loads_nothing_heavy() -> None:
     program = "import pocketlm, sys, json; print(json.dumps(sorted(sys.modules)))"
     names = set(json.loads(subprocess.check_output([sys.executable, "-c", program])))
@@ -53,6 +55,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert "pocketlm.config" not in names
 
 
+@pytest.mark.goal("R29")
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_help_of_a_verb_loads_no_torch(verb: str) -> None:
     code, names = modules_after(verb, "--help")

@@ -16,6 +16,7 @@ from pocketlm.training.loop import train
 TEXT = "the cat <|endoftext|> ünïcode\n\n  and 日本語 🙂"
 
 
+@pytest.mark.goal("R16")
 @pytest.mark.parametrize(("fields", "kind"), [({}, "llama"), ({"model.qk_norm": True}, "qwen3")])
 def test_transformers_opens_what_a_run_wrote(
     fields: dict[str, object], kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

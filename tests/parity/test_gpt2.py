@@ -37,6 +37,7 @@ def our_weights(theirs: Any) -> dict[str, Tensor]:
     return weights
 
 
+@pytest.mark.goal("R16")
 @torch.no_grad()
 def test_random_weights_give_gpt2s_logits() -> None:
     sizes = {"vocab_size": 101, "n_positions": 24, "n_embd": C, "n_layer": 2, "n_head": 4}

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pocketlm.config import Config, ModelConfig
 from pocketlm.formats.huggingface import config_json, generation_config_json, model_config
+from pocketlm.generate import engine
+from pocketlm.generate.sampling import Sampling
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import Transformer, allocate
 
@@ -81,6 +83,7 @@ def assert_as_exact_as(theirs: Any, ours: Transformer, ids: Tensor) -> float:
     return our_error
 
 
+@pytest.mark.goal("R16")
 @pytest.mark.parametrize("name", LLAMAS)
 def test_random_weights_give_transformers_logits(name: str, tmp_path: Path) -> None:
     model = random_model(ModelConfig.model_validate(TINY | LLAMAS[name]))
@@ -91,6 +94,22 @@ def test_random_weights_give_transformers_logits(name: str, tmp_path: Path) -> N
     assert assert_as_exact_as(theirs, model, ids) <= 1e-5
 
 
+@pytest.mark.goal("R16")
+@pytest.mark.parametrize("name", LLAMAS)
+def test_greedy_text_is_transformers(name: str, tmp_path: Path) -> None:
+    model = random_model(ModelConfig.model_validate(TINY | LLAMAS[name] | {"max_position_embeddings": 80}), std=0.3)
+    save(model, tmp_path)
+    prompt = [3, 1, 4, 1, 5]
+    theirs = opened(tmp_path).generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0
+    )
+    greedy = Sampling(temperature=0)
+    ours = list(engine.generate(model.eval(), prompt, greedy, max_new_tokens=64, generator=torch.Generator()))
+    assert ours == theirs[0, len(prompt) :].tolist()
+    assert len(set(ours)) >= 8, "a text that stands still would prove little"
+
+
+@pytest.mark.goal("R16")
 @pytest.mark.parametrize("name", LLAMAS)
 def test_a_folder_written_by_transformers_reads_back(name: str, tmp_path: Path) -> None:
     config = ModelConfig.model_validate(TINY | LLAMAS[name])
@@ -100,6 +119,7 @@ def test_a_folder_written_by_transformers_reads_back(name: str, tmp_path: Path) 
     assert model_config(json.loads((tmp_path / "again" / "config.json").read_text())) == config
 
 
+@pytest.mark.goal("R16")
 def test_smollm2_135m(tmp_path: Path) -> None:
     config = Config.preset("smollm2-135m")
     model = allocate(config.model)

@@ -95,6 +95,7 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
+@pytest.mark.goal("R16")
 @pytest.mark.parametrize("case", CASES)
 def test_every_loss_and_every_gradient_norm_is_equal_to_the_last_bit(
     case: str, workdir: Path, twin: ModuleType

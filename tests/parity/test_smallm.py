@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 
 from pocketlm.config import Config, ModelConfig
@@ -56,6 +57,7 @@ def check(config: ModelConfig, weights: Any, num_tokens: int) -> None:
     np.testing.assert_allclose(model.double()(ids[None])[0].numpy(), expected, atol=1e-12, rtol=1e-11)
 
 
+@pytest.mark.goal("R16")
 def test_tiny_with_every_weight_random() -> None:
     def weights(model: torch.nn.Module) -> None:
         generator = torch.Generator().manual_seed(22)
@@ -67,6 +69,7 @@ def test_tiny_with_every_weight_random() -> None:
     check(ModelConfig.model_validate(preset | small | {"max_position_embeddings": 24}), weights, 24)
 
 
+@pytest.mark.goal("R16")
 def test_the_preset_itself() -> None:
     config = Config.preset("smallm")
     check(config.model, lambda model: init_weights(model, config.init, 0), 20)

@@ -18,6 +18,7 @@ from pocketlm.generate.engine import window_start
 from pocketlm.generate.sampling import Sampling
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import Transformer
+from proof import Proof
 
 GREEDY = Sampling(temperature=0)
 TOO_CLOSE = 1e-4  # two best logits nearer than this may swap by rounding alone
@@ -79,6 +80,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.goal("R17")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda fields: "-".join(map(str, fields.values())))
 @pytest.mark.parametrize("rule", ["halves", "exact"])
 def test_cached_is_uncached_far_past_the_limit(
@@ -94,6 +96,24 @@ def test_cached_is_uncached_far_past_the_limit(
     assert len(set(generated)) >= 8  # a text that stands still would prove little
 
 
+@pytest.mark.goal("R17")
+def test_any_prompt_in_any_context_is_cached_as_it_is_uncached(proof: Proof) -> None:
+    close = 0
+    for case in proof.cases(40, 1000):
+        rng = proof.random(case)
+        context, rule = rng.choice([1, 2, 3, 5, 8, 16]), rng.choice(["halves", "exact"])
+        model = tiny(context=context, seed=case, **rng.choice(LAYOUTS))
+        length = rng.choice([1, context, rng.randint(1, 2 * context + 1)])
+        prompt = [rng.randrange(40) for _ in range(length)]
+        generated = generate(model, prompt, 20, window=rule)
+        wrong, too_close = differences(model, prompt, generated, rule)
+        assert (len(generated), wrong) == (20, [])
+        close += too_close
+    proof.note(f"two best logits within {TOO_CLOSE:g}, so not compared: {close} of {20 * proof.passed:,} tokens")
+    assert close <= 0.05 * 20 * proof.passed
+
+
+@pytest.mark.goal("R17")
 @pytest.mark.parametrize(
     "options",
     [{"qk_norm": True}, {"bias": True, "norm": "layer", "mlp": "gelu"}, {"logit_softcap": 5.0, "mlp": "relu2"}],
@@ -104,6 +124,7 @@ def test_the_other_switches_are_cached_alike(options: dict[str, object]) -> None
     assert differences(model, [5], generated, "halves")[0] == []
 
 
+@pytest.mark.goal("R17")
 @pytest.mark.parametrize("context", [1, 2, 3, 7])
 @pytest.mark.parametrize("rule", ["halves", "exact"])
 def test_small_and_odd_contexts(context: int, rule: str) -> None:
@@ -111,6 +132,7 @@ def test_small_and_odd_contexts(context: int, rule: str) -> None:
     assert differences(model, [1], generate(model, [1], 20, window=rule), rule)[0] == []
 
 
+@pytest.mark.goal("R17")
 @pytest.mark.parametrize("rule", ["halves", "exact"])
 @pytest.mark.parametrize("length", [7, 8, 9, 12, 13, 29])
 def test_a_prompt_longer_than_the_context_follows_the_same_rule(length: int, rule: str) -> None:
@@ -119,6 +141,7 @@ def test_a_prompt_longer_than_the_context_follows_the_same_rule(length: int, rul
     assert differences(model, prompt, generate(model, prompt, 12, window=rule), rule)[0] == []
 
 
+@pytest.mark.goal("R17")
 @pytest.mark.parametrize("rule", ["halves", "exact"])
 def test_going_on_is_as_if_never_stopped(rule: str) -> None:
     model = tiny()
@@ -201,6 +224,7 @@ def test_generating_leaves_gradients_and_training_as_they_were() -> None:
 # --- the cache
 
 
+@pytest.mark.goal("R17")
 def test_the_cache_gives_the_logits_of_the_whole() -> None:
     model = tiny(num_attention_heads=4, num_key_value_heads=2)
     ids = torch.arange(16).view(2, 8)  # two sequences

@@ -19,12 +19,14 @@ LLAMA = hf.config_json(Config.preset("smollm2-135m").model, end_id=0)
 QWEN3 = hf.config_json(Config.preset("tiny").model, end_id=0)
 
 
+@pytest.mark.goal("R16")
 @pytest.mark.parametrize("preset", preset_names().split(", "))
 def test_presets_round_trip_through_json(preset: str) -> None:
     model = Config.preset(preset).model
     assert hf.model_config(json.loads(json.dumps(hf.config_json(model, end_id=0)))) == model
 
 
+@pytest.mark.goal("R16")
 @pytest.mark.parametrize(
     ("fields", "kind"),
     [

@@ -23,12 +23,14 @@ class Line:
         return np.arange(start, start + length, dtype=np.int64)
 
 
+@pytest.mark.goal("R7")
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(size: int, key: int) -> None:
     assert sorted(permute(np.arange(size), size, key)) == list(range(size))
 
 
+@pytest.mark.goal("R7")
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 90), min_size=1, max_size=6),
@@ -51,6 +53,7 @@ def test_every_row_comes_once_an_epoch_however_it_is_read(sizes, context, shuffl
         position += count
 
 
+@pytest.mark.goal("R7")
 def test_pieces_are_read_in_order_and_epochs_differ() -> None:
     rows = cut_rows([0, 101, 301, 352], 10, "piece")
     assert rows.num_rows == (10, 19, 5)
@@ -62,6 +65,7 @@ def test_pieces_are_read_in_order_and_epochs_differ() -> None:
     assert first.tolist() != rows_at(rows, 8, 0, 34).tolist()
 
 
+@pytest.mark.goal("R7")
 def test_every_token_but_the_first_of_a_piece_and_the_tail_is_a_target_once() -> None:
     line = Line(50, 77)
     loader = Loader(line, context=8, seed=1, shuffle="piece")
@@ -85,6 +89,7 @@ def test_golden_vectors_of_version_1() -> None:
     assert rows_at(cut_rows([0, 100, 250, 1000], 10, "piece"), 1, 94, 6).tolist() == [89, 62, 56, 4, 7, 8]
 
 
+@pytest.mark.goal("R7")
 def test_a_position_far_away_is_found_at_once() -> None:
     rows = cut_rows([0, 10**12], 256, "global")
     assert rows_at(rows, 0, 10**15, 4).tolist() == rows_at(rows, 0, 10**15 - 2, 6).tolist()[2:]
