@@ -245,11 +245,11 @@ class SampleConfig(Section):
     """What is completed."""
 
 
-# Fields that may differ when a run goes on: they change what is measured, kept or said, never a weight.
+# Fields that may differ when a run goes on: they change what is measured, kept or said, and what is done about trouble.
 FREE_FIELDS = frozenset(
     {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every"}
     | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "train.on_save_error"}
-    | {"data.dir"}
+    | {"data.dir", "guard.spike_sigma", "guard.max_skips", "guard.max_rollbacks"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )
 

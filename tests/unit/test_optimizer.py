@@ -13,7 +13,6 @@ from pocketlm.optim.groups import split
 from pocketlm.optim.muon import Muon, orthogonalize
 from pocketlm.optim.optimizer import Optimizer
 
-
 GO, SKIP = torch.tensor(False), torch.tensor(True)
 
 

@@ -71,7 +71,8 @@ def _hear(run: Run, state: TrainState, outcome: Outcome) -> None:
     now.skips = [skipped for skipped in (*now.skips, step) if skipped > step - guard.window]
     record(run, {"kind": "skip", "step": step, "reason": REASONS[verdict], "loss": loss, "grad_norm": grad_norm})
     if len(now.skips) > guard.max_skips:
-        raise Trouble(f"{len(now.skips)} of the last {guard.window} steps were skipped", outcome.progress)
+        there = outcome.progress.model_copy(update={"skips": now.skips})
+        raise Trouble(f"{len(now.skips)} of the last {guard.window} steps were skipped", there)
 
 
 def _train_record(run: Run, now: Progress, outcome: Outcome, loss: float, grad_norm: float) -> dict[str, Any]:
@@ -181,10 +182,9 @@ def save(run: Run, state: TrainState, *, must: bool) -> None:
 def _prune(run: Run, now: Progress) -> None:
     """What is too much goes; not the checkpoint that the run would go back to."""
     train = run.config.train
-    anchor = now.step if run.saves(now.step) else now.step - now.step % train.checkpoint_every
     prune = partial(checkpoint.prune, run.folder, train.keep_last, train.keep_best, run.metrics)
     try:
-        prune(warn=run.listener.note, keep={anchor})
+        prune(warn=run.listener.note, keep={now.anchor(train.checkpoint_every)})
     except OSError as error:
         run.listener.note(f"cannot remove older checkpoints: {error.strerror}")
 

@@ -8,8 +8,8 @@ and obeyed where the step is computed: the host reads it one step late, and only
     weights or moments not finite       -> the same
     too many times back                 -> the run ends with exit code 4
 
-A leap is a loss above mean + sigma x deviation of the last `window` losses, and above their mean by SMALLEST_LEAP at
-least. Every finite loss enters the history, leaps too: if a loss has come to stay, it soon is no leap any more.
+A leap is a loss above mean + sigma x deviation of the last `window` losses of steps that were not skipped, and above
+their mean by SMALLEST_LEAP at least.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Guard:
     def __init__(self, config: GuardConfig, device: torch.device) -> None:
         self.config = config
         self.losses = torch.zeros(config.window, device=device)
-        """The last losses, a ring: loss number n at n % window."""
+        """The last losses that counted, a ring: loss number n at n % window."""
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         """Losses that entered the ring."""
 
@@ -55,14 +55,13 @@ class Guard:
         Returns:
             () int64.
         """
-        finite = loss.isfinite()
         zero = torch.zeros_like(self.count)
         verdict = torch.where(self._leaps(loss), zero + 3, zero)
         verdict = torch.where(grad_norm.isfinite(), verdict, zero + 2)
-        verdict = torch.where(finite, verdict, zero + 1)
-        slot = self.count % self.config.window
-        self.losses[slot] = torch.where(finite, loss, self.losses[slot])
-        self.count += finite
+        verdict = torch.where(loss.isfinite(), verdict, zero + 1)
+        applied, slot = verdict == APPLIED, self.count % self.config.window
+        self.losses[slot] = torch.where(applied, loss, self.losses[slot])
+        self.count += applied
         return verdict
 
     def _leaps(self, loss: Tensor) -> Tensor:

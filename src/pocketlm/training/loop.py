@@ -177,15 +177,15 @@ def _go_back(run: Run, state: TrainState, late: Late, trouble: Trouble) -> None:
         Diverged: it was done often enough.
     """
     late.forget()
-    there = trouble.progress
-    anchor = checkpoint.newest_valid(run.folder, run.listener.note, lambda step: run.saves(step) and step <= there.step)
+    there, every = trouble.progress, run.config.train.checkpoint_every
+    newest = there.anchor(every)
+    anchor = checkpoint.newest_valid(run.folder, run.listener.note, lambda step: step % every == 0 and step <= newest)
     if anchor is None or there.rollbacks >= run.config.guard.max_rollbacks:
         tried = (
             f"going back {there.rollbacks} time(s) did not help" if anchor else "no checkpoint to go back to is whole"
         )
-        raise Diverged(
-            f"step {there.step}: {trouble}; {tried}; what was saved before stands; try a lower --optim.lr in a new --out"
-        )
+        hint = "what was saved before stands; try a lower --optim.lr in a new --out"
+        raise Diverged(f"step {there.step}: {trouble}; {tried}; {hint}")
     state.load(checkpoint.restore(anchor, *state.shapes()))
     back = state.progress
     run.journal.rewind(read_state(anchor).records)
@@ -193,6 +193,6 @@ def _go_back(run: Run, state: TrainState, late: Late, trouble: Trouble) -> None:
         del run.metrics[later]
     _set_aside_later(run.folder, back.step, run.listener)
     left_out = there.position - back.position
-    back.position, back.rollbacks = there.position, there.rollbacks + 1
+    back.position, back.rollbacks, back.skips = there.position, there.rollbacks + 1, []
     what = {"kind": "rollback", "step": back.step, "from_step": there.step, "reason": str(trouble)}
     record(run, what | {"rows_left_out": left_out})

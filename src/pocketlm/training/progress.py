@@ -44,6 +44,11 @@ class Progress(BaseModel):
         """What tells two states of one run apart."""
         return self.step, self.evaluated_at, self.sampled_at, self.rollbacks
 
+    def anchor(self, every: int) -> int:
+        """The step to go back to: of the last checkpoint, made every so many steps, before the trouble began."""
+        begun = self.skips[0] if self.skips else self.step + 1
+        return (begun - 1) // every * every
+
     def smooth(self, loss: float) -> None:
         """Takes a step's loss into the smoothed loss."""
         before = loss if self.smoothed_loss is None else self.smoothed_loss

@@ -1,0 +1,244 @@
+"""What a run does with numbers that are none and with leaps of the loss, and that a stop in between changes nothing.
+
+Faults are put in by the data's position, as bad data would be: rows that were left out do not come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from pocketlm import checkpoint
+from pocketlm.config import Config
+from pocketlm.data.loader import Loader
+from pocketlm.errors import Diverged
+from pocketlm.files import Journal
+from pocketlm.training import boundary, loop, step
+from pocketlm.training.loop import train
+from pocketlm.training.state import TrainState
+from proof import Proof
+
+ROWS = 8  # of a step
+CLOCKS = {"elapsed_s", "tokens_per_s", "mfu"}
+BASE = {"train.eval_every": 10, "train.checkpoint_every": 5, "guard.window": 8, "guard.max_skips": 3}
+FAULTS = ("loss", "gradient", "moment", "weight")
+
+
+def config_of(**fields: Any) -> Config:
+    return Config.preset("debug", BASE | {name.replace("__", "."): value for name, value in fields.items()})
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def only_finite_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint that is ever committed is read by another library, and must be finite."""
+    save = checkpoint.save
+
+    def checked(checkpoints: Path, snapshot: checkpoint.Snapshot) -> Path:
+        folder = save(checkpoints, snapshot)
+        for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER):
+            assert all(np.isfinite(tensor).all() for tensor in load_file(folder / name).values()), folder
+        return folder
+
+    monkeypatch.setattr(checkpoint, "save", checked)
+
+
+def records(run: Path, *kinds: str) -> list[dict[str, Any]]:
+    found = Journal.read(run / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in CLOCKS} for record in found if record["kind"] in kinds]
+
+
+def outcome(run: Path) -> tuple[list[dict[str, Any]], str]:
+    everything = records(run, "train", "eval", "sample", "skip", "rollback")
+    return everything, checkpoint.state_hash(checkpoint.list_checkpoints(run)[-1])
+
+
+@contextlib.contextmanager
+def steps_wrapped(around: Callable[[TrainState, Callable[[], step.Outcome]], step.Outcome]) -> Iterator[None]:
+    """Training whose every step goes through `around`."""
+    real = loop.train_step
+
+    def wrapped(state: TrainState, *arguments: Any, **options: Any) -> step.Outcome:
+        return around(state, lambda: real(state, *arguments, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", wrapped)
+        yield
+
+
+def break_at(position: int, fault: str, value: float) -> contextlib.AbstractContextManager[None]:
+    """Puts `value` into the step that reads the rows from `position` on."""
+
+    def around(state: TrainState, run_step: Callable[[], step.Outcome]) -> step.Outcome:
+        if state.progress.position != position:
+            return run_step()
+        parameter = next(iter(state.precision.model.parameters()))
+        if fault == "weight":
+            parameter.data.view(-1)[7] = value
+            state.precision.refresh()
+        if fault == "moment":
+            next(iter(state.optimizer.tensors().values())).view(-1)[7] = value
+        if fault in ("weight", "moment"):
+            return run_step()
+        before = everything(state)
+        with gradient_broken(state, value) if fault == "gradient" else loss_broken(value):
+            done = run_step()
+        assert everything(state) == before, "nothing was applied"
+        return done
+
+    return steps_wrapped(around)
+
+
+@contextlib.contextmanager
+def gradient_broken(state: TrainState, value: float) -> Iterator[None]:
+    def broken(gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        gradient.view(-1)[3] = value
+        return gradient
+
+    hook = list(state.precision.compute.parameters())[-2].register_hook(broken)
+    yield
+    hook.remove()
+
+
+@contextlib.contextmanager
+def loss_broken(value: float) -> Iterator[None]:
+    real = step.linear_cross_entropy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "linear_cross_entropy", lambda *a, **o: real(*a, **o) * value)
+        yield
+
+
+def everything(state: TrainState) -> dict[str, bytes]:
+    tensors = dict(state.precision.model.named_parameters()) | state.optimizer.tensors()
+    found = {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
+    return found | {"updates": bytes(str(state.optimizer.updates), "ascii")}
+
+
+@pytest.mark.goal("R13")
+def test_what_is_not_finite_never_reaches_weights_or_disk(proof: Proof) -> None:
+    kinds = [{"optim__kind": kind, "train__dtype": dtype} for kind in ("adamw", "muon") for dtype in ("fp32", "bf16")]
+    all_cases = list(product(FAULTS, (math.nan, math.inf), kinds))
+    for case in proof.cases(12, len(all_cases)):
+        rng = proof.random(case)
+        fault, value, kind = all_cases[case] if proof.long else rng.choice(all_cases)
+        broken, run = rng.randrange(1, 30), Path(f"run-{case}")
+        with break_at(broken * ROWS, fault, value):
+            train(config_of(**kind, train__total_steps=30), out=run)
+        final = checkpoint.read_state(checkpoint.list_checkpoints(run)[-1])
+        assert final["step"] == 30
+        if fault in ("loss", "gradient"):
+            (skip,) = records(run, "skip")
+            assert skip["step"] == broken + 1
+            assert fault in skip["reason"]
+            assert (final["updates"], final["position"], final["rollbacks"]) == (29, 30 * ROWS, 0)
+        else:
+            (back,) = records(run, "rollback")
+            assert back["step"] <= broken < back["from_step"]
+            assert final["rollbacks"] == 1
+            assert final["position"] == 30 * ROWS + back["rows_left_out"]
+            assert final["updates"] == 30
+        assert all(math.isfinite(record["loss"]) for record in records(run, "train", "eval"))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
+    """Rows at these positions are noise: a loss far above the others."""
+    real = Loader.read
+
+    def read(self: Loader, position: int, count: int) -> Tensor:
+        rows = real(self, position, count)
+        noise = torch.Generator().manual_seed(position)
+        return torch.randint(128, 256, rows.shape, generator=noise) if position in positions else rows
+
+    monkeypatch.setattr(Loader, "read", read)
+
+
+@pytest.mark.goal("R14")
+def test_leaps_are_skipped_and_only_they(monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = {20, 30, 31, 50}
+    poison(monkeypatch, {index * ROWS for index in bad})
+    run = train(config_of(), out=Path("run"))
+    assert [(record["step"] - 1, record["reason"]) for record in records(run, "skip")] == [
+        (index, "the loss leaps") for index in sorted(bad)
+    ]
+    final = checkpoint.read_state(checkpoint.list_checkpoints(run)[-1])
+    assert (final["step"], final["updates"], final["position"]) == (60, 56, 60 * ROWS)
+    assert records(run, "rollback") == []
+
+
+@pytest.mark.goal("R14")
+def test_too_many_leaps_lead_back_and_past_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {index * ROWS for index in range(22, 26)})
+    run = train(config_of(), out=Path("run"))
+    (back,) = records(run, "rollback")
+    assert (back["step"], back["from_step"], back["rows_left_out"]) == (20, 26, 6 * ROWS)
+    assert [record["step"] for record in records(run, "train")] == list(range(1, 61))
+    final = checkpoint.read_state(checkpoint.list_checkpoints(run)[-1])
+    assert (final["step"], final["updates"], final["position"]) == (60, 60, 66 * ROWS)
+
+
+@pytest.mark.goal("R14")
+def test_too_many_times_back_end_the_run_with_exit_code_4_and_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        """A loss that is none from the 13th step of data on."""
+
+        def __call__(self, state: TrainState, run_step: Callable[[], step.Outcome]) -> step.Outcome:
+            if state.progress.position < 12 * ROWS:
+                return run_step()
+            with loss_broken(math.nan):
+                return run_step()
+
+    with steps_wrapped(Broken()), pytest.raises(Diverged, match=r"going back 2 time\(s\) did not help") as caught:
+        train(config_of(guard__max_rollbacks=2), out=Path("run"))
+    assert caught.value.exit_code == 4
+    run = Path("run")
+    assert len(records(run, "rollback")) == 2
+    assert (run / "report.html").stat().st_mtime_ns >= (run / "metrics.jsonl").stat().st_mtime_ns
+    assert checkpoint.step_of(checkpoint.list_checkpoints(run)[-1]) == 10
+    for path in checkpoint.list_checkpoints(run):
+        checkpoint.verify(path)
+
+
+@pytest.mark.goal("R14")
+def test_a_stop_anywhere_changes_nothing_of_skips_and_rollbacks(proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {index * ROWS for index in (18, 22, 24, 26, 27, 44, 50, 51, 52, 53)})
+    whole = outcome(train(config_of(), out=Path("whole")))
+    assert len(records(Path("whole"), "rollback")) == 2
+    assert len(records(Path("whole"), "skip")) >= 2
+    stops = list(range(1, 60))
+    for case in proof.cases(8, len(stops)):
+        stop = stops[case] if proof.long else proof.random(case).choice(stops)
+        run = Path(f"stopped-{case}")
+        train(config_of(train__stop_at_step=stop), out=run)
+        train(config_of(train__stop_at_step=min(stop + 3, 60)), out=run)
+        train(config_of(), out=run)
+        assert outcome(run) == whole, f"stopped after step {stop}"
+
+
+def test_a_validation_loss_that_is_none_is_trouble_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, evaluations = boundary.evaluate_stream, list[int]()
+
+    def evaluate_stream(*arguments: Any, **options: Any) -> Any:
+        report = real(*arguments, **options)
+        evaluations.append(len(evaluations))
+        return type(report)(**(report.tree() | {"loss": math.nan})) if len(evaluations) == 2 else report
+
+    monkeypatch.setattr(boundary, "evaluate_stream", evaluate_stream)
+    run = train(config_of(train__total_steps=30), out=Path("run"))
+    (back,) = records(run, "rollback")
+    assert (back["step"], back["from_step"], back["reason"]) == (15, 20, "the validation loss is nan")
