@@ -13,8 +13,8 @@ import pytest
 from pocketlm import checkpoint, files
 from pocketlm.config import Config
 from pocketlm.errors import ConfigError, Diverged, Interrupted
-from pocketlm.files import Journal, sha256_of, verify_folder
-from pocketlm.training import loop
+from pocketlm.files import Journal, read_manifest, sha256_of, verify_folder, write_file, write_manifest
+from pocketlm.training import boundary
 from pocketlm.training.log import RunInfo, Silent
 from pocketlm.training.loop import train
 
@@ -63,7 +63,7 @@ def test_all_damaged_begins_afresh_and_ends_with_whole_checkpoints(run: Path) ->
         damage(folder)
     notes = Notes()
     train(config_of(train__keep_last=2), out=run, listener=notes)
-    assert sum("begins afresh" in line for line in notes.lines) == 4
+    assert sum("begins afresh" in line for line in notes.lines) == 5
     assert losses(run) == whole
     assert 20 in steps(run)
     for folder in checkpoint.list_checkpoints(run):
@@ -88,20 +88,51 @@ def test_a_refused_way_back_changes_nothing(run: Path) -> None:
     assert sorted(str(path) for path in run.rglob("*")) == before
 
 
-def test_a_signal_in_an_evaluation_is_served_with_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_in_an_evaluation_drops_it_and_it_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    evaluate = loop._evaluate
+    whole = train(config_of(train__eval_every=3), out=Path("whole"))
+    real = boundary.evaluate_stream
 
-    def evaluate_and_signal(*arguments: Any) -> float:
+    def evaluate_and_signal(*arguments: Any, **options: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(loop, "_evaluate", evaluate_and_signal)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3, saved") as caught:
-        train(config_of(train__eval_every=3), out=Path("run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(boundary, "evaluate_stream", evaluate_and_signal)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM at step 3, saved") as caught:
+            train(config_of(train__eval_every=3), out=Path("run"))
     assert caught.value.exit_code == 143
-    assert steps(Path("run")) == [3]
+    assert steps(Path("run")) == [0, 3]
+    assert [record["kind"] for record in Journal.read(Path("run/metrics.jsonl"))] == ["train"] * 3
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    run = train(config_of(train__eval_every=3), out=Path("run"))
+    newest = "checkpoints/step-00000020"
+    assert checkpoint.state_hash(run / newest) == checkpoint.state_hash(whole / newest)
+
+
+def test_a_last_evaluation_that_was_broken_off_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = train(config_of(train__eval_every=0), out=Path("whole"))
+
+    def signal_instead(*arguments: Any, check: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        check()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(boundary, "evaluate_stream", signal_instead)
+        with pytest.raises(Interrupted, match="at step 20, saved"):
+            train(config_of(train__eval_every=0), out=Path("run"))
+    assert steps(Path("run"))[-1] == 20
+    run = train(config_of(train__eval_every=0), out=Path("run"))
+    newest = "checkpoints/step-00000020"
+    assert checkpoint.state_hash(run / newest) == checkpoint.state_hash(whole / newest)
+    notes = Notes()
+    train(config_of(train__eval_every=0), out=run, listener=notes)
+    assert notes.lines == [f"{run} is complete: step 20 of 20"]
 
 
 @pytest.mark.parametrize("due", ["train__eval_every", "sample__every", "train__checkpoint_every"])
@@ -111,13 +142,14 @@ def test_numbers_that_are_none_are_never_saved(due: str, tmp_path: Path, monkeyp
     with pytest.raises(Diverged, match="not finite") as caught:
         train(config_of(**(quiet | {due: 1, "optim__lr": 1e38, "schedule__start_factor": 1.0})), out=Path("run"))
     assert caught.value.exit_code == 4
-    assert steps(Path("run")) == []
+    assert steps(Path("run")) == [0]
 
 
-def test_a_loss_that_is_none_stops_the_run_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_that_are_none_are_skipped_and_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Diverged, match="nothing was applied"):
+    with pytest.raises(Diverged, match=r"9 of the last 128 steps were skipped; going back 3 time\(s\) did not help"):
         train(config_of(train__eval_every=0, train__checkpoint_every=90, optim__lr=1e30), out=Path("run"))
+    assert steps(Path("run")) == [0]
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 21, "lo', b"\0\0\0\0garbage\n", b"[1]\n", b"\xff\xfe\n{}\n"])
@@ -136,11 +168,8 @@ def test_another_library_or_device_is_said_and_lowers_the_promise(run: Path) -> 
     state = json.loads((newest / checkpoint.STATE).read_text())
     state["versions"]["torch"] = "2.9.0"
     state["resolved"]["device"] = "cuda"
-    data = json.dumps(state).encode()
-    (newest / checkpoint.STATE).write_bytes(data)
-    manifest = json.loads((newest / "manifest.json").read_text())
-    manifest["files"][checkpoint.STATE] = {"bytes": len(data), "sha256": sha256_of(newest / checkpoint.STATE)}
-    (newest / "manifest.json").write_text(json.dumps(manifest))
+    entry = write_file(newest / checkpoint.STATE, json.dumps(state).encode())
+    write_manifest(newest, read_manifest(newest) | {checkpoint.STATE: entry})
     notes = Notes()
     train(config_of(), out=run, resume=str(newest), listener=notes)
     text = "\n".join(notes.lines)
@@ -152,6 +181,6 @@ def test_another_library_or_device_is_said_and_lowers_the_promise(run: Path) -> 
 
 def test_every_new_folder_is_on_the_disk_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(files, "_sync_folder", synced.append)
+    monkeypatch.setattr(files.DISK, "sync_folder", synced.append)
     files.make_folder(tmp_path / "runs" / "mine" / "checkpoints")
     assert synced == [tmp_path, tmp_path / "runs", tmp_path / "runs" / "mine"]

@@ -36,7 +36,7 @@ def test_a_signal_stops_with_a_checkpoint(
     assert "Traceback" not in rest
 
     run = Path("runs/debug")
-    (stopped,) = checkpoint.list_checkpoints(run)
+    _, stopped = checkpoint.list_checkpoints(run)
     verify_folder(stopped)
     step = checkpoint.step_of(stopped)
     assert 3 <= step < 4000
