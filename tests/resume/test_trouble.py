@@ -208,7 +208,7 @@ def test_too_many_times_back_end_the_run_with_exit_code_4_and_a_report(monkeypat
     assert caught.value.exit_code == 4
     run = Path("run")
     assert len(records(run, "rollback")) == 2
-    assert (run / "report.html").stat().st_mtime_ns >= (run / "metrics.jsonl").stat().st_mtime_ns
+    assert "gone back from step 16: 4 of the last 8 steps were skipped" in (run / "report.html").read_text()
     assert checkpoint.step_of(checkpoint.list_checkpoints(run)[-1]) == 10
     for path in checkpoint.list_checkpoints(run):
         checkpoint.verify(path)

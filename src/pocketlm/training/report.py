@@ -37,10 +37,11 @@ from pocketlm.evaluate import source
 from pocketlm.files import Journal, read_text, write_file
 from pocketlm.model import sizes
 from pocketlm.training import curve
-from pocketlm.training.log import Record, duration
+from pocketlm.training.log import Record, describe, duration, figure
 
 REPORT = "report.html"
 CHART_POINTS = 1500
+TROUBLES = 40
 SAMPLE_STEPS = 12
 
 Rows = list[tuple[str, str]]
@@ -203,11 +204,18 @@ def _context(story: Story, dataset: Dataset | None) -> dict[str, Any]:
         "chart_style": Markup(curve.SVG_STYLE),
         "loss_chart": Markup(loss_chart(story)),
         "small_charts": _small_charts(story),
+        "troubles": _troubles(story),
         "samples": [(step, [(r["prompt"], r["text"]) for r in texts]) for step, texts in shown],
         "samples_left_out": len(samples) - len(shown),
         "commands": "\n".join(_commands(story)),
         "tables": _tables(story, dataset),
     }
+
+
+def _troubles(story: Story) -> list[str]:
+    """Steps that were skipped and times that the run went back, the last ones."""
+    records = [*story.records.get("skip", []), *story.records.get("rollback", [])]
+    return [describe(record) for record in sorted(records, key=lambda r: r["step"])][-TROUBLES:]
 
 
 def _status(story: Story) -> str:
@@ -239,7 +247,7 @@ def _quality(story: Story, dataset: Dataset | None) -> list[Number]:
     known = [f"; unigram entropy {value:.4f}" if math.isfinite(value) else "" for value in (nats, bits)]
     return [
         Number("Validation loss", f"{last['loss']:.4f}", note + known[0]),
-        Number("Bits per byte", f"{last['bits_per_byte']:.4f}", "of held-out text" + known[1]),
+        Number("Bits per byte", figure(last["bits_per_byte"]), "of held-out text" + known[1]),
     ]
 
 
