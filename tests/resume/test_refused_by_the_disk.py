@@ -88,9 +88,10 @@ def test_a_refused_checkpoint_stops_the_run_and_says_what_it_needs(
         return save(checkpoints, snapshot)
 
     what = r"cannot save step 10 \(it needs [\d,]+ bytes, [\d,]+ are free\): No space left on device"
-    with monkeypatch.context() as patch, pytest.raises(FileError, match=what) as e:
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", save_on_a_full_disk)
-        train(config_of(), out=Path("run"))
+        with pytest.raises(FileError, match=what) as e:
+            train(config_of(), out=Path("run"))
     assert e.value.exit_code == 3
     run, disk.full = Path("run"), False
     assert steps(run) == [0, 5]
