@@ -21,7 +21,7 @@ from torch import Tensor
 from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.data.loader import Loader
-from pocketlm.errors import Diverged
+from pocketlm.errors import Diverged, FileError
 from pocketlm.files import Journal
 from pocketlm.training import boundary, loop, step
 from pocketlm.training.loop import train
@@ -228,6 +228,30 @@ def test_a_stop_anywhere_changes_nothing_of_skips_and_rollbacks(proof: Proof, mo
         train(config_of(train__stop_at_step=min(stop + 3, 60)), out=run)
         train(config_of(), out=run)
         assert outcome(run) == whole, f"stopped after step {stop}"
+
+
+def test_a_skip_of_long_ago_does_not_lead_far_back() -> None:
+    with break_at(11 * ROWS, "loss", math.nan), break_at(41 * ROWS, "weight", math.nan):
+        run = train(config_of(), out=Path("run"))
+    (back,) = records(run, "rollback")
+    assert back["step"] == 40
+    assert checkpoint.step_of(checkpoint.list_checkpoints(run)[0]) > 11, "nor is its checkpoint kept"
+
+
+def test_logits_that_are_none_are_trouble_and_no_damaged_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, draws = boundary.LanguageModel.stream, list[int]()
+
+    def stream(*arguments: Any, **options: Any) -> Any:
+        draws.append(1)
+        if len(draws) == 2:
+            raise FileError("the model's logits are not finite")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(boundary.LanguageModel, "stream", stream)
+    run = train(config_of(train__total_steps=30, sample__every=10), out=Path("run"))
+    (back,) = records(run, "rollback")
+    assert (back["step"], back["from_step"]) == (15, 20)
+    assert [record["step"] for record in records(run, "sample")] == [10, 20, 30]
 
 
 def test_a_validation_loss_that_is_none_is_trouble_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ not is dropped and done again by the next process.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from pocketlm.errors import FileError
 from pocketlm.evaluate.loss import evaluate_stream
 from pocketlm.files import free_bytes
 from pocketlm.generate.sampling import Sampling
-from pocketlm.language_model import LanguageModel
+from pocketlm.language_model import CompletionOptions, LanguageModel
 from pocketlm.optim.schedule import factor
 from pocketlm.training.guard import APPLIED, REASONS, Trouble
 from pocketlm.training.progress import Progress
@@ -64,11 +64,12 @@ def _hear(run: Run, state: TrainState, outcome: Outcome) -> None:
     loss, grad_norm, verdict = outcome.loss.item(), outcome.grad_norm.item(), int(outcome.verdict.item())
     now, step, guard = state.progress, outcome.progress.step, run.config.guard
     now.elapsed_s += outcome.seconds
+    now.skips = [skipped for skipped in now.skips if skipped > step - guard.window]
     if verdict == APPLIED:
         now.smooth(loss)
         record(run, _train_record(run, now, outcome, loss, grad_norm))
         return
-    now.skips = [skipped for skipped in (*now.skips, step) if skipped > step - guard.window]
+    now.skips = [*now.skips, step]
     record(run, {"kind": "skip", "step": step, "reason": REASONS[verdict], "loss": loss, "grad_norm": grad_norm})
     if len(now.skips) > guard.max_skips:
         there = outcome.progress.model_copy(update={"skips": now.skips})
@@ -145,16 +146,22 @@ def sample(run: Run, state: TrainState, stop: StopRequest) -> None:
     config, step = run.config.sample, state.progress.step
     sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
     speaker = LanguageModel(state.precision.model, run.dataset.tokenizer, sampling)
-    texts = []
-    for prompt in config.prompts:
-        pieces = []
-        for piece in speaker.stream(prompt, max_new_tokens=config.max_new_tokens, seed=run.config.train.seed + step):
-            stop.check()
-            pieces.append(piece)
-        texts.append("".join(pieces))
+    options = CompletionOptions(max_new_tokens=config.max_new_tokens, seed=run.config.train.seed + step)
+    try:
+        texts = [_completed(speaker.stream(prompt, **options), stop) for prompt in config.prompts]
+    except FileError as error:  # logits that are not finite, though every weight is
+        raise Trouble(str(error), state.progress) from None
     for prompt, text in zip(config.prompts, texts, strict=True):
         record(run, {"kind": "sample", "step": step, "prompt": prompt, "text": text})
     state.progress.sampled_at = step
+
+
+def _completed(pieces: Iterable[str], stop: StopRequest) -> str:
+    text = []
+    for piece in pieces:
+        stop.check()
+        text.append(piece)
+    return "".join(text)
 
 
 def save(run: Run, state: TrainState, *, must: bool) -> None:
