@@ -63,25 +63,27 @@ def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data")
         DataError: a source or tokenizer that is refused, no text, or a folder that holds something else.
         OSError: the disk refused; the next call goes on.
     """
-    if config.dir and not exact and is_finished(Path(config.dir)):
-        return _existing(Path(config.dir), config, progress)
+    named = Path(config.dir) if config.dir else None
+    if named and not exact and is_finished(named):
+        _use_as_it_is(named, config, progress)
+        _tidy(named, progress)
+        return named
     source = open_source(config.source)
     tokenizer = None if bpe_size(config.tokenizer) else load_tokenizer(config.tokenizer)
     inputs = _inputs(config, source, tokenizer)
-    folder = Path(config.dir) if config.dir else root / f"{source.name}-{hash_of(inputs)[:12]}"
+    folder = named or root / f"{source.name}-{hash_of(inputs)[:12]}"
     if exact:
         _check_same(folder, inputs)
-    if is_finished(folder) and not _working_files(folder):
-        return folder
-    _check_ours(folder)
-    with _alone(folder, progress):
-        if exact:
-            _check_same(folder, inputs)
-        if not is_finished(folder):
-            _make(folder, inputs, source, tokenizer, config, progress)
-        elif config.dir and not exact:
-            _existing(folder, config, progress)
-        _remove_working_files(folder)
+    if not is_finished(folder):
+        _check_ours(folder)
+        with _alone(folder, progress):
+            if exact:
+                _check_same(folder, inputs)
+            if not is_finished(folder):
+                _make(folder, inputs, source, tokenizer, config, progress)
+            elif named and not exact:
+                _use_as_it_is(folder, config, progress)
+    _tidy(folder, progress)
     return folder
 
 
@@ -129,7 +131,7 @@ def _inputs(config: DataConfig, source: Source, tokenizer: Tokenizer | None) -> 
     }
 
 
-def _existing(folder: Path, config: DataConfig, progress: Progress) -> Path:
+def _use_as_it_is(folder: Path, config: DataConfig, progress: Progress) -> None:
     """A finished set that the user names. A tokenizer given as a file must be the set's own."""
     dataset = open_dataset(folder)
     tokenizer, source = dataset.info["tokenizer"]["spec"], dataset.info["source"]["spec"]
@@ -143,7 +145,6 @@ def _existing(folder: Path, config: DataConfig, progress: Progress) -> Path:
         progress(f"{folder} is used as it is: its tokenizer is {tokenizer}, not {config.tokenizer}")
     if config.source != source:
         progress(f"{folder} is used as it is: its source is {source}, not {config.source}")
-    return folder
 
 
 def _check_same(folder: Path, inputs: Tree) -> None:
@@ -201,9 +202,16 @@ def _working_files(folder: Path) -> list[Path]:
 
 
 def _remove_working_files(folder: Path) -> None:
-    """Of a finished set, with the lock held, which goes when it is let go."""
+    """All but the lock, which is held and goes when it is let go."""
     for path in _working_files(folder)[:-1]:
         remove_file(path)
+
+
+def _tidy(folder: Path, progress: Progress) -> None:
+    """Ends the work of a process that was stopped after the manifest, in a folder that may be written to."""
+    if _working_files(folder):
+        with contextlib.suppress(OSError), _alone(folder, progress):
+            _remove_working_files(folder)
 
 
 # --- the plan
@@ -269,6 +277,7 @@ def _finish(plan: Plan, pieces: list[Tree]) -> None:
     files[TOKENIZER_FILE] = _entry(plan.tree["tokenizer"])
     files[DATASET_FILE] = write_file(plan.folder / DATASET_FILE, json_bytes(_info(plan, pieces)))
     write_manifest(plan.folder, files)
+    _remove_working_files(plan.folder)
 
 
 def _entry(tree: Tree) -> Entry:
