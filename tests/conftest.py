@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ class Proof:
         return random.Random(f"{self.seed} {case}")
 
     def note(self, text):
-        print(text)
+        sys.stderr.write(f"NOTE {text}\n")
 
 
 @pytest.fixture
