@@ -306,6 +306,38 @@ def test_a_disk_that_is_full_after_any_byte(
         assert contents(folder) == whole
 
 
+SMALL_AND_THEN_LARGE = """
+mount -t tmpfs -o size=$1k none "$2"; shift 2
+"$@"; echo "exit $?" >&2
+mount -o remount,size=8m none "$PLACE"; "$@" && cp -r "$PLACE/set" "$PLACE.copy"
+"""
+
+
+@pytest.mark.goal("R11")
+def test_a_real_disk_that_is_full(command: list[str], proof: Any, tmp_path: Path) -> None:
+    """A tmpfs that only the process itself sees, of 4 kB to 100 kB; then it grows."""
+    isolated = ["unshare", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*isolated, "mount", "-t", "tmpfs", "none", tmp_path]).returncode:
+        pytest.skip("this system lets nobody mount a tmpfs of his own")
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    whole = contents(tmp_path / "whole")
+    for case in proof.cases(3, 25):
+        place, size = tmp_path / str(case), 4 * (1 + case) if proof.long else 4 * (1 + 12 * case)
+        place.mkdir()
+        prepare = [sys.executable, "-m", "pocketlm.cli.main", *command, "--out", str(place / "set")]
+        words = ["sh", "-c", SMALL_AND_THEN_LARGE, "sh", str(size), str(place), *prepare]
+        done = subprocess.run(
+            [*isolated, *words], env=os.environ | {"PLACE": str(place)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        first = done.stderr[: done.stderr.index("exit ")].splitlines()[-1]
+        assert "exit 3\n" in done.stderr, done.stderr
+        assert first.startswith(f"pocketlm: {place}/set"), first
+        assert "No space left on device; " in first
+        assert first.endswith(" bytes are free there; make room and run the command again")
+        assert contents(tmp_path / f"{case}.copy") == whole
+
+
 # --- a finished set that is damaged
 
 
