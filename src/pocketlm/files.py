@@ -20,7 +20,7 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +58,7 @@ def write_file(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
     """Writes a file so that a crash leaves the old content or the new, never a part.
 
     Raises:
-        OSError: the disk refused; the old content stands.
+        OSError: the disk refused; the old content stands. It names the file, which the system leaves out for a write.
     """
     make_folder(path.parent)
     temporary = _temporary(path)
@@ -66,8 +66,10 @@ def write_file(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
     try:
         entry = _write_synced(temporary, data)
         DISK.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         _remove_if_possible(temporary)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
+            error.filename, error.filename2 = str(path), None
         raise
     DISK.sync_folder(path.parent)
     return entry
@@ -231,7 +233,7 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         FileError: there is none, or it is damaged or of another version.
     """
     path = folder / MANIFEST
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         raise FileError(f"{folder} has no {MANIFEST}: it is damaged or was never finished")
     tree = read_json(path)
     if tree.get("schema") != MANIFEST_SCHEMA and isinstance(tree.get("schema"), int):
@@ -408,24 +410,50 @@ def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 class Lock:
     """An advisory lock of the operating system on a folder: it dies with its process.
 
-    The text in the file is for the message only.
+    The text in the file is for the message only. Whoever holds the lock may remove the file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "run.lock"
+    def __init__(self, folder: Path, name: str = "run.lock", wait: Callable[[str], None] | None = None) -> None:
+        """
+        Args:
+            folder: what is locked.
+            name: of the lock's file in it.
+            wait: is told who holds the lock, which is then waited for. Without it a lock that is held is refused.
+        """
+        self.path = folder / name
+        self.wait = wait
 
     def __enter__(self) -> Self:
+        self._take()
+        while not self._stands():  # the one before has removed the file, and others lock the next one
+            DISK.close(self._file)
+            self._take()
+        self._say(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        return self
+
+    def _take(self) -> None:
         self._file = DISK.append(self.path)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
-            DISK.close(self._file)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
+                DISK.close(self._file)
                 raise
+            self._wait()
+
+    def _wait(self) -> None:
+        holder = os.pread(self._file, 200, 0).decode(errors="replace").strip() or "another process"
+        if self.wait is None:
+            DISK.close(self._file)
             raise FileError(f"{self.path.parent} is in use by {holder}; wait for it, or give another --out") from None
-        self._say(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        return self
+        self.wait(holder)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def _stands(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._file), self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from pocketlm.config import DataConfig
-from pocketlm.data import prepare as prepare_module
-from pocketlm.data.prepare import Report, prepare
+from pocketlm.data import pieces
+from pocketlm.data.pieces import Report
+from pocketlm.data.prepare import MAX_PIECES, prepare
 from pocketlm.data.shards import (
     Dataset,
     Shard,
@@ -28,6 +30,7 @@ from pocketlm.data.shards import (
 )
 from pocketlm.data.split import is_validation
 from pocketlm.errors import DataError
+from pocketlm.files import read_json, read_manifest, write_file, write_manifest
 from pocketlm.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 
 HARD = [
@@ -61,6 +64,10 @@ def documents(stream: TokenStream, dataset: Dataset) -> list[str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def entry_of(path: Path) -> dict[str, int | str]:
+    return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 CORPUS = [*HARD, *(f"document {number} " + "of words and more words\n" * (number % 40) for number in range(600))]
@@ -145,7 +152,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     ids = [np.array([1, 70_000, 3], dtype=np.uint32), np.array([65_536], dtype=np.uint32)]
     path = tmp_path / "train-00000.tokens"
     path.write_bytes(b"".join(shard_chunks(ids, token_dtype(70_001))))
-    shard = Shard(path, hashlib.sha256(path.read_bytes()).hexdigest())
+    shard = Shard(path, entry_of(path), vocab_size=70_001)
     assert shard.tokens.tolist() == [1, 70_000, 3, 65_536]
     assert shard.document_starts.tolist() == [0, 3]
 
@@ -172,7 +179,7 @@ def test_real_text_round_trips_through_gpt2(shared: Path, gpt2_files: Path, tmp_
 
 def test_two_preparations_have_equal_bytes(hashed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_corpus(tmp_path / "elsewhere", CORPUS)
-    monkeypatch.setattr(prepare_module, "BATCH_CHARS", 777)
+    monkeypatch.setattr(pieces, "BATCH_CHARS", 777)
     other = open_dataset(prepare(config(source, piece_documents=100, dir=str(tmp_path / "other")), progress=silent))
     shards = [name for name in contents(hashed.path) if name.endswith(".tokens")]
     assert {name: contents(other.path)[name] for name in shards} == {
@@ -201,32 +208,55 @@ def test_other_settings_have_another_folder(tmp_path: Path, changes: dict[str, A
     assert prepare(config(source, **changes), progress=silent, root=tmp_path / "data") != first
 
 
+def test_a_finished_set_holds_nothing_but_itself(hashed: Dataset) -> None:
+    shards = [f"{split}-{number:05d}.tokens" for split in ("train", "val") for number in range(7)]
+    shards.remove("val-00006.tokens")  # of the last six documents none is held out
+    assert sorted(contents(hashed.path)) == sorted(["dataset.json", "manifest.json", "tokenizer.json", *shards])
+    assert hashed.files.keys() == contents(hashed.path).keys() - {"manifest.json"}
+
+
 def test_a_stopped_preparation_goes_on_from_its_whole_pieces(
     hashed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = contents(hashed.path)
-    for name in ("dataset.json", "piece-00003.json", "train-00003.tokens"):
-        (hashed.path / name).unlink()
+    data = config(f"files:{tmp_path}/corpus.jsonl", piece_documents=100, dir=str(tmp_path / "other"))
+    prepare_in_part(data, 5)
+    for name in ("piece-00003.json", "train-00003.tokens"):
+        (tmp_path / "other" / name).unlink()
     tokenized = count_tokenized(monkeypatch)
-    source = f"files:{tmp_path}/corpus.jsonl"
-    assert prepare(config(source, piece_documents=100), progress=silent, root=tmp_path / "data") == hashed.path
-    assert contents(hashed.path) == before
-    assert sum(tokenized) == 100
+    prepare(data, progress=silent)
+    assert contents(tmp_path / "other") == contents(hashed.path)
+    assert sum(tokenized) == 100 + 106
 
 
-def test_a_damaged_piece_of_a_stopped_preparation_is_made_again(hashed: Dataset, tmp_path: Path) -> None:
-    before = contents(hashed.path)
-    (hashed.path / "dataset.json").unlink()
-    damage(hashed.path / "train-00002.tokens", -20)
-    prepare(config(f"files:{tmp_path}/corpus.jsonl", piece_documents=100), progress=silent, root=tmp_path / "data")
-    assert contents(hashed.path) == before
+@pytest.mark.parametrize(
+    "name", ["train-00002.tokens", "piece-00002.json", "plan.json", "tokenizer.json", "val-00000.tokens"]
+)
+def test_what_a_stopped_preparation_has_damaged_is_made_again(hashed: Dataset, tmp_path: Path, name: str) -> None:
+    data = config(f"files:{tmp_path}/corpus.jsonl", piece_documents=100, dir=str(tmp_path / "other"))
+    prepare_in_part(data, 5)
+    for at in (100, -20):
+        damage(tmp_path / "other" / name, at)
+    prepare(data, progress=silent)
+    assert contents(tmp_path / "other") == contents(hashed.path)
+
+
+def test_a_number_changed_in_a_plan_or_piece_is_not_believed(hashed: Dataset, tmp_path: Path) -> None:
+    data = config(f"files:{tmp_path}/corpus.jsonl", piece_documents=100, dir=str(tmp_path / "other"))
+    for name, old, new in (("plan.json", '"documents": 606', '"documents": 506'), ("piece-00001.json", "0,", "1,")):
+        prepare_in_part(data, 5)
+        path = tmp_path / "other" / name
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new, 1))
+        prepare(data, progress=silent)
+        assert contents(tmp_path / "other") == contents(hashed.path)
+        shutil.rmtree(tmp_path / "other")
 
 
 def test_a_stopped_preparation_of_other_text_is_not_continued(tmp_path: Path) -> None:
     folder = str(tmp_path / "set")
     source = write_corpus(tmp_path, CORPUS)
-    prepare(config(source, dir=folder, piece_documents=100), progress=silent)
-    (tmp_path / "set" / "dataset.json").unlink()
+    prepare_in_part(config(source, dir=folder, piece_documents=100), 6)
+    assert (tmp_path / "set" / "train-00005.tokens").exists()
     write_corpus(tmp_path, CORPUS[:300])
     dataset = open_dataset(prepare(config(source, dir=folder, piece_documents=100), progress=silent))
     assert len(documents(dataset.train, dataset)) == dataset.info["train"]["documents"] < 300
@@ -248,14 +278,35 @@ def test_text_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
 def count_tokenized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by the documents of each batch that is tokenized."""
     counts: list[int] = []
-    original = prepare_module.Collected.add
+    original = pieces.Collected.add
 
     def add(self: Any, texts: list[str], tokenizer: Any) -> None:
         counts.append(len(texts))
         original(self, texts, tokenizer)
 
-    monkeypatch.setattr(prepare_module.Collected, "add", add)
+    monkeypatch.setattr(pieces.Collected, "add", add)
     return counts
+
+
+class Stopped(Exception):
+    pass
+
+
+def prepare_in_part(data: DataConfig, num_pieces: int, **options: Any) -> None:
+    """A preparation that ends after its first pieces."""
+    original, left = pieces.Collected.write, 2 * num_pieces  # a shard of each split
+
+    def write(self: Any, path: Path, vocab_size: int) -> Any:
+        nonlocal left
+        if left == 0:
+            raise Stopped
+        left -= 1
+        return original(self, path, vocab_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces.Collected, "write", write)
+        with pytest.raises(Stopped):
+            prepare(data, progress=silent, **options)
 
 
 # --- own tokenizers
@@ -323,18 +374,19 @@ def test_a_finished_folder_of_another_tokenizer_is_refused(hashed: Dataset, tmp_
 def test_what_is_asked_for_exactly_is_not_another_set(
     hashed: Dataset, tmp_path: Path, changes: dict[str, Any], words: str, finished: bool
 ) -> None:
-    asked = {"source": f"files:{tmp_path}/corpus.jsonl", "piece_documents": 100, "dir": str(hashed.path)}
+    folder = hashed.path if finished else tmp_path / "unfinished"
+    asked = {"source": f"files:{tmp_path}/corpus.jsonl", "piece_documents": 100, "dir": str(folder)}
     if not finished:
-        (hashed.path / "dataset.json").unlink()
-    before = contents(hashed.path)
+        prepare_in_part(config(**asked), 5)
+    before = contents(folder)
     with pytest.raises(DataError) as caught:
         prepare(config(**asked | changes), progress=silent, exact=True)
     assert words in str(caught.value)
     assert "(given, there)" in str(caught.value)
     assert str(caught.value).count(", ") == 3, "what is equal is not named"
     assert "--" not in str(caught.value), "train says --data.dir, data prepare --out"
-    assert contents(hashed.path) == before
-    assert prepare(config(**asked), progress=silent, exact=True) == hashed.path
+    assert contents(folder) == before
+    assert prepare(config(**asked), progress=silent, exact=True) == folder
 
 
 def test_a_finished_set_of_text_that_changed_is_not_the_one_asked_for(hashed: Dataset, tmp_path: Path) -> None:
@@ -363,6 +415,16 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
         prepare(config(source, dir=str(tmp_path / "corpus.jsonl")), progress=silent)
 
 
+def test_a_tokenizer_of_the_users_is_no_unfinished_set(tmp_path: Path) -> None:
+    own = tmp_path / "model" / "tokenizer.json"
+    own.parent.mkdir()
+    own.write_text(train_tokenizer(CORPUS, 300).to_json(), encoding="utf-8")
+    before = contents(own.parent)
+    with pytest.raises(DataError, match=r"holds other files \(tokenizer.json\)"):
+        prepare(config(write_corpus(tmp_path, CORPUS), dir=str(own.parent)), progress=silent)
+    assert contents(own.parent) == before
+
+
 # --- what is refused
 
 
@@ -370,6 +432,21 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
 def test_a_source_without_text_is_refused(tmp_path: Path, texts: list[str]) -> None:
     with pytest.raises(DataError, match="holds no text"):
         prepare(config(write_corpus(tmp_path, texts)), progress=silent, root=tmp_path / "data")
+
+
+def test_more_pieces_than_a_manifest_has_room_for_are_refused_at_once(tmp_path: Path) -> None:
+    source = write_corpus(tmp_path, [f"text {number}" for number in range(MAX_PIECES + 1)])
+    with pytest.raises(DataError, match="piece_documents 1 makes more than 4,096 pieces of 4,097 documents; take 2"):
+        prepare(config(source, piece_documents=1), progress=silent, root=tmp_path / "data")
+
+
+def test_the_largest_number_of_pieces_can_be_read_again(tmp_path: Path) -> None:
+    names = [f"{split}-{number:05d}.tokens" for split in ("train", "val") for number in range(MAX_PIECES)]
+    write_manifest(tmp_path, {name: {"bytes": 10**12, "sha256": "0" * 64} for name in names})
+    assert len(read_manifest(tmp_path)) == 2 * MAX_PIECES
+    shards = [{"name": name, "documents": 10**9, "tokens": 10**12, "text_bytes": 10**12} for name in names]
+    write_file(tmp_path / "dataset.json", pieces.json_bytes({"split": {"shards": shards}}))
+    assert len(read_json(tmp_path / "dataset.json")["split"]["shards"]) == 2 * MAX_PIECES
 
 
 def test_too_little_text_for_the_context(tmp_path: Path) -> None:
@@ -418,6 +495,11 @@ def truncate(path: Path) -> None:
         ("train-00001.tokens", truncate, "its header says"),
         ("train-00001.tokens", Path.unlink, "cannot be read"),
         ("tokenizer.json", lambda path: damage(path, 50), "SHA-256"),
+        ("dataset.json", lambda path: damage(path, 50), "SHA-256"),
+        ("manifest.json", lambda path: damage(path, -9), "SHA-256"),
+        ("manifest.json", Path.unlink, "missing"),
+        ("dataset.json", Path.unlink, "missing"),
+        ("tokenizer.json", Path.unlink, "missing"),
     ],
 )
 def test_damage_is_found_and_the_file_is_named(
@@ -433,17 +515,26 @@ def test_damage_is_found_and_the_file_is_named(
     assert "\n" not in message
 
 
-def test_unfinished_and_foreign_sets_are_refused(hashed: Dataset) -> None:
-    info = hashed.path / "dataset.json"
-    info.write_text(info.read_text().replace('"schema": 1', '"schema": 2'))
-    with pytest.raises(DataError, match="has format 2, this pocketlm reads 1"):
+def test_an_unfinished_set_is_refused(tmp_path: Path) -> None:
+    prepare_in_part(config(write_corpus(tmp_path, CORPUS), piece_documents=100, dir=str(tmp_path / "set")), 2)
+    with pytest.raises(DataError, match=r"no finished data set: it has no dataset.json; run the command"):
+        open_dataset(tmp_path / "set")
+
+
+def test_a_set_of_an_older_pocketlm_is_refused_and_left_alone(hashed: Dataset, tmp_path: Path) -> None:
+    (hashed.path / "manifest.json").unlink()
+    (hashed.path / "plan.json").write_text('{"inputs": {"schema": 1}}')
+    info = json.loads((hashed.path / "dataset.json").read_text()) | {"schema": 1}
+    (hashed.path / "dataset.json").write_text(json.dumps(info))
+    before = contents(hashed.path)
+    asked = config(f"files:{tmp_path}/corpus.jsonl", piece_documents=100, dir=str(hashed.path))
+    said = rf"{hashed.path}/dataset.json has format 1, this pocketlm reads 2; delete the folder {hashed.path} and run"
+    with pytest.raises(DataError, match=said):
         open_dataset(hashed.path)
-    info.write_text('{"schema": 1, "tokenizer": {}}')
-    with pytest.raises(DataError, match=r"dataset.json is damaged"):
-        open_dataset(hashed.path)
-    info.unlink()
-    with pytest.raises(DataError, match="no finished data set"):
-        open_dataset(hashed.path)
+    for exact in (True, False):
+        with pytest.raises(DataError, match=said):
+            prepare(asked, progress=silent, exact=exact)
+    assert contents(hashed.path) == before
 
 
 # --- measures
@@ -453,7 +544,7 @@ def stream_of(tmp_path: Path, documents: list[list[int]], vocab_size: int = 300)
     path = tmp_path / "train-00000.tokens"
     dtype = token_dtype(vocab_size)
     path.write_bytes(b"".join(shard_chunks([np.array(ids, dtype=dtype) for ids in documents], dtype)))
-    return TokenStream([Shard(path, hashlib.sha256(path.read_bytes()).hexdigest())])
+    return TokenStream([Shard(path, entry_of(path), vocab_size)])
 
 
 def test_unigram_entropy_by_hand(tmp_path: Path) -> None:

@@ -50,10 +50,13 @@ def _prepare(argv: list[str]) -> int:
     config = Config.build({}, given).data
 
     from pocketlm.data.prepare import prepare
+    from pocketlm.data.shards import describe, open_dataset
 
     folder = prepare(config, progress=say, exact=True)
+    dataset = open_dataset(folder)
+    dataset.verify()
     if arguments.json:
-        print_json(_description(folder))
+        print_json(describe(dataset))
     else:
         print(folder)
         say(f"next: pocketlm data show {folder}")
@@ -65,23 +68,21 @@ def _show(argv: list[str]) -> int:
     parser.add_argument("dir", metavar="DIR", help="a data set folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    description = _description(Path(arguments.dir))
+
+    from pocketlm.data.shards import describe, open_dataset
+
+    description = describe(open_dataset(Path(arguments.dir)))
     if arguments.json:
         print_json(description)
         return 0
     samples = description.pop("samples")
     for key, value in description.items():
         for name, cell in value.items() if isinstance(value, dict) else [("", value)]:
-            print(f"{key} {name}".replace("_", " ").strip().ljust(LABEL_WIDTH), _cell(cell))
+            label = f"{key} {name}".replace("_", " ").strip()
+            print(shown(f"{label:<{LABEL_WIDTH}} {_cell(cell)}"))
     for sample in samples:
         print(f"\n--- a document\n{shown(sample)}")
     return 0
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    from pocketlm.data.shards import describe, open_dataset
-
-    return describe(open_dataset(folder))
 
 
 def _cell(value: Any) -> str:

@@ -5,41 +5,46 @@
     3. plan.json  fixes both, with fingerprints of everything that went in
     4. pieces     documents k*piece_documents .. (k+1)*piece_documents - 1 become train-0000k and val-0000k;
                   piece-0000k.json beside them says that they are whole and which plan they belong to
-    5. dataset.json, last: the mark of a finished set
+    5. dataset.json, then manifest.json: the mark of a finished set; plan.json and piece-*.json go
 
 Each file appears whole or not at all. A run that was stopped goes on: a plan that still fits saves steps 1 and 2,
 pieces that are whole are kept. Because a piece depends on its documents only, the finished bytes are the same however
 often the work was interrupted. The tokens of one piece are in memory at a time.
+
+prepare.lock is in a folder as long as it is worked in or unfinished: a second process waits for the first. What a
+finished set has lost or changed is never made again in silence: it is refused, and the user deletes the folder.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from pocketlm.config import DataConfig
-from pocketlm.data.shards import DATASET_FILE, SCHEMA, TOKENIZER_FILE, Tokens, open_dataset, shard_chunks, token_dtype
-from pocketlm.data.split import Split, Survey, survey, text_bytes
-from pocketlm.errors import DataError, FileError
-from pocketlm.files import read_json, read_text, remove_file, sha256_of, sweep, write_file
-from pocketlm.text.sources import Document, Source, open_source
+from pocketlm.data.pieces import (
+    PLAN_FILE,
+    Plan,
+    Progress,
+    Tree,
+    hash_of,
+    json_bytes,
+    read_plan,
+    sealed,
+    unsealed,
+    write_pieces,
+)
+from pocketlm.data.shards import COUNTS, DATASET_FILE, SCHEMA, TOKENIZER_FILE, open_dataset, token_dtype
+from pocketlm.data.split import Split, Survey, survey
+from pocketlm.errors import DataError
+from pocketlm.files import MANIFEST, Entry, Lock, make_folder, remove_file, sweep, write_file, write_manifest
+from pocketlm.text.sources import Source, open_source
 from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_tokenizer
 
-PLAN_FILE = "plan.json"
-BATCH_CHARS = 1 << 21  # of text tokenized at once
-REPORT_EVERY_S = 5.0
-
-Progress = Callable[[str], None]
-Tree = dict[str, Any]
+LOCK_FILE = "prepare.lock"
+PIECE_FILES = "piece-*.json"
+MAX_PIECES = 4096  # dataset.json and manifest.json are then half as large as what files.py reads
 
 
 def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data"), exact: bool = False) -> Path:
@@ -56,26 +61,63 @@ def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data")
 
     Raises:
         DataError: a source or tokenizer that is refused, no text, or a folder that holds something else.
+        OSError: the disk refused; the next call goes on.
     """
-    if config.dir and not exact and (Path(config.dir) / DATASET_FILE).exists():
-        return _existing(Path(config.dir), config, progress)
+    named = Path(config.dir) if config.dir else None
+    if named and not exact and is_finished(named):
+        _use_as_it_is(named, config, progress)
+        _tidy(named, progress)
+        return named
     source = open_source(config.source)
     tokenizer = None if bpe_size(config.tokenizer) else load_tokenizer(config.tokenizer)
     inputs = _inputs(config, source, tokenizer)
-    folder = Path(config.dir) if config.dir else root / f"{source.name}-{_hash(inputs)[:12]}"
+    folder = named or root / f"{source.name}-{hash_of(inputs)[:12]}"
     if exact:
         _check_same(folder, inputs)
-    if (folder / DATASET_FILE).exists():
-        return folder
-    _check_ours(folder)
-    plan = _read_plan(folder, inputs) or _make_plan(folder, inputs, source, tokenizer, config, progress)
-    pieces = _write_pieces(plan, source, progress)
+    if not is_finished(folder):
+        _check_ours(folder)
+        with _alone(folder, progress):
+            if exact:
+                _check_same(folder, inputs)
+            if not is_finished(folder):
+                _make(folder, inputs, source, tokenizer, config, progress)
+            elif named and not exact:
+                _use_as_it_is(folder, config, progress)
+    _tidy(folder, progress)
+    return folder
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a set was finished here, be it whole or not; only a folder that is not may be worked in."""
+    if os.path.lexists(folder / MANIFEST):
+        return True
+    return os.path.lexists(folder / DATASET_FILE) and unsealed(folder / PLAN_FILE) is None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, progress: Progress) -> Iterator[None]:
+    """The folder to oneself, without what stopped processes left half-written in it."""
+    make_folder(folder)
+    with Lock(folder, LOCK_FILE, lambda holder: progress(f"waiting for {holder}, which prepares {folder}")):
+        sweep(folder)
+        try:
+            yield
+        finally:
+            if is_finished(folder) or _names(folder) == {LOCK_FILE}:
+                remove_file(folder / LOCK_FILE)
+
+
+def _make(
+    folder: Path, inputs: Tree, source: Source, tokenizer: Tokenizer | None, config: DataConfig, progress: Progress
+) -> None:
+    """All five steps, or those that are left."""
+    plan = read_plan(folder, inputs) or _make_plan(folder, inputs, source, tokenizer, config, progress)
+    pieces = write_pieces(plan, source, progress)
     if source.fingerprint() != inputs["source"]["fingerprint"]:
         _clear(folder)
         raise DataError(f"source {config.source!r} changed while it was read; run the command again")
-    write_file(folder / DATASET_FILE, _json_bytes(_info(plan, pieces)))
+    _finish(plan, pieces)
     progress(f"data set ready: {folder}")
-    return folder
 
 
 def _inputs(config: DataConfig, source: Source, tokenizer: Tokenizer | None) -> Tree:
@@ -89,7 +131,7 @@ def _inputs(config: DataConfig, source: Source, tokenizer: Tokenizer | None) -> 
     }
 
 
-def _existing(folder: Path, config: DataConfig, progress: Progress) -> Path:
+def _use_as_it_is(folder: Path, config: DataConfig, progress: Progress) -> None:
     """A finished set that the user names. A tokenizer given as a file must be the set's own."""
     dataset = open_dataset(folder)
     tokenizer, source = dataset.info["tokenizer"]["spec"], dataset.info["source"]["spec"]
@@ -103,7 +145,6 @@ def _existing(folder: Path, config: DataConfig, progress: Progress) -> Path:
         progress(f"{folder} is used as it is: its tokenizer is {tokenizer}, not {config.tokenizer}")
     if config.source != source:
         progress(f"{folder} is used as it is: its source is {source}, not {config.source}")
-    return folder
 
 
 def _check_same(folder: Path, inputs: Tree) -> None:
@@ -122,18 +163,16 @@ def _check_same(folder: Path, inputs: Tree) -> None:
 
 def _standing(folder: Path) -> Tree | None:
     """What a set was made from, in the form of `_inputs`: a finished one, or one with a plan. None if there is none."""
-    if (folder / DATASET_FILE).exists():
+    if is_finished(folder):
         info = open_dataset(folder).info
         return info | {"val_fraction": info["split"]["val_fraction"]}
-    try:
-        tree = read_json(folder / PLAN_FILE)
-        inputs: Tree = tree["inputs"]
-        return inputs | {
-            "source": inputs["source"] | {"fingerprint": None},  # an unfinished set of text that changed is made anew
-            "tokenizer": inputs["tokenizer"] | {"fingerprint": tree["tokenizer"]["fingerprint"]},
-        }
-    except (FileError, KeyError):
+    if (tree := unsealed(folder / PLAN_FILE)) is None:
         return None
+    inputs: Tree = tree["inputs"]
+    return inputs | {
+        "source": inputs["source"] | {"fingerprint": None},  # an unfinished set of text that changed is made anew
+        "tokenizer": inputs["tokenizer"] | {"fingerprint": tree["tokenizer"]["fingerprint"]},
+    }
 
 
 def _told(part: Tree, other: Tree) -> str:
@@ -145,68 +184,75 @@ def _told(part: Tree, other: Tree) -> str:
 
 
 def _check_ours(folder: Path) -> None:
-    """A folder to work in is new, empty, or an unfinished data set."""
+    """A folder to work in is new, empty, or was worked in before, as its lock says."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is a file; give the name of a folder")
-    if folder.is_dir():
-        sweep(folder)
-        names = {path.name for path in folder.iterdir()}
-        if names and not names & {PLAN_FILE, TOKENIZER_FILE}:
-            raise DataError(f"{folder} holds other files ({min(names)}); give a new folder")
+    names = _names(folder)
+    if names and LOCK_FILE not in names and not is_finished(folder):  # another process may have finished just now
+        raise DataError(f"{folder} holds other files ({min(names)}); give a new folder")
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _working_files(folder: Path) -> list[Path]:
+    """What is in a folder while it is worked in, the lock last."""
+    return [path for name in (PIECE_FILES, PLAN_FILE, LOCK_FILE) for path in sorted(folder.glob(name))]
+
+
+def _remove_working_files(folder: Path) -> None:
+    """All but the lock, which is held and goes when it is let go."""
+    for path in _working_files(folder)[:-1]:
+        remove_file(path)
+
+
+def _tidy(folder: Path, progress: Progress) -> None:
+    """Ends the work of a process that was stopped after the manifest, in a folder that may be written to."""
+    if _working_files(folder):
+        with contextlib.suppress(OSError), _alone(folder, progress):
+            _remove_working_files(folder)
 
 
 # --- the plan
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is decided before the first piece is written."""
-
-    folder: Path
-    tree: Tree
-    """plan.json."""
-    tokenizer: Tokenizer
-
-    @property
-    def split(self) -> Split:
-        return Split(**self.tree["split"])
-
-    @property
-    def num_pieces(self) -> int:
-        return -(-int(self.tree["documents"]) // int(self.tree["inputs"]["piece_documents"]))
-
-    @property
-    def hash(self) -> str:
-        return _hash(self.tree)
-
-
 def _make_plan(
     folder: Path, inputs: Tree, source: Source, tokenizer: Tokenizer | None, config: DataConfig, progress: Progress
 ) -> Plan:
-    _clear(folder)
     progress(f"reading {config.source}")
+    _clear(folder)
     counted = survey((document.text for document in source.documents()), config.val_fraction)
     if counted.text_bytes == 0:
         raise DataError(f"source {config.source!r} holds no text ({counted.documents} empty documents)")
+    _check_number_of_pieces(counted.documents, config.piece_documents)
     progress(f"{counted.documents:,} documents, {counted.text_bytes / 1e6:,.1f} MB; {counted.split.words()}")
     if size := bpe_size(config.tokenizer):
         progress(f"training a tokenizer of {size:,} tokens on the training documents")
         tokenizer = train_tokenizer(_training_texts(source, counted.split), size)
     assert tokenizer is not None
-    write_file(folder / TOKENIZER_FILE, tokenizer.to_json().encode())
-    tree = _plan_tree(inputs, counted, source, tokenizer)
-    write_file(folder / PLAN_FILE, _json_bytes(tree))
+    entry = write_file(folder / TOKENIZER_FILE, tokenizer.to_json().encode())
+    tree = _plan_tree(inputs, counted, source, tokenizer, entry)
+    write_file(folder / PLAN_FILE, sealed(tree))
     return Plan(folder, tree, tokenizer)
 
 
-def _plan_tree(inputs: Tree, counted: Survey, source: Source, tokenizer: Tokenizer) -> Tree:
+def _check_number_of_pieces(documents: int, piece_documents: int) -> None:
+    if -(-documents // piece_documents) > MAX_PIECES:
+        raise DataError(
+            f"piece_documents {piece_documents:,} makes more than {MAX_PIECES:,} pieces of {documents:,} documents; "
+            f"take {-(-documents // MAX_PIECES)} or more"
+        )
+
+
+def _plan_tree(inputs: Tree, counted: Survey, source: Source, tokenizer: Tokenizer, entry: Entry) -> Tree:
     return {
         "inputs": inputs,
         "documents": counted.documents,
         "text_bytes": counted.text_bytes,
         "split": counted.split.tree(),
         "dropped": dict(source.dropped),
-        "tokenizer": {"fingerprint": tokenizer.fingerprint, "end_token": tokenizer.end_token},
+        "tokenizer": {"fingerprint": tokenizer.fingerprint, "end_token": tokenizer.end_token} | entry,
     }
 
 
@@ -214,141 +260,28 @@ def _training_texts(source: Source, split: Split) -> Iterator[str]:
     return (split.parts(number, document.text)[0] for number, document in enumerate(source.documents()))
 
 
-def _read_plan(folder: Path, inputs: Tree) -> Plan | None:
-    """The plan of an unfinished folder, if it is whole and was made from the same inputs."""
-    try:
-        tree = read_json(folder / PLAN_FILE)
-        if tree["inputs"] != inputs:
-            return None
-        tokenizer = Tokenizer(read_text(folder / TOKENIZER_FILE), tree["tokenizer"]["end_token"])
-        return Plan(folder, tree, tokenizer) if tokenizer.fingerprint == tree["tokenizer"]["fingerprint"] else None
-    except (FileError, DataError, KeyError):
-        return None
-
-
 def _clear(folder: Path) -> None:
-    """Removes what an earlier plan left, the plan first."""
-    for pattern in (PLAN_FILE, TOKENIZER_FILE, "piece-*.json", "train-*.tokens", "val-*.tokens"):
+    """Removes what an earlier plan left, dataset.json first: without its plan it would be that of a finished set."""
+    for pattern in (DATASET_FILE, PLAN_FILE, TOKENIZER_FILE, PIECE_FILES, "train-*.tokens", "val-*.tokens"):
         for path in folder.glob(pattern):
             remove_file(path)
 
 
-# --- pieces
-
-
-def _write_pieces(plan: Plan, source: Source, progress: Progress) -> list[Tree]:
-    """Writes every piece that is not whole; returns what piece-*.json says of each."""
-    documents = enumerate(source.documents())
-    report = Report(plan.tree["text_bytes"], progress)
-    entries = []
-    for piece in range(plan.num_pieces):
-        own = islice(documents, plan.tree["inputs"]["piece_documents"])
-        if entry := _whole_piece(plan, piece):
-            report.skip(sum(text_bytes(document.text) for _, document in own))
-        else:
-            entry = _write_piece(plan, piece, own, report)
-        entries.append(entry)
-    return entries
-
-
-def _piece_file(plan: Plan, piece: int) -> Path:
-    return plan.folder / f"piece-{piece:05d}.json"
-
-
-def _whole_piece(plan: Plan, piece: int) -> Tree | None:
-    """What piece-*.json says of a piece, if it belongs to this plan and its shards are as they were written."""
-    try:
-        entry = read_json(_piece_file(plan, piece))
-        shards = [shard for split in ("train", "val") if (shard := entry[split])]
-        whole = all(sha256_of(plan.folder / shard["name"]) == shard["sha256"] for shard in shards)
-        return entry if whole and entry["plan"] == plan.hash else None
-    except (FileError, OSError, KeyError, TypeError):
-        return None
-
-
-def _write_piece(plan: Plan, piece: int, documents: Iterable[tuple[int, Document]], report: Report) -> Tree:
-    rule, tokenizer, empty = plan.split, plan.tokenizer, 0
-    shards = {"train": Collected(), "val": Collected()}
-    for batch in _batches(documents, BATCH_CHARS):
-        split = [rule.parts(number, document.text) for number, document in batch]
-        for collected, texts in zip(shards.values(), zip(*split, strict=True), strict=True):
-            collected.add([text for text in texts if text_bytes(text)], tokenizer)
-        sizes = [text_bytes(document.text) for _, document in batch]
-        empty += sizes.count(0)
-        report.add(sum(sizes))
-    entry: Tree = {"plan": plan.hash, "empty_documents": empty}
-    for name, collected in shards.items():
-        entry[name] = collected.write(plan.folder / f"{name}-{piece:05d}.tokens", tokenizer.vocab_size)
-    write_file(_piece_file(plan, piece), _json_bytes(entry))
-    return entry
-
-
-class Collected:
-    """The documents of one shard in the making."""
-
-    def __init__(self) -> None:
-        self.documents: list[Tokens] = []
-        self.text_bytes = 0
-
-    def add(self, texts: list[str], tokenizer: Tokenizer) -> None:
-        """Tokenizes documents; each ends with the end id."""
-        end = np.array([tokenizer.end_id], dtype=np.uint32)
-        dtype = token_dtype(tokenizer.vocab_size)
-        for ids in tokenizer.encode_batch(texts):
-            self.documents.append(np.concatenate([ids, end]).astype(dtype))
-        self.text_bytes += sum(len(text.encode()) for text in texts)
-
-    def write(self, path: Path, vocab_size: int) -> Tree | None:
-        """Writes the shard and says what is in it; a shard without documents is not written."""
-        if not self.documents:
-            remove_file(path)
-            return None
-        write_file(path, shard_chunks(self.documents, token_dtype(vocab_size)))
-        return {
-            "name": path.name,
-            "documents": len(self.documents),
-            "tokens": sum(map(len, self.documents)),
-            "text_bytes": self.text_bytes,
-            "sha256": sha256_of(path),
-        }
-
-
-def _batches(documents: Iterable[tuple[int, Document]], chars: int) -> Iterator[list[tuple[int, Document]]]:
-    batch, held = list[tuple[int, Document]](), 0
-    for item in documents:
-        batch.append(item)
-        held += len(item[1].text)
-        if held >= chars:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
-
-
-class Report:
-    """Says every few seconds how far the tokenizing is."""
-
-    def __init__(self, total_bytes: int, progress: Progress, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total_bytes, self.progress, self.clock = total_bytes, progress, clock
-        self.started_at = self.said_at = clock()
-        self.bytes = self.skipped_bytes = 0
-
-    def skip(self, text_bytes: int) -> None:
-        """Text that was tokenized in an earlier run."""
-        self.bytes += text_bytes
-        self.skipped_bytes += text_bytes
-
-    def add(self, text_bytes: int) -> None:
-        """Text tokenized now."""
-        self.bytes += text_bytes
-        now = self.clock()
-        if now - self.said_at >= REPORT_EVERY_S or self.bytes == self.total_bytes:
-            self.said_at = now
-            rate = (self.bytes - self.skipped_bytes) / 1e6 / max(now - self.started_at, 1e-9)
-            self.progress(f"tokenized {self.bytes / 1e6:,.1f} of {self.total_bytes / 1e6:,.1f} MB at {rate:.1f} MB/s")
-
-
 # --- the finished set
+
+
+def _finish(plan: Plan, pieces: list[Tree]) -> None:
+    """Writes what the set is, and the manifest with the hashes of what was written, not of what is on the disk now."""
+    shards = [shard for piece in pieces for split in ("train", "val") if (shard := piece[split])]
+    files = {shard["name"]: _entry(shard) for shard in shards}
+    files[TOKENIZER_FILE] = _entry(plan.tree["tokenizer"])
+    files[DATASET_FILE] = write_file(plan.folder / DATASET_FILE, json_bytes(_info(plan, pieces)))
+    write_manifest(plan.folder, files)
+    _remove_working_files(plan.folder)
+
+
+def _entry(tree: Tree) -> Entry:
+    return {name: tree[name] for name in ("bytes", "sha256")}
 
 
 def _info(plan: Plan, pieces: list[Tree]) -> Tree:
@@ -360,7 +293,6 @@ def _info(plan: Plan, pieces: list[Tree]) -> Tree:
         "tokenizer": {
             "spec": plan.tree["inputs"]["tokenizer"]["spec"],
             "fingerprint": tokenizer.fingerprint,
-            "sha256": sha256_of(plan.folder / TOKENIZER_FILE),
             "vocab_size": tokenizer.vocab_size,
             "end_token": tokenizer.end_token,
             "end_id": tokenizer.end_id,
@@ -375,14 +307,5 @@ def _info(plan: Plan, pieces: list[Tree]) -> Tree:
 
 
 def _split_entry(shards: Iterable[Tree | None]) -> Tree:
-    own = [shard for shard in shards if shard]
-    totals = {name: sum(shard[name] for shard in own) for name in ("documents", "tokens", "text_bytes")}
-    return totals | {"shards": own}
-
-
-def _json_bytes(tree: Tree) -> bytes:
-    return (json.dumps(tree, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _hash(tree: Tree) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    own = [{name: shard[name] for name in ("name", *COUNTS)} for shard in shards if shard]
+    return {name: sum(shard[name] for shard in own) for name in COUNTS} | {"shards": own}

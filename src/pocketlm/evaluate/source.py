@@ -83,11 +83,21 @@ def own_source(model_folder: Path) -> str | None:
 
 
 def find_dataset(fingerprint: object, source: str, folder: str | None) -> Dataset | None:
-    """The data set with this fingerprint in `folder`, or without one among those under data/ that `source` gave."""
+    """The data set with this fingerprint in `folder`, or without one among those under data/ that `source` gave.
+
+    Raises:
+        DataError: it was not found, and one of those looked at is damaged, so it may be that.
+    """
     made = (path for path in sorted(Path("data").glob("*")) if _source_of(path) == source)
+    problems = []
     for path in [Path(folder)] if folder else made:
-        if (path / DATASET_FILE).is_file() and (dataset := open_dataset(path)).fingerprint == fingerprint:
-            return dataset
+        try:
+            if (path / DATASET_FILE).is_file() and (dataset := open_dataset(path)).fingerprint == fingerprint:
+                return dataset
+        except DataError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
     return None
 
 

@@ -1,0 +1,212 @@
+"""The work on an unfinished data set: its plan, and the pieces that are written one after the other.
+
+plan.json and piece-*.json say how far the work is. Each carries a hash of itself, and the SHA-256 of what was written
+beside it: what a later run finds changed, it makes again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pocketlm.data.shards import TOKENIZER_FILE, Tokens, shard_chunks, token_dtype
+from pocketlm.data.split import Split, text_bytes
+from pocketlm.errors import FileError
+from pocketlm.files import read_json, read_text, remove_file, verify_file, write_file
+from pocketlm.text.sources import Document, Source
+from pocketlm.text.tokenizer import Tokenizer
+
+PLAN_FILE = "plan.json"
+BATCH_CHARS = 1 << 21  # of text tokenized at once
+REPORT_EVERY_S = 5.0
+
+Progress = Callable[[str], None]
+Tree = dict[str, Any]
+
+
+# --- the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is decided before the first piece is written."""
+
+    folder: Path
+    tree: Tree
+    """plan.json."""
+    tokenizer: Tokenizer
+
+    @property
+    def split(self) -> Split:
+        return Split(**self.tree["split"])
+
+    @property
+    def num_pieces(self) -> int:
+        return -(-int(self.tree["documents"]) // int(self.tree["inputs"]["piece_documents"]))
+
+    @property
+    def hash(self) -> str:
+        return hash_of(self.tree)
+
+
+def read_plan(folder: Path, inputs: Tree) -> Plan | None:
+    """The plan of an unfinished folder, if it is whole and was made from the same inputs."""
+    tree = unsealed(folder / PLAN_FILE)
+    if tree is None or tree["inputs"] != inputs:
+        return None
+    try:
+        verify_file(folder / TOKENIZER_FILE, tree["tokenizer"])
+    except FileError:
+        return None
+    return Plan(folder, tree, Tokenizer(read_text(folder / TOKENIZER_FILE), tree["tokenizer"]["end_token"]))
+
+
+# --- pieces
+
+
+def write_pieces(plan: Plan, source: Source, progress: Progress) -> list[Tree]:
+    """Writes every piece that is not whole; returns what piece-*.json says of each."""
+    documents = enumerate(source.documents())
+    report = Report(plan.tree["text_bytes"], progress)
+    entries = []
+    for piece in range(plan.num_pieces):
+        own = islice(documents, plan.tree["inputs"]["piece_documents"])
+        if entry := _whole_piece(plan, piece):
+            report.skip(sum(text_bytes(document.text) for _, document in own))
+        else:
+            entry = _write_piece(plan, piece, own, report)
+        entries.append(entry)
+    return entries
+
+
+def _piece_file(plan: Plan, piece: int) -> Path:
+    return plan.folder / f"piece-{piece:05d}.json"
+
+
+def _whole_piece(plan: Plan, piece: int) -> Tree | None:
+    """What piece-*.json says of a piece, if it belongs to this plan and its shards are as they were written."""
+    entry = unsealed(_piece_file(plan, piece))
+    if entry is None or entry["plan"] != plan.hash:
+        return None
+    try:
+        for split in ("train", "val"):
+            if shard := entry[split]:
+                verify_file(plan.folder / shard["name"], shard)
+    except FileError:
+        return None
+    return entry
+
+
+def _write_piece(plan: Plan, piece: int, documents: Iterable[tuple[int, Document]], report: Report) -> Tree:
+    rule, tokenizer, empty = plan.split, plan.tokenizer, 0
+    shards = {"train": Collected(), "val": Collected()}
+    for batch in _batches(documents, BATCH_CHARS):
+        split = [rule.parts(number, document.text) for number, document in batch]
+        for collected, texts in zip(shards.values(), zip(*split, strict=True), strict=True):
+            collected.add([text for text in texts if text_bytes(text)], tokenizer)
+        sizes = [text_bytes(document.text) for _, document in batch]
+        empty += sizes.count(0)
+        report.add(sum(sizes))
+    entry: Tree = {"plan": plan.hash, "empty_documents": empty}
+    for name, collected in shards.items():
+        entry[name] = collected.write(plan.folder / f"{name}-{piece:05d}.tokens", tokenizer.vocab_size)
+    write_file(_piece_file(plan, piece), sealed(entry))
+    return entry
+
+
+class Collected:
+    """The documents of one shard in the making."""
+
+    def __init__(self) -> None:
+        self.documents: list[Tokens] = []
+        self.text_bytes = 0
+
+    def add(self, texts: list[str], tokenizer: Tokenizer) -> None:
+        """Tokenizes documents; each ends with the end id."""
+        end = np.array([tokenizer.end_id], dtype=np.uint32)
+        dtype = token_dtype(tokenizer.vocab_size)
+        for ids in tokenizer.encode_batch(texts):
+            self.documents.append(np.concatenate([ids, end]).astype(dtype))
+        self.text_bytes += sum(len(text.encode()) for text in texts)
+
+    def write(self, path: Path, vocab_size: int) -> Tree | None:
+        """Writes the shard and says what is in it; a shard without documents is not written."""
+        if not self.documents:
+            remove_file(path)
+            return None
+        counts = {
+            "name": path.name,
+            "documents": len(self.documents),
+            "tokens": sum(map(len, self.documents)),
+            "text_bytes": self.text_bytes,
+        }
+        return counts | write_file(path, shard_chunks(self.documents, token_dtype(vocab_size)))
+
+
+def _batches(documents: Iterable[tuple[int, Document]], chars: int) -> Iterator[list[tuple[int, Document]]]:
+    batch, held = list[tuple[int, Document]](), 0
+    for item in documents:
+        batch.append(item)
+        held += len(item[1].text)
+        if held >= chars:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+class Report:
+    """Says every few seconds how far the tokenizing is."""
+
+    def __init__(self, total_bytes: int, progress: Progress, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total_bytes, self.progress, self.clock = total_bytes, progress, clock
+        self.started_at = self.said_at = clock()
+        self.bytes = self.skipped_bytes = 0
+
+    def skip(self, text_bytes: int) -> None:
+        """Text that was tokenized in an earlier run."""
+        self.bytes += text_bytes
+        self.skipped_bytes += text_bytes
+
+    def add(self, text_bytes: int) -> None:
+        """Text tokenized now."""
+        self.bytes += text_bytes
+        now = self.clock()
+        if now - self.said_at >= REPORT_EVERY_S or self.bytes == self.total_bytes:
+            self.said_at = now
+            rate = (self.bytes - self.skipped_bytes) / 1e6 / max(now - self.started_at, 1e-9)
+            self.progress(f"tokenized {self.bytes / 1e6:,.1f} of {self.total_bytes / 1e6:,.1f} MB at {rate:.1f} MB/s")
+
+
+# --- files that carry their own hash
+
+
+def sealed(tree: Tree) -> bytes:
+    """A JSON file with its own hash."""
+    return json_bytes({"hash": hash_of(tree)} | tree)
+
+
+def unsealed(path: Path) -> Tree | None:
+    """What `sealed` wrote; None if it is missing or damaged, or nothing of this version's."""
+    try:
+        tree = read_json(path)
+    except FileError:
+        return None
+    return tree if tree.pop("hash", None) == hash_of(tree) else None
+
+
+def json_bytes(tree: Tree) -> bytes:
+    """In ASCII: a path given on the command line need not be UTF-8."""
+    return (json.dumps(tree, indent=1) + "\n").encode()
+
+
+def hash_of(tree: Tree) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
