@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,29 +39,3 @@ def gpt2_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_bytes(data)
         (folder / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()).write_bytes(data)
     return folder
-
-
-def pytest_addoption(parser):
-    parser.addoption("--prove", action="store_true")
-
-
-class Proof:
-    def __init__(self, long):
-        self.long, self.seed = long, 20261120
-
-    def size(self, short, long):
-        return long if self.long else short
-
-    def cases(self, short, long):
-        return range(self.size(short, long))
-
-    def random(self, case):
-        return random.Random(f"{self.seed} {case}")
-
-    def note(self, text):
-        sys.stderr.write(f"NOTE {text}\n")
-
-
-@pytest.fixture
-def proof(request):
-    return Proof(request.config.getoption("--prove"))
