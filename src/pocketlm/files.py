@@ -293,8 +293,8 @@ def _remove(path: Path) -> None:
         for inside in sorted(path.iterdir()):
             _remove(inside)
         DISK.remove_folder(path)
-    else:
-        remove_file(path)
+    elif os.path.lexists(path):
+        DISK.remove_file(path)
 
 
 def _remove_if_possible(path: Path) -> None:
