@@ -173,10 +173,12 @@ def newest_valid(run: Path, warn: Warn) -> Path | None:
 
 def differences(run: Path, path: Path) -> list[str]:
     """What a whole checkpoint's configuration has otherwise than the run's, `field: there, here`."""
+    if not (run / "config.toml").is_file():
+        return []
     try:
         return Config.from_toml(path / CONFIG).differences(Config.from_toml(run / "config.toml"))
-    except PocketError:
-        return []  # nothing to hold it against: whoever trains with it holds it against what was asked for
+    except PocketError:  # nothing to hold it against: whoever trains with it holds it against what was asked for
+        return []
 
 
 def verify(path: Path) -> None:

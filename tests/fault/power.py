@@ -152,15 +152,15 @@ class FileSystem:
     def _sync_folder(self, operation: Operation) -> None:
         self._find(operation.path).sync()
 
-    def write_survivors(self, target: Path, luck: random.Random) -> None:
-        """What a power cut leaves, as a real folder."""
+    def write_survivors(self, target: Path, luck: random.Random | None) -> None:
+        """What a power cut leaves, as a real folder; without `luck` what a kill leaves, which is all."""
         _write(self.top, target, luck)
 
 
-def _write(folder: Folder, target: Path, luck: random.Random) -> None:
+def _write(folder: Folder, target: Path, luck: random.Random | None) -> None:
     target.mkdir()
-    for name, entry in folder.after_the_cut(luck).items():
+    for name, entry in (folder.after_the_cut(luck) if luck else folder.now()).items():
         if isinstance(entry, Folder):
             _write(entry, target / name, luck)
         else:
-            (target / name).write_bytes(entry.after_the_cut(luck))
+            (target / name).write_bytes(entry.after_the_cut(luck) if luck else entry.now())

@@ -86,12 +86,13 @@ def _check_run(run: Path, hashes: bool) -> Found:
 
     checkpoints = [_check_checkpoint(path, hashes) for path in checkpoint.list_checkpoints(run)]
     start = checkpoint.newest_valid(run, warn=lambda _: None)
-    strange = {part.path: found[0] for part in checkpoints if (found := checkpoint.differences(run, part.path))}
+    whole = [part.path for part in checkpoints if part.problem is None]
+    strange = {path: found[0] for path in whole if (found := checkpoint.differences(run, path))}
     config = _check_toml(run / "config.toml")
     if start in strange:
         config = Part(config.path, f"{config.path} is damaged: its checkpoints have {strange[start]} (there, here)")
     elif strange:
-        checkpoints = [_of_another_run(part, strange.get(part.path)) for part in checkpoints]
+        checkpoints = [_of_another_run(part, strange[part.path]) if part.path in strange else part for part in checkpoints]
     journal = _check_journal(run / "metrics.jsonl", checkpoint.read_state(start).get("records", 0) if start else 0)
     files = [config, _check_toml(run / "resolved.toml"), journal]
     if not checkpoints:  # a process may have been stopped before it wrote them
@@ -112,9 +113,7 @@ def _check_checkpoint(path: Path, hashes: bool) -> Part:
     return Part(path, problem, facts)
 
 
-def _of_another_run(part: Part, difference: str | None) -> Part:
-    if part.problem or not difference:
-        return part
+def _of_another_run(part: Part, difference: str) -> Part:
     return Part(
         part.path, f"{part.path} is of another run: {difference} (there, in this run's config.toml)", part.facts
     )
