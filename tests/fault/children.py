@@ -85,7 +85,8 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             _call(function, arguments)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
+        sys.stdout.flush()
 
 
 def _call(function: str, arguments: list[Any]) -> None:

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 from children import Children, config_of
+from disks import REAL
 
+from pocketlm import files
 from pocketlm.training.loop import train
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "DISK", REAL)
 
 
 @pytest.fixture(scope="session")

@@ -132,6 +132,12 @@ class FileSystem:
     def _sync(self, operation: Operation) -> None:
         self.open[operation.path].sync()
 
+    def _forget(self, operation: Operation) -> None:
+        """A sync that failed: the bytes stay readable, count as synced, and are not on the disk."""
+        file = self.open[operation.path]
+        lost = len(file.now()) - len(file.synced)
+        file.pending = [lambda content: content + b"\0" * lost] if lost > 0 else file.pending
+
     def _close(self, operation: Operation) -> None:
         del self.open[operation.path]
 

@@ -212,9 +212,7 @@ def test_a_file_that_is_none_or_another_is_refused(
 
 @pytest.mark.goal("R10")
 @pytest.mark.parametrize("kind", ["another step", "no manifest", "only training", "data set", "file"])
-def test_a_folder_that_is_none_or_another_is_refused(
-    kind: str, world: Path, run: Path, tmp_path: Path, capsys
-) -> None:
+def test_a_folder_that_is_none_or_another_is_refused(kind: str, world: Path, run: Path, tmp_path: Path, capsys) -> None:
     newest = run / "checkpoints" / NEWEST
     shutil.rmtree(newest)
     if kind == "another step":

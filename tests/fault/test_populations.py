@@ -62,7 +62,9 @@ def test_pruning_any_population(proof, tmp_path: Path) -> None:
 
         whole = sorted(step for step, kind in kinds.items() if kind.whole)
         stay = set(whole[-keep_last:]) | keep
-        stay |= set(sorted((step for step in whole if step in metrics), key=lambda step: (metrics[step], step))[:keep_best])
+        stay |= set(
+            sorted((step for step in whole if step in metrics), key=lambda step: (metrics[step], step))[:keep_best]
+        )
         oldest_kept = whole[-keep_last:][0] if len(whole) >= 2 else -1
         doomed = {step for step, kind in kinds.items() if kind.removable and step < oldest_kept} - stay
 
@@ -71,7 +73,9 @@ def test_pruning_any_population(proof, tmp_path: Path) -> None:
         assert {checkpoint.step_of(path) for path in removed} == doomed, (case, kinds, metrics)
         gone = tuple(f"checkpoints/step-{step:08d}" for step in doomed)
         assert content(run) == {
-            name: data for name, data in before.items() if not (gone and Path("/".join(Path(name).parts[:2])).as_posix() in gone)
+            name: data
+            for name, data in before.items()
+            if not (gone and Path("/".join(Path(name).parts[:2])).as_posix() in gone)
         }, case
         assert sum(kinds[step].whole for step in kinds.keys() - doomed) >= min(2, len(whole)), case
         shutil.rmtree(run)

@@ -33,7 +33,7 @@ class Recording:
 
 @pytest.fixture(scope="module")
 def recording(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Recording:
-    """A run with several saves and prunings, and two of one step: it is stopped at a step without a save and goes on."""
+    """A run with several saves and prunings, by two processes."""
     root, disk, save = tmp_path_factory.mktemp("recorded"), Recorder(), checkpoint.save
 
     def save_and_mark(folder: Path, snapshot: checkpoint.Snapshot) -> Path:
@@ -116,4 +116,3 @@ def test_a_protocol_that_leaves_out_its_syncs_is_found_out(
         lose_power(recording, operations, moment, tmp_path / f"{case}", luck)
         broken += bool(broken_promises(recording, operations, moment, tmp_path / f"{case}" / "run"))
     assert broken >= 10
-
