@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from children import Children, config_of, litter, outcome
-from disks import KILLED, Counting, Operation
+from disks import KILLED, REAL, Counting, Operation
 
 from pocketlm import checkpoint, files
 from pocketlm.training.loop import train
@@ -93,3 +94,39 @@ def test_a_kill_at_any_operation_of_a_save_loses_nothing(
         train(config_of(world), out=run)
         assert outcome(run) == whole, kill
         assert litter(run) == [], kill
+
+
+def broken_run(world: Path, run: Path) -> Path:
+    """A run whose newest checkpoint is damaged, with leftovers of two dead processes and a torn line."""
+    shutil.copytree(world / "run", run)
+    checkpoints = run / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000006", checkpoints / "step-00000006.old.tmp-7")
+    shutil.copytree(checkpoints / "step-00000006", checkpoints / "step-00000009.tmp-7")
+    shutil.copytree(checkpoints / "step-00000008", checkpoints / "step-00000008.set-aside")
+    (checkpoints / "step-00000008" / "model.safetensors").write_bytes(b"short")
+    (run / "config.toml.tmp-7").write_text("half")
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 9, "lo')
+    return run
+
+
+@pytest.mark.goal("R2")
+def test_a_kill_at_any_operation_of_a_resume_loses_nothing(
+    proof, world: Path, children: Children, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sweeps, sets aside, writes its settings and cuts the journal: all before its first step."""
+    disk = Counting()
+    monkeypatch.setattr(files, "DISK", disk)
+    train(config_of(world), out=broken_run(world, tmp_path / "count"))
+    monkeypatch.setattr(files, "DISK", REAL)
+    ready = max(i for i, operation in enumerate(disk.operations) if operation.kind == "append")
+    assert {"rename", "remove_file", "remove_folder", "sync_folder"} <= {o.kind for o in disk.operations[:ready]}
+    whole = outcome(world / "run")
+    count = ready if proof.long else 10
+    for case in proof.cases(10, ready):
+        run = broken_run(world, tmp_path / f"run-{case}")
+        assert children.run("train_and_die", str(world), str(run), case * ready // count, 0) == KILLED, case
+        train(config_of(world), out=run)
+        assert outcome(run) == whole, case
+        assert litter(run) == [], case
+        assert (run / "checkpoints" / "step-00000008.set-aside").is_dir()
