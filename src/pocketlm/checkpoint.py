@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketlm.config import Dtype, ModelConfig, SampleConfig
-from pocketlm.errors import FileError
+from pocketlm.config import Config, Dtype, ModelConfig, SampleConfig
+from pocketlm.errors import FileError, PocketError
 from pocketlm.files import MANIFEST, commit_folder, read_json, read_manifest, remove_folder, verify_folder
 from pocketlm.formats import huggingface
 from pocketlm.model.transformer import Transformer
@@ -34,11 +36,13 @@ from pocketlm.tensors import Shapes, bytes_of, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "training/optimizer.safetensors", "training/state.json"
-SAVED = {
+WEIGHTS, OPTIMIZER = "model.safetensors", "training/optimizer.safetensors"
+CONFIG, STATE = "training/config.toml", "training/state.json"
+SAVED = (
     *("config.json", "generation_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json"),
-    *("training/config.toml", OPTIMIZER, STATE, MANIFEST),
-}
+    *(CONFIG, OPTIMIZER, STATE),
+)
+BLOCK_BYTES = 4096
 CLOCKS = ("elapsed_s", "resolved.peak_flops", "resolved.reasons")
 """What of the state is measured time, or words about it. Nothing is computed from it."""
 
@@ -66,23 +70,38 @@ def save(checkpoints: Path, snapshot: Snapshot) -> Path:
         OSError: the disk refused; what stood there before still does.
     """
     folder = checkpoints / f"step-{snapshot.step:08d}"
-    end_id = snapshot.tokenizer.end_id
     with commit_folder(folder) as commit:
-        commit.write("config.json", _json(huggingface.config_json(snapshot.model, end_id=end_id)))
-        commit.write("generation_config.json", _json(huggingface.generation_config_json(snapshot.sample, end_id)))
-        commit.write(WEIGHTS, serialize(snapshot.weights))
-        commit.write("tokenizer.json", snapshot.tokenizer.to_json().encode())
-        commit.write("tokenizer_config.json", _json(huggingface.tokenizer_config_json(snapshot.tokenizer.end_token)))
-        commit.write("training/config.toml", snapshot.config_toml.encode())
-        commit.write(OPTIMIZER, serialize(snapshot.optimizer))
-        commit.write(STATE, _json(snapshot.state))
+        for name, data in _texts(snapshot).items():
+            commit.write(name, data)
+        for name, tensors in _tensors(snapshot).items():
+            commit.write(name, serialize(tensors))
     return folder
 
 
 def size_bytes(snapshot: Snapshot) -> int:
-    """What a checkpoint takes on the disk, tensors and tokenizer; the rest is a few kB."""
-    tensors = sum(tensor.nbytes for tensor in (*snapshot.weights.values(), *snapshot.optimizer.values()))
-    return tensors + len(snapshot.tokenizer.to_json().encode())
+    """What saving a snapshot takes of a disk that gives its space in blocks."""
+    sizes = [len(text) for text in _texts(snapshot).values()]
+    for tensors in _tensors(snapshot).values():
+        header = len(next(serialize(tensors)))
+        sizes.append(header + sum(tensor.nbytes for tensor in tensors.values()))
+    manifest_and_folders = 3 * BLOCK_BYTES
+    return manifest_and_folders + sum(math.ceil(size / BLOCK_BYTES) * BLOCK_BYTES for size in sizes)
+
+
+def _texts(snapshot: Snapshot) -> dict[str, bytes]:
+    end_id, end_token = snapshot.tokenizer.end_id, snapshot.tokenizer.end_token
+    return {
+        "config.json": _json(huggingface.config_json(snapshot.model, end_id=end_id)),
+        "generation_config.json": _json(huggingface.generation_config_json(snapshot.sample, end_id)),
+        "tokenizer.json": snapshot.tokenizer.to_json().encode(),
+        "tokenizer_config.json": _json(huggingface.tokenizer_config_json(end_token)),
+        CONFIG: snapshot.config_toml.encode(),
+        STATE: _json(snapshot.state),
+    }
+
+
+def _tensors(snapshot: Snapshot) -> dict[str, Mapping[str, Tensor]]:
+    return {WEIGHTS: snapshot.weights, OPTIMIZER: snapshot.optimizer}
 
 
 def _json(tree: Mapping[str, Any]) -> bytes:
@@ -139,21 +158,45 @@ def list_checkpoints(run: Path) -> list[Path]:
 def newest_valid(run: Path, warn: Warn, accept: Callable[[int], bool] = lambda step: True) -> Path | None:
     """The newest checkpoint of a run whose every byte verifies; each damaged one on the way is warned of.
 
+    So is one that was brought there from another run: it differs from the run's `config.toml`, and an older one does
+    not. If all differ, `config.toml` is the odd one, and is not believed.
+
     Args:
         accept: which steps count.
     """
-    return next(_valid((path for path in reversed(list_checkpoints(run)) if accept(step_of(path))), warn), None)
+    strange: list[Path] = []
+    newest_first = [path for path in reversed(list_checkpoints(run)) if accept(step_of(path))]
+    for path in _valid(newest_first, warn):
+        if not differences(run, path):
+            for other in strange:
+                warn(f"{other / CONFIG} is of another run: {differences(run, other)[0]}; looking at the one before")
+            return path
+        strange.append(path)
+    return strange[0] if strange else None
+
+
+def differences(run: Path, path: Path) -> list[str]:
+    """What a whole checkpoint's configuration has otherwise than the run's, `field: there, here`."""
+    if not (run / "config.toml").is_file():
+        return []
+    try:
+        return Config.from_toml(path / CONFIG).differences(Config.from_toml(run / "config.toml"))
+    except PocketError:  # nothing to hold it against: whoever trains with it holds it against what was asked for
+        return []
 
 
 def verify(path: Path) -> None:
-    """Checks a checkpoint byte for byte, and that it is of the step in its name.
+    """Checks a checkpoint byte for byte, that it has all that a save writes, and that it is of the step in its name.
 
     Raises:
         FileError: naming the file that is damaged or missing.
     """
+    files = read_manifest(path)
+    if missing := [name for name in SAVED if name not in files]:
+        raise FileError(f"{path / MANIFEST} is of no checkpoint: it does not name {missing[0]}")
     verify_folder(path)
     if STEP_FOLDER.fullmatch(path.name) and (step := read_state(path).get("step")) != step_of(path):
-        raise FileError(f"{path} is damaged: its state is of step {step}")
+        raise FileError(f"{path / STATE} is of step {step}, its folder is named {path.name}")
 
 
 def _valid(checkpoints: Iterable[Path], warn: Warn) -> Iterator[Path]:
@@ -185,7 +228,7 @@ def state_hash(path: Path) -> str:
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Each leaf of a tree with its dotted name, in the order of the names."""
     for name, value in sorted(tree.items()):
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
@@ -196,8 +239,9 @@ def prune(
 ) -> list[Path]:
     """Removes all but the newest `keep_last` checkpoints, the `keep_best` with the lowest metric, and those in `keep`.
 
-    The newest ones are read again before: damaged ones do not count and stay where they are, and while fewer than two
-    are whole nothing is removed. Nor is a folder that holds anything which its manifest does not name.
+    Only whole ones count: each is read again before. While fewer than two are whole, nothing is removed. Nor is ever
+    what is newer than those kept, a link, or a folder without a readable manifest or with anything that its manifest
+    does not name. What the disk refuses to remove is warned of.
 
     Args:
         metrics: a metric of some of the steps; a checkpoint without one is never a best one.
@@ -207,32 +251,38 @@ def prune(
         What was removed.
     """
     checkpoints = [path for path in list_checkpoints(run) if not path.is_symlink()]
-    newest = list(islice(_valid(reversed(checkpoints), warn), keep_last))
+    newest = list(islice(_valid(reversed(checkpoints), warn), max(keep_last, 2)))
     if len(newest) < 2:
         return []
-    best = _best(checkpoints, metrics, keep_best)
-    older = [path for path in checkpoints if step_of(path) < step_of(newest[-1]) and step_of(path) not in keep]
-    doomed = [path for path in older if path not in best and _is_ours(path, warn)]
-    for path in doomed:
-        remove_folder(path)
-    return doomed
-
-
-def _best(checkpoints: Sequence[Path], metrics: Mapping[int, float], count: int) -> list[Path]:
-    rated = [path for path in checkpoints if step_of(path) in metrics]
-    return sorted(rated, key=lambda path: (metrics[step_of(path)], step_of(path)))[:count]
+    rated = sorted((metrics[step], step, path) for path in checkpoints if (step := step_of(path)) in metrics)
+    best = list(islice(_valid((path for _, _, path in rated), warn), keep_best))
+    older = [path for path in checkpoints if path < newest[-1] and path not in best and step_of(path) not in keep]
+    return [path for path in older if _is_ours(path, warn) and _removed(path, warn)]
 
 
 def _is_ours(path: Path, warn: Warn) -> bool:
-    """Whether a folder holds nothing but what its manifest names; where that cannot be read, what a save writes."""
+    """Whether a folder holds nothing but what its manifest names."""
     try:
-        known = {MANIFEST, *read_manifest(path)}
-    except FileError:
-        known = SAVED
-    strange = [file for file in path.rglob("*") if not file.is_dir() and str(file.relative_to(path)) not in known]
-    if strange:
-        warn(f"{path} is kept: it holds {strange[0].relative_to(path)}, which pocketlm did not write")
-    return not strange
+        names = {MANIFEST, *read_manifest(path)}
+    except FileError as error:
+        warn(f"{path} is kept: {error}")
+        return False
+    folders = {str(folder) for name in names for folder in Path(name).parents}
+    for inside in sorted(path.rglob("*")):
+        mode, name = inside.lstat().st_mode, str(inside.relative_to(path))
+        if name not in (folders if stat.S_ISDIR(mode) else names if stat.S_ISREG(mode) else ()):
+            warn(f"{path} is kept: it holds {name}, which pocketlm did not write")
+            return False
+    return True
+
+
+def _removed(path: Path, warn: Warn) -> bool:
+    try:
+        remove_folder(path)
+    except OSError as error:
+        warn(f"cannot remove {path}: {error.strerror}")
+        return False
+    return True
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
@@ -241,7 +291,7 @@ def newest_run(runs: Path = Path("runs")) -> Path:
     Raises:
         FileError: there is none.
     """
-    written = [(path.stat().st_mtime_ns, run) for run in sorted(runs.glob("*")) for path in list_checkpoints(run)]
+    written = [(path.lstat().st_mtime_ns, run) for run in sorted(runs.glob("*")) for path in list_checkpoints(run)]
     if not written:
         raise FileError(f"no model under {runs}/; train one (pocketlm train tiny) or name a model folder")
     return max(written)[1]

@@ -7,6 +7,8 @@ any moment would have left.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -35,9 +37,10 @@ class Disk:
     def sync(self, descriptor: int) -> None:
         """Returns once the bytes are on the medium; on macOS fsync alone leaves them in the drive's cache."""
         if hasattr(fcntl, "F_FULLFSYNC"):
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(descriptor)
+            with contextlib.suppress(OSError):  # network volumes have only fsync
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+                return
+        os.fsync(descriptor)
 
     def close(self, descriptor: int) -> None:
         os.close(descriptor)
@@ -57,9 +60,15 @@ class Disk:
         os.rmdir(path)
 
     def sync_folder(self, path: Path) -> None:
-        """Returns once the names in a folder are on the medium."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        """Returns once the names in a folder are on the medium, as far as its file system has such a promise.
+
+        Some network file systems have none and say EINVAL or ENOTSUP: nothing more can be done there.
+        """
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self.sync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)

@@ -2,7 +2,8 @@
 
 A file is written beside its place, synced, renamed, and its folder synced. A folder is written the same way as a
 whole, and its last file is `manifest.json` with the size and SHA-256 of every other, and of itself: a folder is valid
-if and only if all of them verify. What a crash leaves behind is named `NAME.tmp-PID` and swept away by a later run.
+if and only if all of them verify (reading.py). What a crash leaves behind is named `NAME.tmp-PID` and swept away by a
+later run.
 
 This file knows no tensors and no text. It does not retry: an error of the disk reaches the caller as it is. Every
 change goes through `DISK` (disk.py), so that tests can break each one of them.
@@ -16,10 +17,8 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import socket
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,29 +27,68 @@ from typing import Any, Self
 
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError
+from pocketlm.reading import (
+    JSON_LIMIT_BYTES,
+    MANIFEST,
+    PLAIN_NAME,
+    Entry,
+    manifest_bytes,
+    read_json,
+    read_manifest,
+    read_text,
+    sha256_of,
+    verify_file,
+    verify_folder,
+)
+
+__all__ = [
+    "DISK",
+    "JSON_LIMIT_BYTES",
+    "MANIFEST",
+    "Entry",
+    "FolderWriter",
+    "Journal",
+    "Lock",
+    "commit_folder",
+    "free_bytes",
+    "leftovers",
+    "make_folder",
+    "read_json",
+    "read_manifest",
+    "read_text",
+    "remove_file",
+    "remove_folder",
+    "set_aside",
+    "sha256_of",
+    "sweep",
+    "verify_file",
+    "verify_folder",
+    "write_file",
+    "write_manifest",
+]
 
 DISK = Disk()
 
-MANIFEST = "manifest.json"
-MANIFEST_SCHEMA = 2
-TEXT_LIMIT_BYTES = 64 << 20  # a tokenizer.json may have 35 MB; nothing that we read as text is larger
-JSON_LIMIT_BYTES = 2 << 20  # a hostile JSON takes 24 bytes of memory a byte; ours are far smaller
-PLAIN_NAME = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9_.-]*/)*[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+SET_ASIDE = ".set-aside"
+OLD = ".old"  # what is about to be replaced is named NAME.old.tmp-PID
 
 Chunk = bytes | memoryview
-Entry = dict[str, int | str]
-"""A file in a manifest: `bytes` and `sha256`."""
 
 
 # --- writing
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and what is above it, each on the disk for certain before anything is put into it."""
+    """Makes a folder and what is above it, each on the disk for certain before anything is put into it.
+
+    An empty one may have been made by a process that was killed before it synced the name.
+    """
     if not path.exists():
         make_folder(path.parent)
         with contextlib.suppress(FileExistsError):  # another process was faster
             DISK.make_folder(path)
+        DISK.sync_folder(path.parent)
+    elif path.is_dir() and not any(path.iterdir()):
         DISK.sync_folder(path.parent)
 
 
@@ -58,7 +96,9 @@ def write_file(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
     """Writes a file so that a crash leaves the old content or the new, never a part.
 
     Raises:
-        OSError: the disk refused; the old content stands. It names the file, which the system leaves out for a write.
+        OSError: the disk refused; the old content stands. If it refused only the last sync, of the name, the new one
+            does, whole, but for certain only until the power goes. It names the file, which the system leaves out for
+            a write.
     """
     make_folder(path.parent)
     temporary = _temporary(path)
@@ -85,10 +125,20 @@ class FolderWriter:
     def write(self, name: str, data: Chunk | Iterable[Chunk]) -> None:
         """Writes one file and notes its size and hash for the manifest."""
         assert PLAIN_NAME.fullmatch(name), name
-        target = self.path / name
-        if not target.parent.exists():
-            DISK.make_folder(target.parent)
-        self.files[name] = _write_synced(target, data)
+        for folder in reversed(self._folders(name)):
+            if not folder.exists():
+                DISK.make_folder(folder)
+        self.files[name] = _write_synced(self.path / name, data)
+
+    def finish(self) -> None:
+        """The manifest, then every name in every folder."""
+        _write_synced(self.path / MANIFEST, manifest_bytes(self.files))
+        for folder in sorted({self.path}.union(*map(self._folders, self.files))):
+            DISK.sync_folder(folder)
+
+    def _folders(self, name: str) -> list[Path]:
+        """The folders below this one that a file lies in, the innermost first."""
+        return [self.path / inner for inner in Path(name).parents[:-1]]
 
 
 @contextlib.contextmanager
@@ -99,35 +149,54 @@ def commit_folder(final: Path) -> Iterator[FolderWriter]:
     process dies in it.
 
     Raises:
-        OSError: the disk refused; what stood under the name still does.
+        OSError: the disk refused; what stood under the name still does. Where nothing stood, and it refused only the
+            last sync, of the name, the new folder stands there, whole.
     """
     make_folder(final.parent)
-    temporary, old = _temporary(final), _temporary(final.with_name(f"{final.name}.old"))
+    temporary, old = _temporary(final), _temporary(_old(final))
     _remove(temporary)
+    _take_back(old, final)
     try:
         DISK.make_folder(temporary)
         writer = FolderWriter(temporary)
         yield writer
-        _write_synced(temporary / MANIFEST, _manifest_bytes(writer.files))
-        for folder in sorted({(temporary / name).parent for name in writer.files} | {temporary}):
-            DISK.sync_folder(folder)
-        replaces = final.exists()
-        if replaces:
+        writer.finish()
+        if os.path.lexists(final):
             DISK.rename(final, old)
         DISK.rename(temporary, final)
+        DISK.sync_folder(final.parent)
     except BaseException:
-        _remove_if_possible(temporary)
-        if old.exists() and not final.exists():
-            DISK.rename(old, final)
+        _undo(temporary, final, old)
         raise
-    DISK.sync_folder(final.parent)
-    if replaces:
+    _remove_if_possible(old)
+
+
+def _undo(temporary: Path, final: Path, old: Path) -> None:
+    """After a failed commit: the old folder under its name again, the new one gone."""
+    with contextlib.suppress(OSError):
+        if os.path.lexists(old):
+            if os.path.lexists(final):
+                DISK.rename(final, temporary)
+            DISK.rename(old, final)
+    _remove_if_possible(temporary)
+
+
+def _take_back(old: Path, final: Path) -> None:
+    """What a process left that died while it replaced a folder: the old one stays if the new one is not there whole."""
+    if not os.path.lexists(old):
+        return
+    try:
+        verify_folder(final)
+    except FileError:
+        _remove(final)
+        DISK.rename(old, final)
+    else:
         _remove(old)
 
 
 def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
     """Marks a folder whose files were written one by one as whole."""
-    write_file(folder / MANIFEST, _manifest_bytes(files))
+    write_file(folder / MANIFEST, manifest_bytes(files))
 
 
 def remove_file(path: Path) -> None:
@@ -137,18 +206,27 @@ def remove_file(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder; from its first moment on nothing stands under the name."""
+    """Removes a folder; from its first moment on nothing stands under the name.
+
+    Raises:
+        OSError: the disk refused; the folder stands whole under its name, or what is left of it is swept later.
+    """
     trash = _temporary(path)
     _remove(trash)
     DISK.rename(path, trash)
-    DISK.sync_folder(path.parent)
+    try:
+        DISK.sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            DISK.rename(trash, path)
+        raise
     _remove(trash)
 
 
 def set_aside(path: Path) -> Path:
     """Renames a folder so that nothing takes it for what it was; an earlier one set aside there goes."""
-    aside = path.with_name(f"{path.name}.set-aside")
-    if aside.exists():
+    aside = path.with_name(path.name + SET_ASIDE)
+    if os.path.lexists(aside):
         remove_folder(aside)
     DISK.rename(path, aside)
     DISK.sync_folder(path.parent)
@@ -159,21 +237,27 @@ def sweep(folder: Path) -> list[Path]:
     """Removes what stopped processes left half-written in `folder`, and says what that was.
 
     The caller holds the folder's lock, so nobody is still writing. A folder that was about to be replaced comes back.
+    What cannot be removed harms nothing: it stays, and is not said.
     """
     swept = []
-    for path in sorted(folder.glob("*.tmp-*")) if folder.is_dir() else []:
-        name, _, pid = path.name.rpartition(".tmp-")
-        final = folder / name.removesuffix(".old")
-        if not pid.isdigit():
+    for path in leftovers(folder):
+        name = path.name.rpartition(".tmp-")[0]
+        try:
+            if name.endswith(OLD):
+                _take_back(path, folder / name.removesuffix(OLD))
+            else:
+                _remove(path)
+        except OSError:
             continue
-        if name.endswith(".old") and not final.exists():
-            DISK.rename(path, final)
-        else:
-            _remove(path)
         swept.append(path)
     if swept:
         DISK.sync_folder(folder)
     return swept
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What lies half-written in a folder: of a process that is at work, or of one that was stopped."""
+    return sorted(path for path in folder.glob("*.tmp-*") if path.suffix.removeprefix(".tmp-").isdigit())
 
 
 def free_bytes(path: Path) -> int:
@@ -185,6 +269,10 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
+def _old(path: Path) -> Path:
+    return path.with_name(path.name + OLD)
+
+
 def _write_synced(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
     """Writes and syncs a new file; returns its size in bytes and its SHA-256."""
     size, digest = 0, hashlib.sha256()
@@ -193,21 +281,24 @@ def _write_synced(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
         for chunk in [data] if isinstance(data, bytes | memoryview) else data:
             DISK.write(file, chunk)
             digest.update(chunk)
-            size += len(chunk)
+            size += memoryview(chunk).nbytes
         DISK.sync(file)
-    finally:
-        DISK.close(file)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first failure is the one to tell
+            DISK.close(file)
+        raise
+    DISK.close(file)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all that is in it; links are not followed."""
-    if path.is_symlink() or path.is_file():
-        DISK.remove_file(path)
-    elif path.is_dir():
+    """Removes whatever stands at a path, a folder with all that is in it; links are not followed."""
+    if path.is_dir() and not path.is_symlink():
         for inside in sorted(path.iterdir()):
             _remove(inside)
         DISK.remove_folder(path)
+    elif os.path.lexists(path):
+        DISK.remove_file(path)
 
 
 def _remove_if_possible(path: Path) -> None:
@@ -216,125 +307,15 @@ def _remove_if_possible(path: Path) -> None:
         _remove(path)
 
 
-# --- verifying
-
-
-def _manifest_bytes(files: Mapping[str, Entry]) -> bytes:
-    """manifest.json: the files in the order of their names, and a SHA-256 of just that."""
-    tree = {"schema": MANIFEST_SCHEMA, "files": dict(sorted(files.items()))}
-    own = hashlib.sha256(json.dumps(tree).encode()).hexdigest()
-    return (json.dumps(tree | {"sha256": own}, indent=1) + "\n").encode()
-
-
-def read_manifest(folder: Path) -> dict[str, Entry]:
-    """The files of a folder, as its manifest has them. The manifest is verified, to the last byte, the files are not.
-
-    Raises:
-        FileError: there is none, or it is damaged or of another version.
-    """
-    path = folder / MANIFEST
-    if path.is_symlink() or not path.is_file():
-        raise FileError(f"{folder} has no {MANIFEST}: it is damaged or was never finished")
-    tree = read_json(path)
-    if tree.get("schema") != MANIFEST_SCHEMA and isinstance(tree.get("schema"), int):
-        raise FileError(f"{path} has format {tree['schema']}, this pocketlm reads {MANIFEST_SCHEMA}")
-    files = tree.get("files")
-    if not isinstance(files, dict) or not files or not all(map(_is_entry, files.items())):
-        raise FileError(f"{path} is damaged: it names no files, or none that can be")
-    if read_text(path).encode() != _manifest_bytes(files):
-        raise FileError(f"{path} is damaged: its own SHA-256 is not the one in it")
-    return files
-
-
-def _is_entry(item: tuple[str, Any]) -> bool:
-    name, entry = item
-    return (
-        PLAIN_NAME.fullmatch(name) is not None
-        and isinstance(entry, dict)
-        and isinstance(entry.get("bytes"), int)
-        and isinstance(entry.get("sha256"), str)
-    )
-
-
-def verify_folder(path: Path) -> None:
-    """Checks every file that the manifest names, byte for byte. Files that it does not name are not looked at.
-
-    Raises:
-        FileError: no manifest, or the first file that is missing, of another size or of another hash.
-    """
-    for name, entry in read_manifest(path).items():
-        verify_file(path / name, entry)
-
-
-def verify_file(path: Path, entry: Mapping[str, int | str]) -> None:
-    """Holds a file against its entry in a manifest.
-
-    Raises:
-        FileError: missing, not a file (a link counts as none), of another size or of another hash.
-    """
-    try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise FileError(f"{path} is damaged: a link or folder where a file should be")
-        if status.st_size != entry["bytes"]:
-            raise FileError(f"{path} is damaged: {status.st_size} bytes instead of {entry['bytes']}")
-        if sha256_of(path) != entry["sha256"]:
-            raise FileError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}")
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileError(f"{path} is missing") from None
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
-
-
-# --- reading
-
-
-def read_text(path: Path, limit_bytes: int = TEXT_LIMIT_BYTES) -> str:
-    """A small text file.
-
-    Raises:
-        FileError: missing, unreadable, no file, larger than the limit or not UTF-8.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise FileError(f"cannot read {path}: it is no file")
-        if status.st_size > limit_bytes:
-            raise FileError(f"{path} is damaged: larger than {limit_bytes:,} bytes")
-        with path.open("rb") as file:
-            return file.read(limit_bytes).decode()
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise FileError(f"{path} is damaged: it is no UTF-8 text") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A small JSON file that holds one object.
-
-    Raises:
-        FileError: as `read_text`, or it is no JSON object.
-    """
-    try:
-        value = json.loads(read_text(path, JSON_LIMIT_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is damaged: it is no JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise FileError(f"{path} is damaged: it holds no JSON object")
-    return value
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 # --- journal and lock
 
 
 class Journal:
-    """An append-only file of JSON lines, one record a line, each with its `step`."""
+    """An append-only file of JSON lines, one record a line, each with its `step`.
+
+    After a failed sync nothing says which of the bytes since the last one are on the disk, and the system may take
+    the next sync for done. So they are kept until a sync succeeds, and written again after one that did not.
+    """
 
     def __init__(self, path: Path, keep: int | None = None) -> None:
         """Opens a journal with its first `keep` records, by default with all; what stands after them goes.
@@ -347,11 +328,12 @@ class Journal:
     def _open(self, keep: int | None) -> None:
         lines = list(_whole_lines(self.path))[:keep]
         content = b"".join(line + b"\n" for line, _ in lines)
-        if not self.path.exists() or self.path.stat().st_size != len(content):
+        if not self.path.is_file() or self.path.stat().st_size != len(content):
             write_file(self.path, content)
         self.num_records = len(lines)
-        self._end = len(content)
-        self._waiting = b""
+        self._kept = b""  # all that came after the last sync
+        self._synced = self._end = len(content)  # how long the file is for certain, and with all whole lines
+        self._cut = False  # whether something stands after `_end`
         self._file = DISK.append(self.path)
 
     def rewind(self, keep: int) -> None:
@@ -365,28 +347,44 @@ class Journal:
         Raises:
             OSError: the disk refused. The record is not lost: the next `append` or `sync` writes it.
         """
-        self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._kept += json.dumps(record, allow_nan=False).encode() + b"\n"
         self.num_records += 1
         self._write()
 
     def sync(self) -> None:
-        """Returns once every record is on the disk."""
+        """Returns once every record is on the disk.
+
+        Raises:
+            OSError: the disk refused. No record is lost: the next `append` or `sync` writes them again.
+        """
         self._write()
-        DISK.sync(self._file)
+        try:
+            DISK.sync(self._file)
+        except OSError:
+            self._end, self._cut = self._synced, True
+            raise
+        self._synced, self._kept = self._end, b""
 
     def close(self) -> None:
         DISK.close(self._file)
 
     def _write(self) -> None:
+        """Brings the file to all that was appended; where that fails, no part of a line stays."""
+        if self._cut:
+            DISK.truncate(self._file, self._end)
+            self._cut = False
+        waiting = self._kept[self._end - self._synced :]
+        if not waiting:
+            return
         try:
-            if self._waiting:
-                DISK.write(self._file, self._waiting)
+            DISK.write(self._file, waiting)
         except OSError:
+            self._cut = True
             with contextlib.suppress(OSError):
-                DISK.truncate(self._file, self._end)  # no part of a line stays
+                DISK.truncate(self._file, self._end)
+                self._cut = False
             raise
-        self._end += len(self._waiting)
-        self._waiting = b""
+        self._end += len(waiting)
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:

@@ -55,7 +55,8 @@ def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's elements, in order, as they stand in a file."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    whole = tensor.detach().cpu().contiguous()
+    flat = whole.as_strided((whole.numel(),), (1,))  # contiguous may still be one element with a stride of 2
     return flat.view(torch.uint8).numpy().data
 
 

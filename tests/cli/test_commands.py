@@ -201,7 +201,7 @@ def test_generate_as_a_process() -> None:
 
 
 def test_verify() -> None:
-    assert run("verify", "runs/fp32").count(": whole\n") == 2
+    assert run("verify", "runs/fp32").count(": whole\n") == 4, "two settings, two checkpoints"
     assert run_json("verify", "data/own")["whole"] is True
     told = run_json("verify", "runs/fp32/checkpoints/step-00000020")
     assert told["whole"] is True

@@ -97,10 +97,19 @@ def test_pruning_keeps_the_newest_and_the_best_and_strangers(tmp_path: Path) -> 
         save(tmp_path, step, metric)
     stranger = tmp_path / "checkpoints" / "step-00000002-mine"
     stranger.mkdir()
-    removed = checkpoint.prune(tmp_path, keep_last=2, keep_best=2)
+    metrics, told = {1: 3.0, 2: 1.0, 4: 2.0, 5: 1.0, 6: 4.0, 7: 5.0}, list[str]()
+    removed = checkpoint.prune(tmp_path, keep_last=2, keep_best=2, metrics=metrics, warn=told.append)
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [2, 5, 6, 7]
     assert [checkpoint.step_of(path) for path in removed] == [1, 3, 4]
     assert stranger.is_dir()
+    assert told == []
+
+
+def test_what_is_asked_to_stay_stays(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step)
+    removed = checkpoint.prune(tmp_path, keep_last=2, keep_best=1, metrics={}, warn=print, keep={2})
+    assert [checkpoint.step_of(path) for path in removed] == [1, 3]
 
 
 def test_a_run_without_models_says_what_to_type(tmp_path: Path) -> None:

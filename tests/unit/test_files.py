@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -90,19 +91,45 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
         verify_folder(path)
 
 
-def test_what_dead_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
-    )
-    litter = tmp_path / f"step.tmp-{int(dead.stdout)}"
-    litter.mkdir()
-    (litter / "part").write_text("x")
-    alive = tmp_path / f"other.tmp-{os.getpid()}"
-    alive.write_text("x")
-    stranger = tmp_path / "notes.tmp-final"
-    stranger.write_text("x")
-    assert sweep(tmp_path) == [litter]
-    assert sorted(tmp_path.iterdir()) == sorted([alive, stranger])
+def test_what_stopped_processes_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    """The caller holds the folder's lock: whoever has a pid of that number now did not write this."""
+    litter = [tmp_path / f"step.tmp-{os.getpid()}", tmp_path / "file.tmp-1", tmp_path / "pipe.tmp-22"]
+    litter[0].mkdir()
+    (litter[0] / "part").write_text("x")
+    (litter[0] / "link").symlink_to(tmp_path)
+    litter[1].write_text("x")
+    os.mkfifo(litter[2])
+    strangers = [tmp_path / name for name in ("notes.tmp-final", "notes.tmp-", "tmp-3", "step.tmp-4.txt")]
+    for stranger in strangers:
+        stranger.write_text("x")
+    assert sweep(tmp_path) == sorted(litter)
+    assert sorted(tmp_path.iterdir()) == sorted(strangers)
+    assert sweep(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("new", ["whole", "damaged", "missing"])
+def test_a_folder_that_was_being_replaced_comes_back_unless_the_new_one_is_whole(tmp_path: Path, new: str) -> None:
+    final = committed(tmp_path / "folder")
+    old = tmp_path / "folder.old.tmp-7"
+    shutil.copytree(final, old)
+    (old / "a.bin").write_bytes(b"old")
+    if new == "damaged":
+        (final / "a.bin").unlink()
+    elif new == "missing":
+        remove_folder(final)
+    assert sweep(tmp_path) == [old]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert ((final / "a.bin").read_bytes() == b"old") == (new != "whole")
+
+
+def test_a_process_of_the_same_pid_does_not_stumble_over_what_an_earlier_one_left(tmp_path: Path) -> None:
+    """In a container the pid is the same at every start."""
+    final = committed(tmp_path / "folder")
+    shutil.copytree(final, tmp_path / f"folder.tmp-{os.getpid()}")
+    final.rename(tmp_path / f"folder.old.tmp-{os.getpid()}")
+    verify_folder(committed(final))
+    verify_folder(committed(final))
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_folder_is_removed_at_once(tmp_path: Path) -> None:
@@ -110,18 +137,24 @@ def test_a_folder_is_removed_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_journal_forgets_what_comes_after_a_step_and_a_torn_line(tmp_path: Path) -> None:
+def test_a_journal_forgets_a_torn_line_and_what_comes_after_its_first_records(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
+    records = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
     journal = Journal(path)
-    for step in range(1, 6):
-        journal.append({"step": step, "loss": 1 / step})
+    for record in records:
+        journal.append(record)
     journal.sync()
     journal.close()
     with path.open("ab") as file:
         file.write(b'{"step": 6, "lo')
-    assert [record["step"] for record in Journal.read(path)] == [1, 2, 3, 4, 5]
-    Journal.truncate(path, 3)
-    assert Journal.read(path) == [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
+    assert Journal.read(path) == records
+    assert path.read_bytes().endswith(b'"lo'), "reading changes nothing"
+    journal = Journal(path, keep=3)
+    assert journal.num_records == 3
+    journal.append({"step": 4})
+    journal.close()
+    assert Journal.read(path) == [*records[:3], {"step": 4}]
+    assert path.read_bytes().count(b"\n") == 4
 
 
 def test_a_lock_refuses_the_second_and_dies_with_its_process(tmp_path: Path) -> None:
@@ -150,3 +183,20 @@ def test_manifest_hashes_are_those_of_the_bytes(tmp_path: Path) -> None:
 
     manifest = json.loads((committed(tmp_path / "folder") / "manifest.json").read_text())
     assert manifest["files"]["a.bin"]["sha256"] == hashlib.sha256(bytes(range(256)) * 4).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["a.bin", "inner/b.txt", "inner", "manifest.json"])
+def test_a_link_is_never_followed_even_to_the_same_content(tmp_path: Path, name: str) -> None:
+    path = committed(tmp_path / "folder")
+    (path / name).rename(tmp_path / "elsewhere")
+    (path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileError, match=f"{Path(name).name} is damaged: a link"):
+        verify_folder(path)
+
+
+def test_folders_within_folders_are_made_and_synced(tmp_path: Path) -> None:
+    with commit_folder(tmp_path / "folder") as folder:
+        folder.write("a/b/c/file", b"deep")
+        folder.write("a/b/other", b"less deep")
+    verify_folder(tmp_path / "folder")
+    assert (tmp_path / "folder/a/b/c/file").read_bytes() == b"deep"

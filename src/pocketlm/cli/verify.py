@@ -2,53 +2,166 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pocketlm.cli.arguments import Parser, print_json
 from pocketlm.errors import FileError, PocketError
 
 
+@dataclass(frozen=True)
+class Part:
+    """A file or folder that is checked as one."""
+
+    path: Path
+    problem: str | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What `--json` says beside it, and the text in brackets."""
+
+    def __str__(self) -> str:
+        facts = ", ".join(f"{value:,} {name}" for name, value in self.facts.items() if name == "records")
+        return self.problem or f"{self.path}: whole{facts and f' ({facts})'}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands at a path. `notes` are no damage."""
+
+    parts: list[Part]
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 def run(argv: list[str]) -> int:
     parser = Parser("verify", "Say whether a run, a checkpoint or a data set is whole: exit 0 if so, 3 if not.")
     parser.add_argument("path", metavar="PATH", help="a run, a checkpoint or a data set")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with each checkpoint's state hash")
     arguments = parser.parse_args(argv)
 
-    results = check(Path(arguments.path))
-    whole = all(problem is None for _, problem in results)
+    found = check(Path(arguments.path), hashes=arguments.json)
+    whole = all(part.problem is None for part in found.parts)
     if arguments.json:
-        parts = [{"path": str(path), "whole": problem is None, "problem": problem} for path, problem in results]
-        print_json({"path": arguments.path, "whole": whole, "parts": parts})
+        parts = [
+            {"path": str(part.path), "whole": part.problem is None, "problem": part.problem} | part.facts
+            for part in found.parts
+        ]
+        tree = {"path": arguments.path, "whole": whole, "parts": parts, "notes": found.notes}
+        print_json(tree | found.facts)
     else:
-        for path, problem in results:
-            print(f"{path}: whole" if problem is None else problem)
+        for line in (*found.parts, *found.notes):
+            print(line)
     return 0 if whole else FileError.exit_code
 
 
-def check(path: Path) -> list[tuple[Path, str | None]]:
-    """Each part of what stands at `path`, with its problem or None.
+def check(path: Path, *, hashes: bool = False) -> Found:
+    """Each part of what stands at `path`; with `hashes`, each checkpoint with the hash of its state.
 
     Raises:
         FileError: nothing there that pocketlm knows.
     """
     if (path / "dataset.json").exists():
-        return _check_dataset(path)
-    from pocketlm.files import MANIFEST, verify_folder
-
+        return Found([Part(*result) for result in _check_dataset(path)])
     if (path / "checkpoints").is_dir():
-        from pocketlm.checkpoint import list_checkpoints
+        return _check_run(path, hashes)
+    from pocketlm.files import MANIFEST
 
-        checkpoints = list_checkpoints(path)
-        if not checkpoints:
-            raise FileError(f"{path} has no checkpoint yet")
-        return [(folder, _problem(lambda folder=folder: verify_folder(folder))) for folder in checkpoints]
     if (path / MANIFEST).exists() or (path / "training").is_dir():
-        return [(path, _problem(lambda: verify_folder(path)))]
+        return Found([_check_checkpoint(path, hashes)])
     if (path / "config.json").is_file():
         problem = f"{path} is a model folder but no checkpoint: it has no {MANIFEST}, so nothing to check it against"
-        return [(path, problem)]
+        return Found([Part(path, problem)])
     what = "is none of them" if path.exists() else "does not exist"
     raise FileError(f"{path} {what}; give a run, a checkpoint or a data set")
+
+
+# --- runs and checkpoints
+
+
+def _check_run(run: Path, hashes: bool) -> Found:
+    """A run's files, its checkpoints, and which of them a resume would take."""
+    from pocketlm import checkpoint
+
+    checkpoints = [_check_checkpoint(path, hashes) for path in checkpoint.list_checkpoints(run)]
+    start = checkpoint.newest_valid(run, warn=lambda _: None)
+    whole = [part.path for part in checkpoints if part.problem is None]
+    strange = {path: found[0] for path in whole if (found := checkpoint.differences(run, path))}
+    config = _check_toml(run / "config.toml")
+    if start in strange:
+        config = Part(config.path, f"{config.path} is damaged: its checkpoints have {strange[start]} (there, here)")
+    elif strange:
+        checkpoints = [
+            _of_another_run(part, strange[part.path]) if part.path in strange else part for part in checkpoints
+        ]
+    journal = _check_journal(run / "metrics.jsonl", checkpoint.read_state(start).get("records", 0) if start else 0)
+    files = [config, _check_toml(run / "resolved.toml"), journal]
+    if not checkpoints:  # a process may have been stopped before it wrote them
+        files = [part for part in files if part.path.exists()]
+    torn = journal.facts.pop("torn", None)
+    notes = ([torn] if torn else []) + list(_leftovers(run))
+    notes.append(f"a resume goes on from {start}" if start else "there is nothing to resume from: it begins afresh")
+    return Found(files + checkpoints, notes, {"resume": str(start) if start else None})
+
+
+def _check_checkpoint(path: Path, hashes: bool) -> Part:
+    from pocketlm import checkpoint
+
+    step = checkpoint.step_of(path) if checkpoint.STEP_FOLDER.fullmatch(path.name) else None
+    problem = _problem(lambda: checkpoint.verify(path))
+    whole = problem is None
+    facts = {"step": step, "state_hash": checkpoint.state_hash(path) if whole else None} if hashes else {}
+    return Part(path, problem, facts)
+
+
+def _of_another_run(part: Part, difference: str) -> Part:
+    return Part(
+        part.path, f"{part.path} is of another run: {difference} (there, in this run's config.toml)", part.facts
+    )
+
+
+def _check_toml(path: Path) -> Part:
+    from pocketlm.files import read_text
+
+    def read() -> None:
+        try:
+            tomllib.loads(read_text(path))
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
+            raise FileError(f"{path} is damaged: it is no TOML ({error})") from None
+
+    return Part(path, _problem(read))
+
+
+def _check_journal(path: Path, needed: int) -> Part:
+    """Whole if it has the records that a resume keeps; a line that a crash tore after them is only said."""
+    from pocketlm.files import Journal
+
+    if not path.is_file():
+        return Part(path, f"{path} is missing")
+    records = len(Journal.read(path))
+    facts: dict[str, Any] = {"records": records}
+    with path.open("rb") as file:
+        torn = sum(1 for _ in file) > records
+    if torn:
+        facts["torn"] = f"{path}: line {records + 1} is no record; a resume cuts the file there"
+    if records < needed:
+        return Part(path, f"{path} is damaged: {records:,} whole records, its newest checkpoint has {needed:,}", facts)
+    return Part(path, None, facts)
+
+
+def _leftovers(run: Path) -> Iterator[str]:
+    """What is no part of the run, and no damage."""
+    from pocketlm.files import SET_ASIDE, leftovers
+
+    for folder in (run, run / "checkpoints"):
+        for path in leftovers(folder):
+            yield f"{path}: half-written, by a process at work or one that was stopped; the next resume removes it"
+        for path in sorted(folder.glob(f"*{SET_ASIDE}")):
+            yield f"{path}: set aside by a resume from an earlier step; nothing reads it"
+
+
+# --- data sets
 
 
 def _check_dataset(path: Path) -> list[tuple[Path, str | None]]:
@@ -63,8 +176,7 @@ def _check_dataset(path: Path) -> list[tuple[Path, str | None]]:
     return [(shard.path, _problem(lambda shard=shard: shard.tokens)) for shard in shards]
 
 
-def _problem(check_it: object) -> str | None:
-    assert callable(check_it)
+def _problem(check_it: Callable[..., object]) -> str | None:
     try:
         check_it()
     except PocketError as error:

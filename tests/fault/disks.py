@@ -1,0 +1,180 @@
+"""Disks that fail, lie, are slow or end the process, and one that remembers what a power cut would have left.
+
+Each stands in for `files.DISK`. All number the operations that pass through them, from 0; the subclasses break the
+one that they are told to.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pocketlm.disk import Disk
+
+KILLED = 137  # what a shell says of a process that SIGKILL ended
+
+
+class Quick(Disk):
+    """The real disk without its waits: nothing that a test asserts depends on what outlives this machine's power."""
+
+    def sync(self, descriptor: int) -> None:
+        os.fstat(descriptor)
+
+    def sync_folder(self, path: Path) -> None:
+        assert path.is_dir()
+
+
+REAL = Quick()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One change of the disk. `data` is what a write brings, `target` the new name of a rename."""
+
+    kind: str
+    path: Path
+    data: bytes = b""
+    target: Path | None = None
+    size: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.path}"
+
+
+class Counting(Disk):
+    """Does everything, and keeps a list of it. Subclasses say what `act` does besides or instead."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self.open: dict[int, Path] = {}
+
+    def act(self, number: int, operation: Operation, do: Callable[[], None]) -> None:
+        """What becomes of an operation; `do` does it as a healthy disk would."""
+        do()
+
+    def put(self, operation: Operation, descriptor: int, data: bytes) -> None:
+        """Writes some of a write's bytes."""
+        REAL.write(descriptor, data)
+
+    def _pass(self, operation: Operation, do: Callable[[], None]) -> None:
+        self.operations.append(operation)
+        self.act(len(self.operations) - 1, operation, do)
+
+    def create(self, path: Path) -> int:
+        return self._opened(Operation("create", path), lambda: REAL.create(path))
+
+    def append(self, path: Path) -> int:
+        return self._opened(Operation("append", path), lambda: REAL.append(path))
+
+    def _opened(self, operation: Operation, real: Callable[[], int]) -> int:
+        descriptors: list[int] = []
+        self._pass(operation, lambda: descriptors.append(real()))
+        self.open[descriptors[0]] = operation.path
+        return descriptors[0]
+
+    def write(self, descriptor: int, data: bytes | memoryview) -> None:
+        operation = Operation("write", self.open[descriptor], bytes(data))
+        self._pass(operation, lambda: self.put(operation, descriptor, operation.data))
+
+    def truncate(self, descriptor: int, size: int) -> None:
+        self._pass(Operation("truncate", self.open[descriptor], size=size), lambda: REAL.truncate(descriptor, size))
+
+    def sync(self, descriptor: int) -> None:
+        self._pass(Operation("sync", self.open[descriptor]), lambda: REAL.sync(descriptor))
+
+    def close(self, descriptor: int) -> None:
+        """Closed in any case: so does Linux, whatever it answers."""
+        operation = Operation("close", self.open.pop(descriptor))
+        REAL.close(descriptor)
+        self._pass(operation, lambda: None)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._pass(Operation("rename", source, target=target), lambda: REAL.rename(source, target))
+
+    def remove_file(self, path: Path) -> None:
+        self._pass(Operation("remove_file", path), lambda: REAL.remove_file(path))
+
+    def make_folder(self, path: Path) -> None:
+        self._pass(Operation("make_folder", path), lambda: REAL.make_folder(path))
+
+    def remove_folder(self, path: Path) -> None:
+        self._pass(Operation("remove_folder", path), lambda: REAL.remove_folder(path))
+
+    def sync_folder(self, path: Path) -> None:
+        self._pass(Operation("sync_folder", path), lambda: REAL.sync_folder(path))
+
+    @property
+    def kinds(self) -> Counter[str]:
+        return Counter(operation.kind for operation in self.operations)
+
+
+class Failing(Counting):
+    """Refuses operation `at` with an errno, a write after its first `after_bytes`; with `on`, all that come later too.
+
+    Where `only` is given, operations of other kinds go well and are not counted towards `at`.
+    """
+
+    def __init__(
+        self, code: int, at: int, *, after_bytes: int = 0, on: bool = False, only: frozenset[str] = frozenset()
+    ) -> None:
+        super().__init__()
+        self.code, self.at, self.after_bytes, self.on, self.only = code, at, after_bytes, on, only
+        self.failed: list[Operation] = []
+        self._seen = -1
+
+    def act(self, number: int, operation: Operation, do: Callable[[], None]) -> None:
+        if not self.only or operation.kind in self.only:
+            self._seen += 1
+            if self._seen == self.at or (self.on and self._seen > self.at):
+                self.failed.append(operation)
+                if operation.kind == "write":
+                    descriptor = next(key for key, path in self.open.items() if path == operation.path)
+                    REAL.write(descriptor, operation.data[: self.after_bytes])
+                raise OSError(self.code, os.strerror(self.code), str(operation.path))
+        do()
+
+
+class Killing(Counting):
+    """Ends the process as SIGKILL would: before operation `at`, or within it after so many hundredths of a write."""
+
+    def __init__(self, at: int, percent: int = 0) -> None:
+        super().__init__()
+        self.at, self.percent = at, percent
+
+    def act(self, number: int, operation: Operation, do: Callable[[], None]) -> None:
+        if number != self.at:
+            do()
+            return
+        if self.percent:
+            descriptor = next(key for key, path in self.open.items() if path == operation.path)
+            REAL.write(descriptor, operation.data[: len(operation.data) * self.percent // 100])
+        os._exit(KILLED)
+
+
+class Lying(Counting):
+    """Says that all went well, and writes something else: `change` makes of a write's bytes what reaches the disk."""
+
+    def __init__(self, change: Callable[[int, bytes], bytes]) -> None:
+        super().__init__()
+        self.change = change
+
+    def put(self, operation: Operation, descriptor: int, data: bytes) -> None:
+        REAL.write(descriptor, self.change(len(self.operations) - 1, data))
+
+
+class Waiting(Counting):
+    """Holds operation `at` until `go` is set, and says by `reached` that it has come."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.reached, self.go = at, threading.Event(), threading.Event()
+
+    def act(self, number: int, operation: Operation, do: Callable[[], None]) -> None:
+        if number == self.at:
+            self.reached.set()
+            assert self.go.wait(60)
+        do()
