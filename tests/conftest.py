@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
-import random
 from pathlib import Path
 
 import pytest
@@ -41,21 +39,3 @@ def gpt2_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_bytes(data)
         (folder / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()).write_bytes(data)
     return folder
-
-
-class Proof:
-    """Stands in for the scoreboard's fixture."""
-
-    long = bool(os.environ.get("PROVE"))
-    seed = 20261120
-
-    def cases(self, short: int, long: int) -> range:
-        return range(long if self.long else short)
-
-    def random(self, case: int) -> random.Random:
-        return random.Random(f"{self.seed} {case}")
-
-
-@pytest.fixture
-def proof() -> Proof:
-    return Proof()

@@ -364,7 +364,9 @@ def is_refused_by_name(path: Path, command: list[str], capsys: pytest.CaptureFix
     folder = path.parent
     with pytest.raises(DataError) as caught:
         read_everything(folder)
-    assert str(caught.value).startswith((f"{path} is ", f"{path} has ", f"{folder} has no {path.name}")), caught.value
+    assert str(caught.value).startswith(
+        (f"cannot read {path}: ", f"{path} is ", f"{path} has ", f"{folder} has no {path.name}")
+    ), caught.value
     for words in (["verify", str(folder)], [*command, "--out", str(folder)]):
         capsys.readouterr()
         assert main(words) == 3

@@ -62,7 +62,7 @@ def check(path: Path, *, hashes: bool = False) -> Found:
     Raises:
         FileError: nothing there that pocketlm knows.
     """
-    if (path / "dataset.json").exists():
+    if (path / "dataset.json").exists() or _names_dataset(path):
         return Found([Part(*result) for result in _check_dataset(path)])
     if (path / "checkpoints").is_dir():
         return _check_run(path, hashes)
@@ -75,6 +75,16 @@ def check(path: Path, *, hashes: bool = False) -> Found:
         return Found([Part(path, problem)])
     what = "is none of them" if path.exists() else "does not exist"
     raise FileError(f"{path} {what}; give a run, a checkpoint or a data set")
+
+
+def _names_dataset(path: Path) -> bool:
+    """Whether a manifest speaks of a data set, whose own file may be what is missing."""
+    from pocketlm.files import read_manifest
+
+    try:
+        return "dataset.json" in read_manifest(path)
+    except FileError:
+        return False
 
 
 # --- runs and checkpoints
