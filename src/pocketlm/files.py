@@ -412,12 +412,7 @@ class Lock:
     """
 
     def __init__(self, folder: Path, name: str = "run.lock", wait: Callable[[str], None] | None = None) -> None:
-        """
-        Args:
-            folder: what is locked.
-            name: of the lock's file in it.
-            wait: is told who holds the lock, which is then waited for. Without it a lock that is held is refused.
-        """
+        """wait: is told who holds the lock, which is then waited for; without it a lock that is held is refused."""
         self.path = folder / name
         self.wait = wait
 

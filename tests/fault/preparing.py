@@ -1,4 +1,4 @@
-"""A process that prepares a data set, and may die or wait at one operation of the disk (see test_data_set.py).
+"""A process that prepares a data set, and may die or wait at one operation of the disk (see test_preparation.py).
 
     python preparing.py CONFIG            CONFIG: a DataConfig as JSON
     python preparing.py CONFIG die 7      ends with exit code 137 at operation 7; of a write, half is done before
