@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,24 @@ def gpt2_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_bytes(data)
         (folder / hashlib.sha1((GPT2_URL + name).encode()).hexdigest()).write_bytes(data)
     return folder
+
+
+class Proof:
+    """How often a goal's cases are run, and their draws."""
+
+    long = False
+    seed = 20261120
+
+    def cases(self, short: int, long: int) -> range:
+        return range(short)
+
+    def random(self, case: int) -> random.Random:
+        return random.Random(f"{self.seed} {case}")
+
+    def note(self, text: str) -> None:
+        sys.stderr.write(text + "\n")
+
+
+@pytest.fixture
+def proof() -> Proof:
+    return Proof()
