@@ -58,15 +58,22 @@ def strike(child: Child, aim: Aim, seconds: Mapping[str, float], number: int) ->
 def fell(child: Child, aim: Aim) -> str:
     """Where it was struck. A new Python tells only by its lines: the first one of a step stands after its start-up."""
     if aim.phase == "start-up":
-        return "later" if "\nstep " in child.stderr_when_struck else "start-up"
+        return "later" if has_stepped(child.stderr_when_struck) else "start-up"
     return (child.inside() or ["between"])[-1]
 
 
 def start_up_seconds(rig: Rig) -> float:
-    """What a new Python takes for everything but steps."""
+    """What a new Python takes to come to the end of its first step."""
     started_at = time.monotonic()
-    rig.run([*TRAIN, "--train.stop-at-step", "1"], fresh=True)
-    return time.monotonic() - started_at
+    child = rig.start(TRAIN, fresh=True)
+    child.wait_for_output(has_stepped)
+    child.kill()
+    child.wait()
+    return child.struck_at - started_at
+
+
+def has_stepped(text: str) -> bool:
+    return "\nstep " in text
 
 
 def histogram(aims: Counter[str], falls: Counter[str]) -> str:

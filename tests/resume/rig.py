@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import psutil
+
 LIMIT_S = 120.0
 """Of a whole run; one of the tiny world takes a second. What is still there then hangs."""
 
@@ -100,9 +102,9 @@ class Child:
         """
         deadline = time.monotonic() + LIMIT_S
         while not says(self.stderr):
-            self.listen(0.01)  # a file has no end that one could wait at
             if self._ended or time.monotonic() > deadline:
                 raise AssertionError(f"never said it:\n{self.stderr}")
+            self.listen(0.01)  # a file has no end that one could wait at
 
     def listen(self, seconds: float) -> None:
         """Takes in what it says for that long."""
@@ -119,13 +121,13 @@ class Child:
         self.listen(limit_s)
         in_time = self._ended
         if not in_time:
-            self.kill(signal.SIGABRT)  # faulthandler answers with the stacks
+            os.killpg(self.pid, signal.SIGABRT)  # faulthandler answers with the stacks
             self.listen(10)
             os.killpg(self.pid, signal.SIGKILL)
         self.code = self._reap()
         self.line.close()
         assert in_time, f"not gone after {limit_s} s; last {self.events[-3:]}\n{self.stderr}"
-        assert not group_alive(self.pid), "it is gone, and has left processes behind"
+        assert not left_of_group(self.pid), "it is gone, and has left processes behind"
         return self.code
 
     def inside(self) -> list[str]:
@@ -192,7 +194,7 @@ class Zygote:
             part = self.control.recv(65536)
             assert part, "the zygote is gone; its stderr is above"
             answer += part
-        return json.loads(answer)
+        return dict(json.loads(answer))
 
 
 class Rig:
@@ -288,13 +290,20 @@ def _start_python(
     return process.pid, process.wait
 
 
-def group_alive(pid: int) -> bool:
-    """Whether a process is left in the group that `pid` led."""
+def left_of_group(leader: int) -> list[int]:
+    """The processes of a group that can still do something: a dying one has no open file any more."""
     try:
-        os.killpg(pid, 0)
+        os.killpg(leader, 0)
     except ProcessLookupError:
+        return []
+    return [process.pid for process in psutil.process_iter() if _can_act(process, leader)]
+
+
+def _can_act(process: psutil.Process, leader: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == leader and process.num_fds() > 0
+    except (ProcessLookupError, psutil.Error):
         return False
-    return True
 
 
 def shared_memory() -> set[Path]:
@@ -304,9 +313,16 @@ def shared_memory() -> set[Path]:
 
 
 def nobodys(paths: Iterable[Path]) -> list[Path]:
-    """Those that no living process has mapped or open: another program on the machine may make some at any time."""
+    """Those of ours that no living process has mapped or open; any other program may make some at any time."""
     held = _held_paths()
-    return [path for path in paths if path.exists() and str(path) not in held]
+    return [path for path in paths if str(path) not in held and _is_ours(path)]
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return False
 
 
 def _held_paths() -> set[str]:

@@ -104,8 +104,7 @@ def test_it_stops_at_the_next_micro_batch(number: signal.Signals, rig: Rig) -> N
     child.release()
     assert child.wait(GONE_S) == CODES[number], child.stderr
     assert max(event.occurrence for event in child.events) == held_in, "it went on with the step"
-    assert trained(rig.folder / "run") == 1
-    assert oracle.steps(rig.folder / "run") == [1]
+    assert oracle.steps(rig.folder / "run")[-1] == trained(rig.folder / "run") == 1
     assert oracle.state(oracle.newest(rig.folder / "run"))["position"] == str(rows)
     rig.run([*words, "run"])
     rig.run([*words, "whole"])

@@ -104,7 +104,7 @@ def test_a_sample_is_abandoned_and_drawn_again_once(hold: Hold, rig: Rig) -> Non
 
 @pytest.mark.goal("R3")
 def test_stopped_in_the_middle_of_an_accumulation(rig: Rig, whole: Whole) -> None:
-    stopped_in(rig, "forward", 4 * MICRO_BATCHES, phases=("step",))
+    stopped_in(rig, "forward", 3 * MICRO_BATCHES + 1)
     assert trained(rig.folder / "run") == oracle.steps(rig.folder / "run")[-1] == 3
     rig.run(TRAIN)
     oracle.assert_equal(rig.folder / "run", whole.run)

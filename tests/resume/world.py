@@ -49,7 +49,8 @@ def _seconds(child: Child) -> dict[str, float]:
             lasted[event.phase].append(event.at - entered[event.phase])
     due = STEPS // EVERY
     times = {"step": STEPS, "evaluation": due, "sample": STEPS // 10, "save": due, "prune": due}
-    assert {phase: len(seconds) for phase, seconds in lasted.items()} == times
+    too_few = {phase: len(lasted[phase]) for phase in times if len(lasted[phase]) < times[phase]}
+    assert not too_few, "no longer called through the names that zygote.PHASES has"
     return {phase: median(seconds) for phase, seconds in lasted.items()}
 
 

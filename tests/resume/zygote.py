@@ -39,7 +39,6 @@ PHASES = {
     "sync": "os:fsync",
 }
 
-
 PROBE_S = 0.001  # a new run measures the machine for a quarter of a second; nothing compared here rests on it
 
 
