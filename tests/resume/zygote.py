@@ -132,15 +132,14 @@ def leave(code: int) -> NoReturn:
 
 
 def bring_up() -> None:
-    """All that a run imports. No arithmetic: the threads of OpenMP do not survive a fork."""
-    import torch
+    """All that a run imports, what torch does at its first optimizer too. No arithmetic: OpenMP survives no fork."""
+    import torch._dynamo  # noqa: F401
 
     import pocketlm.cli.train
     import pocketlm.training.loop
     import pocketlm.training.panel  # noqa: F401
     from pocketlm.training import resolve
 
-    torch.use_deterministic_algorithms(False)  # to have what it imports, half of all
     assert resolve.PROBE_S > PROBE_S
     resolve.PROBE_S = PROBE_S
     gc.collect()
