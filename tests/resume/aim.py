@@ -44,13 +44,14 @@ def start(rig: Rig, aim: Aim, python: Sequence[str] = ()) -> Child:
     """A new Python where its start-up is aimed at, else a fork that says where it is."""
     if aim.phase == "start-up":
         return rig.start(TRAIN, fresh=True, python=python)
-    return rig.start(TRAIN, phases=PHASES)
+    return rig.start(TRAIN, phases=PHASES, holds=[(aim.phase, aim.occurrence)])
 
 
 def strike(child: Child, aim: Aim, seconds: Mapping[str, float], number: int) -> None:
     """Sends the signal at the instant aimed at."""
     if aim.phase != "start-up":
         child.reach(aim.phase, aim.occurrence)
+        child.release()  # held at the door: on a busy machine it would be through before that is known here
     child.listen(aim.share * seconds[aim.phase])
     child.kill(number)
 
