@@ -75,7 +75,8 @@ def read_tensors(path: Path, expected: Shapes | None = None) -> dict[str, Tensor
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             if expected is not None:
                 _check(path, shapes, expected)
-            return {name: file.get_tensor(name) for name in shapes}
+            # Copies: a mapped file could change after it was verified, and lies less aligned than what was trained.
+            return {name: file.get_tensor(name).clone() for name in shapes}
     except SafetensorError as error:
         raise FileError(f"{path} is damaged: {error}") from None
     except OSError as error:

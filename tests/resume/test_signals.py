@@ -1,51 +1,151 @@
-"""A signal ends a run at a step boundary, with a checkpoint, and the same command goes on bit for bit."""
+"""SIGTERM, SIGINT and SIGUSR1 at any moment: the run leaves with its state on the disk, and goes on bit for bit."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
-import subprocess
-import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import oracle
 import pytest
+from aim import draw, fell, histogram, start, strike
+from rig import Child, Rig, Zygote, flags
+from world import STEPS, TRAIN, Whole, trained
 
-from pocketlm import checkpoint
-from pocketlm.config import Config
-from pocketlm.files import Journal, verify_folder
-from pocketlm.training.loop import train
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
+GONE_S = 20.0
+"""The goal's own figure, for runs of this size."""
+# Says each module that is imported on stderr, when it is: torch's first ones come a second before its last.
+TELL_IMPORTS = ("-X", "importtime")
 
-FIELDS = {"train.total_steps": 4000, "train.eval_every": 0, "train.checkpoint_every": 4000, "train.log_every": 1}
+
+def imports_torch(text: str) -> bool:
+    return re.search(r"\| +torch\b", text) is not None
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
-def test_a_signal_stops_with_a_checkpoint(
-    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.goal("R19")
+def test_stopped_anywhere_it_goes_on_bit_for_bit(
+    proof: Any, zygote: Zygote, tmp_path: Path, whole: Whole, seconds: dict[str, float]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    flags = [word for name, value in FIELDS.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "pocketlm.cli.main", "train", "debug", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("step      3 "):
-                process.send_signal(number)
-                break
-        rest = process.stderr.read()
-    assert process.returncode == code
-    assert "the same command goes on" in rest
-    assert "Traceback" not in rest
+    aims, falls = Counter[str](), Counter[str]()
+    for case in proof.cases(10, 100):
+        rng, folder = proof.random(case), tmp_path / str(case)
+        folder.mkdir()
+        with Rig(zygote, folder) as rig:
+            number, aim = rng.choice(list(CODES)), draw(rng, folder / "run")
+            child = start(rig, aim, TELL_IMPORTS)
+            strike(child, aim, seconds, number)
+            child.wait(GONE_S)
+            assert_left_politely(child, number, folder / "run")
+            rig.run(TRAIN)
+        aims[aim.phase] += 1
+        falls[fell(child, aim)] += 1
+        oracle.assert_equal(folder / "run", whole.run)
+        shutil.rmtree(folder)
+    proof.note(f"{aims.total()} signals {histogram(aims, falls)}")
 
-    run = Path("runs/debug")
-    _, stopped = checkpoint.list_checkpoints(run)
-    verify_folder(stopped)
-    step = checkpoint.step_of(stopped)
-    assert 3 <= step < 4000
-    losses = [record["loss"] for record in Journal.read(run / "metrics.jsonl")]
-    assert len(losses) == step
 
-    onward = FIELDS | {"train.stop_at_step": step + 3}
-    train(Config.preset("debug", onward), out=run)
-    train(Config.preset("debug", onward), out=Path("runs/whole"))
-    assert [record["loss"] for record in Journal.read(run / "metrics.jsonl")] == [
-        record["loss"] for record in Journal.read(Path("runs/whole/metrics.jsonl"))
-    ]
+def assert_left_politely(child: Child, number: signal.Signals, run: Path) -> None:
+    """With the signal's exit code and every step that was done, unless it had come to nothing yet, or to its end."""
+    done = trained(run)
+    if child.code == CODES[number]:
+        assert "Traceback" not in child.stderr
+    elif child.code == 0:
+        assert done == STEPS
+    else:
+        assert done == STEPS or not (child.events or imports_torch(child.stderr)), f"{child.code}\n{child.stderr}"
+    if done:
+        assert oracle.steps(run)[-1] == done, "a step was done and not saved"
+        oracle.assert_whole(run)
+
+
+@pytest.mark.goal("R19")
+@pytest.mark.parametrize("number", CODES)
+def test_a_python_that_comes_up_leaves_with_the_code(number: signal.Signals, rig: Rig, whole: Whole) -> None:
+    """The signals are taken before torch is imported, which is most of the time that a start takes."""
+    child = rig.start(TRAIN, fresh=True, python=TELL_IMPORTS)
+    child.wait_for_output(imports_torch)
+    child.kill(number)
+    assert child.wait(GONE_S) == CODES[number], child.stderr
+    assert "Traceback" not in child.stderr
+    if number == signal.SIGTERM:
+        rig.run(TRAIN)
+        oracle.assert_equal(rig.folder / "run", whole.run)
+
+
+@pytest.mark.goal("R19")
+def test_a_new_python_says_what_it_does(rig: Rig, whole: Whole) -> None:
+    """The one signal in the middle of training that reaches a process which was not forked."""
+    child = rig.start(TRAIN, fresh=True)
+    child.wait_for_output(lambda text: "step      1 " in text)
+    child.kill(signal.SIGTERM)
+    assert child.wait(GONE_S) == 143, child.stderr
+    done = trained(rig.folder / "run")
+    assert f"stopped by SIGTERM at step {done}, saved; the same command goes on" in child.stderr
+    rig.run(TRAIN)
+    oracle.assert_equal(rig.folder / "run", whole.run)
+
+
+@pytest.mark.goal("R19")
+@pytest.mark.parametrize("number", CODES)
+def test_it_stops_at_the_next_micro_batch(number: signal.Signals, rig: Rig) -> None:
+    """The step that was begun is dropped: no record of it, the state before it is saved, and its rows come again."""
+    rows = 192
+    fields = {"train.tokens_per_step": rows * 32, "train.micro_batch": 1, "train.total_steps": 3, "train.eval_every": 0}
+    words = ["train", "debug", *flags(fields), "--out"]
+    held_in = rows + rows // 3
+    child = rig.start([*words, "run"], holds=[("forward", held_in)])
+    child.reach("forward", held_in)
+    child.kill(number)
+    child.ping()
+    child.release()
+    assert child.wait(GONE_S) == CODES[number], child.stderr
+    assert max(event.occurrence for event in child.events) == held_in, "it went on with the step"
+    assert oracle.steps(rig.folder / "run")[-1] == trained(rig.folder / "run") == 1
+    assert oracle.state(oracle.newest(rig.folder / "run"))["position"] == str(rows)
+    rig.run([*words, "run"])
+    rig.run([*words, "whole"])
+    oracle.assert_equal(rig.folder / "run", rig.folder / "whole")
+
+
+@pytest.mark.goal("R20")
+@pytest.mark.parametrize(
+    ("place", "occurrence", "number"),
+    [
+        ("step", 3, signal.SIGTERM),
+        ("evaluation", 3, signal.SIGINT),
+        ("record", 3, signal.SIGUSR1),
+        ("sync", 60, signal.SIGTERM),
+    ],
+)
+def test_a_second_signal_ends_at_once(
+    place: str, occurrence: int, number: signal.Signals, rig: Rig, whole: Whole
+) -> None:
+    """Wherever it hangs: in a step, in an evaluation, in a journal or a checkpoint on a disk that does not answer."""
+    child = rig.start(TRAIN, phases=("save",), holds=[(place, occurrence)])
+    child.reach(place, occurrence)
+    assert child.inside() == (["save", "sync"] if place == "sync" else [place])
+    child.kill(number)
+    child.ping()
+    child.kill(number)  # never released
+    assert child.wait(GONE_S) in (-number, CODES[number]), child.stderr
+    oracle.assert_whole(rig.folder / "run")
+    rig.run(TRAIN)
+    oracle.assert_equal(rig.folder / "run", whole.run)
+
+
+@pytest.mark.goal("R20")
+@pytest.mark.parametrize(
+    "command",
+    ['"$@" 2>&-; echo $? >code', '("$@"; echo $? >code) 2>&1 | true', '"$@" <&- >&- 2>&-; echo $? >code'],
+    ids=["closed", "reader gone", "nothing open"],
+)
+def test_who_reads_what_it_says_may_leave(command: str, rig: Rig, whole: Whole) -> None:
+    """The work is done all the same, and what was for a person is not said elsewhere."""
+    child = rig.run(TRAIN, fresh=True, shell=command)
+    assert (rig.folder / "code").read_text() == "0\n"
+    assert child.stdout == ""
+    oracle.assert_equal(rig.folder / "run", whole.run)

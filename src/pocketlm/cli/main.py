@@ -44,6 +44,7 @@ Begin with:  pocketlm train tiny"""
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
+    _open_what_is_closed()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an encoding without a character must not cost the rest of the text
     try:
@@ -97,6 +98,15 @@ def _room(error: OSError) -> str:
         folder = next(path for path in (place, *place.parents) if path.is_dir())
         room = f"{free_bytes(folder):,} bytes are free there; "
     return f"; {room}make room and run the command again"
+
+
+def _open_what_is_closed() -> None:
+    """Opens to nowhere what the caller has closed (`2>&-`): else the next file opened would be stdout or stderr."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w")
+    sys.stderr = sys.stderr or open(2, "w")
 
 
 def _refuse_windows() -> None:
