@@ -47,7 +47,8 @@ def start(train: TrainConfig) -> Runtime:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
     threads = available_cores() if train.threads == "auto" else train.threads
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(determinism == "bitwise")
+    # The same as use_deterministic_algorithms, without its import of PyTorch's compiler: a second.
+    torch.set_deterministic_debug_mode("error" if determinism == "bitwise" else "default")
     torch.backends.cudnn.benchmark = determinism == "off"  # tries kernels, and takes the fastest of the day
     # Deterministic mode would also fill every fresh tensor with NaN: a debugging aid that costs a pass over memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -112,14 +112,14 @@ def test_stopped_in_the_middle_of_an_accumulation(rig: Rig, whole: Whole) -> Non
 
 @pytest.mark.goal("R3", "R14")
 def test_stopped_after_a_skipped_step(rig: Rig) -> None:
-    """A rate so high that the loss leaps from the fourth step on."""
+    """A rate so high that the loss soon leaps."""
     fields = {"train.total_steps": 12, "optim.lr": 0.3, "optim.clip": "none"}
     guard = {"guard.window": 4, "guard.spike_sigma": 0.5, "guard.max_skips": 4}
     words = ["train", "debug", *flags(fields | guard)]
     rig.run([*words, "--out", "run", "--train.stop-at-step", "5"])
     run = rig.folder / "run"
     assert records(run, "skip", 5) == 1
-    assert records(run, "train", 3) == 1
+    assert records(run, "train", 1) == 1
     rig.run([*words, "--out", "run"])
     rig.run([*words, "--out", "whole"])
     assert oracle.steps(run)[-1] == 12

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pocketlm.config import OptimConfig
+from pocketlm.optim.adamw import AdamW
 from pocketlm.optim.groups import split
 from pocketlm.optim.muon import Muon
 from pocketlm.optim.schedule import muon_momentum
@@ -24,43 +25,23 @@ class Optimizer:
 
     def __init__(self, model: Module, config: OptimConfig) -> None:
         self.config = config
-        self.parameters = dict(model.named_parameters())
-        groups = split(self.parameters, config)
+        parameters = dict(model.named_parameters())
+        groups = split(parameters, config)
         self.muon = Muon(
-            {name: self.parameters[name] for name in groups.muon},
+            {name: parameters[name] for name in groups.muon},
             num_steps=config.muon_steps,
             weight_decay=config.muon_weight_decay,
         )
-        self.adamw_names = (*groups.decayed, *groups.not_decayed)
-        self.adamw = torch.optim.AdamW(
-            [
-                {"params": [self.parameters[n] for n in groups.decayed], "weight_decay": config.weight_decay},
-                {"params": [self.parameters[n] for n in groups.not_decayed], "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
+        decayed, not_decayed = ({name: parameters[name] for name in g} for g in (groups.decayed, groups.not_decayed))
+        by_decay = (
+            {config.weight_decay: decayed, 0.0: not_decayed} if config.weight_decay else {0.0: decayed | not_decayed}
         )
-        self._materialize()
+        self.adamw = AdamW(by_decay, betas=config.betas, eps=config.eps)
 
     @property
     def updates(self) -> int:
         """Updates applied, which AdamW's bias correction needs; not the schedule's step. Waits for a GPU."""
-        return int(self._counts[0].item())
-
-    def _materialize(self) -> None:
-        for name in self.adamw_names:
-            parameter = self.parameters[name]
-            self.adamw.state[parameter] = {
-                "step": torch.tensor(0.0, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-
-    @property
-    def _counts(self) -> list[Tensor]:
-        return [self.adamw.state[self.parameters[name]]["step"] for name in self.adamw_names]
+        return int(self.adamw.updates.item())
 
     def step(self, factor: float, step: int, total_steps: int, skip: Tensor) -> None:
         """One update, or none.
@@ -70,31 +51,22 @@ class Optimizer:
             step: updates scheduled so far, of `total_steps` (for Muon's momentum).
             skip: () bool; where it is true nothing changes, whatever the gradients are.
         """
-        self.adamw.found_inf = skip.float()  # type: ignore[attr-defined]  # what a GradScaler would tell it
-        for group in self.adamw.param_groups:
-            group["lr"] = self.config.lr * factor
-        self.adamw.step()
+        self.adamw.step(self.config.lr * factor, skip)
         momentum = muon_momentum(self.config.muon_momentum_start, self.config.muon_momentum, step, total_steps)
         self.muon.step(self.config.muon_lr * factor, momentum, skip)
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by name; the tensors themselves, not copies."""
-        moments = {
-            f"{kind}.{name}": self.adamw.state[self.parameters[name]][kind]
-            for kind in ("exp_avg", "exp_avg_sq")
-            for name in self.adamw_names
-        }
-        return moments | {f"momentum.{name}": tensor for name, tensor in self.muon.momentum.items()}
+        moments = {"exp_avg": self.adamw.exp_avg, "exp_avg_sq": self.adamw.exp_avg_sq, "momentum": self.muon.momentum}
+        return {f"{kind}.{name}": tensor for kind, tensors in moments.items() for name, tensor in tensors.items()}
 
-    @torch.no_grad()
     def reset(self) -> None:
         """As before the first step."""
-        torch._foreach_zero_([*self.tensors().values(), *self._counts])
+        torch._foreach_zero_([*self.tensors().values(), self.adamw.updates])
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """Takes over moments of the same names and shapes, and the count of updates."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
-        torch._foreach_zero_(self._counts)
-        torch._foreach_add_(self._counts, updates)
+        self.adamw.updates.fill_(float(updates))
