@@ -39,9 +39,9 @@ def config_of(folder: Path, **fields: Any) -> Config:
     return Config.preset("debug", FIELDS | {"data.dir": str(folder / "data")} | given)
 
 
-def train_and_die(folder: str, out: str, at: int, percent: int) -> None:
-    """Trains until operation `at`, counted from the process's start."""
-    files.DISK = Killing(at, percent)
+def train_and_die(folder: str, out: str, at: int, kind: str, percent: int) -> None:
+    """Trains until operation `at`, counted from the process's start, which is of that kind."""
+    files.DISK = Killing(at, kind, percent)
     train(config_of(Path(folder)), out=Path(out))
 
 
