@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from pocketlm.config import Config
 from pocketlm.files import Journal
 from pocketlm.training.loop import train
 
+HANGS_AFTER_S = 120
 CLOCKS = {"elapsed_s", "tokens_per_s", "mfu"}
 FIELDS = {
     "train.total_steps": 8,
@@ -90,7 +92,8 @@ def serve() -> None:
 
 
 def _call(function: str, arguments: list[Any]) -> None:
-    """Ends the process, whatever happens."""
+    """Ends the process, whatever happens; by a signal if it hangs."""
+    signal.alarm(HANGS_AFTER_S)
     code = 1
     try:
         globals()[function](*arguments)

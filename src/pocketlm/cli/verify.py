@@ -92,7 +92,9 @@ def _check_run(run: Path, hashes: bool) -> Found:
     if start in strange:
         config = Part(config.path, f"{config.path} is damaged: its checkpoints have {strange[start]} (there, here)")
     elif strange:
-        checkpoints = [_of_another_run(part, strange[part.path]) if part.path in strange else part for part in checkpoints]
+        checkpoints = [
+            _of_another_run(part, strange[part.path]) if part.path in strange else part for part in checkpoints
+        ]
     journal = _check_journal(run / "metrics.jsonl", checkpoint.read_state(start).get("records", 0) if start else 0)
     files = [config, _check_toml(run / "resolved.toml"), journal]
     if not checkpoints:  # a process may have been stopped before it wrote them
