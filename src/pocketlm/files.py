@@ -237,7 +237,8 @@ def sweep(folder: Path) -> list[Path]:
     """Removes what stopped processes left half-written in `folder`, and says what that was.
 
     The caller holds the folder's lock, so nobody is still writing. A folder that was about to be replaced comes back.
-    What cannot be removed harms nothing: it stays, and is not said.
+    What cannot be removed harms nothing: it stays, and is not said. Nothing is synced: what a power cut brings back is
+    swept again.
     """
     swept = []
     for path in leftovers(folder):
@@ -250,8 +251,6 @@ def sweep(folder: Path) -> list[Path]:
         except OSError:
             continue
         swept.append(path)
-    if swept:
-        DISK.sync_folder(folder)
     return swept
 
 

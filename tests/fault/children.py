@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from pocketlm.config import Config
 from pocketlm.files import Journal
 from pocketlm.training.loop import train
 
+HANGS_AFTER_S = 120
 CLOCKS = {"elapsed_s", "tokens_per_s", "mfu"}
 FIELDS = {
     "train.total_steps": 8,
@@ -39,9 +41,9 @@ def config_of(folder: Path, **fields: Any) -> Config:
     return Config.preset("debug", FIELDS | {"data.dir": str(folder / "data")} | given)
 
 
-def train_and_die(folder: str, out: str, at: int, percent: int) -> None:
-    """Trains until operation `at`, counted from the process's start."""
-    files.DISK = Killing(at, percent)
+def train_and_die(folder: str, out: str, at: int, kind: str, percent: int) -> None:
+    """Trains until operation `at`, counted from the process's start, which is of that kind."""
+    files.DISK = Killing(at, kind, percent)
     train(config_of(Path(folder)), out=Path(out))
 
 
@@ -90,7 +92,8 @@ def serve() -> None:
 
 
 def _call(function: str, arguments: list[Any]) -> None:
-    """Ends the process, whatever happens."""
+    """Ends the process, whatever happens; by a signal if it hangs."""
+    signal.alarm(HANGS_AFTER_S)
     code = 1
     try:
         globals()[function](*arguments)

@@ -139,16 +139,20 @@ class Failing(Counting):
 
 
 class Killing(Counting):
-    """Ends the process as SIGKILL would: before operation `at`, or within it after so many hundredths of a write."""
+    """Ends the process as SIGKILL would: before operation `at`, or within it after so many hundredths of a write.
 
-    def __init__(self, at: int, percent: int = 0) -> None:
+    `kind` is what the caller takes that operation for: if it is another, the count has gone astray.
+    """
+
+    def __init__(self, at: int, kind: str, percent: int = 0) -> None:
         super().__init__()
-        self.at, self.percent = at, percent
+        self.at, self.kind, self.percent = at, kind, percent
 
     def act(self, number: int, operation: Operation, do: Callable[[], None]) -> None:
         if number != self.at:
             do()
             return
+        assert operation.kind == self.kind, f"{operation} is no {self.kind}"
         if self.percent:
             descriptor = next(key for key, path in self.open.items() if path == operation.path)
             REAL.write(descriptor, operation.data[: len(operation.data) * self.percent // 100])

@@ -19,7 +19,7 @@ from power import FileSystem, Recorder
 from pocketlm import checkpoint, files
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError, PocketError
-from pocketlm.files import Journal, sweep, write_file
+from pocketlm.files import Journal, remove_folder, sweep, write_file
 from pocketlm.training.loop import train
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES)
@@ -149,6 +149,39 @@ def test_an_error_in_writing_a_file_leaves_the_old_one(tmp_path: Path, use: Use)
             assert os.listdir(path.parent) == ["file"]
             assert disk.open == {}
         assert write(tmp_path / f"{code}" / "file", len(kinds), code)[1] is None, "these are all"
+
+
+@pytest.mark.goal("R11")
+def test_an_error_in_removing_a_folder_leaves_all_of_it_or_what_is_swept(tmp_path: Path, use: Use) -> None:
+    for code in ERRORS:
+        for at in range(20):
+            folder = save(tmp_path / f"{code}-{at}", 1)
+            before, disk = content(folder), Failing(code, at)
+            use(disk)
+            if at == 13:
+                remove_folder(folder)
+                assert disk.failed == [], "rename, sync, nine files, two folders: these are all"
+                use(REAL)
+                break
+            with pytest.raises(OSError, match=os.strerror(code)):
+                remove_folder(folder)
+            use(REAL)
+            if at < 2:
+                assert content(folder) == before
+            else:
+                assert not folder.exists()
+                assert len(sweep(folder.parent)) == 1
+            assert litter(folder.parent) == []
+
+
+@pytest.mark.goal("R21")
+def test_a_leftover_that_cannot_be_removed_stops_nothing(tmp_path: Path, use: Use) -> None:
+    for name in ("a.tmp-1", "b.tmp-1"):
+        (tmp_path / name).write_text("half")
+    use(Failing(errno.EACCES, 0))
+    assert sweep(tmp_path) == [tmp_path / "b.tmp-1"]
+    use(REAL)
+    assert sweep(tmp_path) == [tmp_path / "a.tmp-1"]
 
 
 # --- the journal
