@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from pocketlm.text.tokenizer import GPT2_FILES, GPT2_URL
+
+
+class Proof:
+    """How many cases a proof runs, and where its random numbers come from."""
+
+    long = False
+    seed = 20261120
+
+    def cases(self, short: int, long: int) -> Iterable[int]:
+        return range(long if self.long else short)
+
+    def random(self, case: int) -> random.Random:
+        return random.Random(f"{self.seed} {case}")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--prove", action="store_true", help="the long counts")
+
+
+@pytest.fixture
+def proof(request: pytest.FixtureRequest) -> Proof:
+    proof = Proof()
+    proof.long = request.config.getoption("--prove")
+    return proof
 
 
 @pytest.fixture(scope="session")
