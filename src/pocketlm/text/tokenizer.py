@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from pocketlm.errors import DataError
+from pocketlm.text.cuts import RUN_STEP, cut_at_lines, cut_in_runs
 from pocketlm.text.tokenizer_json import (
     END_OF_TEXT,
     Tree,
@@ -38,6 +39,7 @@ from pocketlm.text.tokenizer_json import (
     end_token_of,
     is_special,
     make_special,
+    merges_alone,
     parsed,
     pre_tokenizer_name,
     token_bytes,
@@ -53,11 +55,9 @@ GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 
-# Longer texts are encoded in parts cut where no token can span the cut: the library takes some 300 bytes a token
-# and one thread a text. Only pre-tokenizers for which the cut is proven are cut.
+# Longer texts are encoded in parts, see cuts.py; only with pre-tokenizers for which a cut is proven.
 PART_CHARS = 1 << 16
 BATCH_CHARS = 1 << 21
-_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
 
 Ids = NDArray[np.uint32]
 
@@ -103,8 +103,10 @@ class Tokenizer:
         self.token_bytes = token_bytes(vocabulary, self._tree, plain, self.special_ids, origin)
         self.byte_lengths = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
         self.pre_tokenizer_name = pre_tokenizer_name(self._tree)
-        # An added token is found before the text is cut, so one with a line end could span a cut.
-        self._may_cut = self.pre_tokenizer_name is not None and not any("\n" in token for token in plain.values())
+        # An added token is found before the text is cut, so it could span a cut.
+        spaced = any({*token} & {"\n", " "} for token in plain.values())
+        self._may_cut = self.pre_tokenizer_name is not None and not spaced
+        self._may_cut_runs = self.pre_tokenizer_name in ("gpt-2", "smollm") and not plain and merges_alone(self._tree)
         self._special = np.zeros(self.vocab_size, dtype=bool)
         self._special[list(self.special_ids)] = True
         self._adds_space = self._raw_bytes(self._engine.encode("a", add_special_tokens=False).ids) == b" a"
@@ -133,8 +135,30 @@ class Tokenizer:
             DataError: half a surrogate pair in a text.
         """
         parts = [cut_at_lines(text, PART_CHARS) if self._may_cut else [text] for text in texts]
-        encoded = self._encode_parts(list(chain.from_iterable(parts)))
-        return [np.concatenate([next(encoded) for _ in own]) for own in parts]
+        cut = [[cut_in_runs(part, PART_CHARS) if self._may_cut_runs else [part] for part in own] for own in parts]
+        encoded = self._encode_parts([run for own in cut for runs in own for run in runs])
+        return [np.concatenate([self._joined(runs, [next(encoded) for _ in runs]) for runs in own]) for own in cut]
+
+    def _joined(self, runs: list[str], ids: list[Ids]) -> Ids:
+        """The ids of a part from those of its pieces, if the cuts are proven, else encoded anew."""
+        if all(map(self._is_cut, ids, ids[1:])):
+            return np.concatenate(ids)
+        return next(self._encode_parts(["".join(runs)]))
+
+    def _is_cut(self, left: Ids, right: Ids) -> bool:
+        """Whether no merge crosses the cut between `left` and `right` inside a run; see cuts.py."""
+        tails = (self._whole_characters(left[-count:]) for count in range(1, 5))
+        heads = (self._whole_characters(right[:count]) for count in range(1, 5))
+        tail, head = next(filter(None, tails), ""), next(filter(None, heads), "")
+        if not tail or not head or len(tail + head) > RUN_STEP // 2:
+            return False
+        both, *apart = self._encode_parts([tail + head, tail, head])
+        return np.array_equal(both, np.concatenate(apart))
+
+    def _whole_characters(self, ids: Ids) -> str | None:
+        with contextlib.suppress(UnicodeDecodeError):
+            return self._raw_bytes(ids).decode()
+        return None
 
     def _encode_parts(self, parts: list[str]) -> Iterator[Ids]:
         for batch in _batches(parts, BATCH_CHARS):
@@ -178,23 +202,7 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-# --- cutting long texts
-
-
-def cut_at_lines(text: str, size: int) -> list[str]:
-    """Parts of about `size` characters that are tokenized together as they are apart.
-
-    The cut lies after a single line end between two characters that are not white space. In every pattern that has
-    a name here a piece that holds such a line end ends with it, so no piece spans the cut.
-    """
-    parts, begin = [], 0
-    while len(text) - begin > size:
-        cut = _SAFE_CUT.search(text, begin + size)
-        if cut is None:
-            break
-        parts.append(text[begin : cut.start()])
-        begin = cut.start()
-    return [*parts, text[begin:]]
+# --- the library
 
 
 def _batches(texts: list[str], size: int) -> Iterator[list[str]]:

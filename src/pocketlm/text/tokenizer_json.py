@@ -103,6 +103,12 @@ def _sentencepiece_bytes(token: str) -> bytes:
     return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
 
 
+def merges_alone(tree: Tree) -> bool:
+    """Whether a token follows from merges alone: not from chance, whole words, their ends or unknown neighbours."""
+    others = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "unk_token")
+    return tree["model"].get("type") == "BPE" and not any(tree["model"].get(name) for name in others)
+
+
 def pre_tokenizer_name(tree: Tree) -> str | None:
     """llama.cpp's name for the way a tokenizer.json cuts text, if it is one of those known here."""
     part = tree.get("pre_tokenizer") or {}
