@@ -30,19 +30,20 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from pocketlm.errors import DataError
+from pocketlm.errors import DataError, FileError
+from pocketlm.files import read_text
 from pocketlm.text.cuts import RUN_STEP, cut_at_lines, cut_in_runs
 from pocketlm.text.tokenizer_json import (
     END_OF_TEXT,
-    Tree,
     byte_alphabet,
+    check_ids,
     end_token_of,
     is_special,
     make_special,
     merges_alone,
-    parsed,
     pre_tokenizer_name,
     token_bytes,
+    without_cutting,
 )
 
 SPECS = "gpt2 | byte | bpe:SIZE | a tokenizer.json or its folder | a Hub id OWNER/NAME"
@@ -86,13 +87,14 @@ class Tokenizer:
         Raises:
             DataError: not a tokenizer.json, of a kind that is not known, or without an end token.
         """
-        self._tree = parsed(tokenizer_json, origin)
-        self._engine = _engine(self._tree, origin)
+        self._engine = _engine(tokenizer_json, origin)
+        self._tree = without_cutting(json.loads(self._engine.to_str()))  # never of the file: it may hold anything
         vocabulary = self._engine.get_vocab()
+        check_ids(vocabulary, origin)
         end_token = end_token_of(vocabulary, end_token, origin)
         if not is_special(self._tree, end_token):
             make_special(self._tree, end_token, vocabulary[end_token])
-            self._engine = _engine(self._tree, origin)
+            self._engine = _engine(json.dumps(self._tree), origin)
         self.end_token = end_token
         self.end_id = vocabulary[end_token]
         self.vocab_size = 1 + max(vocabulary.values())
@@ -109,7 +111,7 @@ class Tokenizer:
         self._may_cut_runs = self.pre_tokenizer_name in ("gpt-2", "smollm") and not plain and merges_alone(self._tree)
         self._special = np.zeros(self.vocab_size, dtype=bool)
         self._special[list(self.special_ids)] = True
-        self._adds_space = self._raw_bytes(self._engine.encode("a", add_special_tokens=False).ids) == b" a"
+        self._adds_space = self._raw_bytes(next(self._encode_parts(["a"]))) == b" a"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -166,6 +168,8 @@ class Tokenizer:
                 encodings = self._engine.encode_batch_fast(batch, add_special_tokens=False)
             except TypeError:  # the library's word for a str that UTF-8 cannot express
                 raise DataError("text holds half of a surrogate pair, which UTF-8 cannot express; remove it") from None
+            except BaseException as error:
+                raise _told(error, "this tokenizer.json cannot encode the text") from None
             for encoding in encodings:
                 ids = np.array(encoding.ids, dtype=np.uint32)
                 if self._special[ids].any():
@@ -217,13 +221,21 @@ def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _engine(tree: Tree, origin: str) -> tokenizers.Tokenizer:
+def _engine(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
     try:
-        engine = tokenizers.Tokenizer.from_str(json.dumps(tree))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{origin} is no tokenizer.json that `tokenizers` can read: {error}") from None
+        engine = tokenizers.Tokenizer.from_str(tokenizer_json)
+    except BaseException as error:
+        raise _told(error, f"{origin} is no tokenizer.json that `tokenizers` can read") from None
+    engine.no_truncation()
+    engine.no_padding()
     engine.encode_special_tokens = True  # text that looks like a special token is text
     return engine
+
+
+def _told(error: BaseException, what: str) -> BaseException:
+    """The library raises bare Exception, and where it did not expect a file PanicException, which is none."""
+    refused = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    return DataError(f"{what}: {error}") if refused else error
 
 
 # --- where tokenizers come from
@@ -271,23 +283,26 @@ def _from_path(path: Path) -> Tokenizer:
     if file.exists():
         return Tokenizer(_read(file), _eos_token(config) if config.exists() else None, str(file))
     if all((path / name).exists() for name in GPT2_FILES):
-        return _from_gpt2_files({name: (path / name).read_bytes() for name in GPT2_FILES}, str(path))
+        return _from_gpt2_files({name: _read(path / name).encode() for name in GPT2_FILES}, str(path))
     raise DataError(f"{path} holds neither a tokenizer.json nor encoder.json and vocab.bpe")
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+        return read_text(file)
+    except FileError as error:
+        raise DataError(str(error)) from None
 
 
 def _eos_token(config: Path) -> str | None:
     try:
         token = json.loads(_read(config)).get("eos_token")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise DataError(f"{config} is no JSON object") from None
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+        raise DataError(f"{config}: given eos_token {token!r}, allowed is the text of a token")
+    return token
 
 
 def _from_hub(repository: str) -> Tokenizer:
