@@ -35,6 +35,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Tree = dict[str, Any]
 
+TOML_LIMIT_BYTES = 1 << 18
+
 Dtype = Literal["fp32", "bf16"]
 Determinism = Literal["bitwise", "same-data", "off"]
 
@@ -274,12 +276,16 @@ class Config(Section):
             ConfigError: the file is no TOML, or its fields do not fit.
         """
         try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                text = file.read(TOML_LIMIT_BYTES + 1).decode()
+            if len(text) > TOML_LIMIT_BYTES:
+                raise ConfigError(f"{path} is no configuration: larger than {TOML_LIMIT_BYTES:,} bytes")
+            tree = tomllib.loads(text)
         except OSError as error:
             raise FileError(
                 f"cannot read {path}: {error.strerror}; give a preset ({preset_names()}) or a .toml file"
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path} is no TOML: {error}") from None
         base = preset_tree(str(tree.pop("preset"))) if "preset" in tree else {}
         tree.setdefault("name", path.stem)
