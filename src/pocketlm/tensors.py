@@ -31,6 +31,7 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+FLOATS = {dtype for dtype in NAMES if dtype.is_floating_point}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -88,10 +88,10 @@ class Tokenizer:
             DataError: not a tokenizer.json, of a kind that is not known, or without an end token.
         """
         self._engine = _engine(tokenizer_json, origin)
-        self._tree = without_cutting(json.loads(self._engine.to_str()))  # never of the file: it may hold anything
         vocabulary = self._engine.get_vocab()
-        check_ids(vocabulary, origin)
         end_token = end_token_of(vocabulary, end_token, origin)
+        check_ids(vocabulary, origin)
+        self._tree = without_cutting(json.loads(self._engine.to_str()))  # never of the file: it may hold anything
         if not is_special(self._tree, end_token):
             make_special(self._tree, end_token, vocabulary[end_token])
             self._engine = _engine(json.dumps(self._tree), origin)
@@ -187,7 +187,10 @@ class Tokenizer:
         return text.removeprefix(" ") if self._adds_space else text
 
     def _raw_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self.token_bytes[number] for number in ids)
+        try:
+            return b"".join(map(self.token_bytes.__getitem__, ids))
+        except IndexError:
+            raise DataError(f"a token has no place among the {self.vocab_size} of its tokenizer") from None
 
 
 class TextStream:
