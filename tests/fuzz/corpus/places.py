@@ -15,6 +15,8 @@ NEWEST = "run/checkpoints/step-00000010"
 DATA = "set"
 GENERATE = ["generate", "foreign", "--prompt", "the", "--max-new-tokens", "1"]
 RESUME = ["train", "debug", "--data.dir", "set", "--train.total-steps", "20", "--out", "run"]
+GO_ON = ["data", "prepare", "--source", "synthetic", "--tokenizer", "byte", "--piece-documents", "100"]
+GO_ON += ["--out", "unfinished"]
 EVAL = ["eval", NEWEST, "--data", "files:text.txt", "--limit", "40"]
 
 
@@ -32,21 +34,18 @@ PLACES = {
     "model of a checkpoint": Place(f"{NEWEST}/model.safetensors", (EVAL,)),
     "pytorch_model.bin": Place("binary/pytorch_model.bin", (["generate", "binary", "--prompt", "the"],)),
     "optimizer": Place(f"{NEWEST}/training/optimizer.safetensors", (RESUME,)),
-    "state": Place(f"{NEWEST}/training/state.json", (RESUME, EVAL)),
+    "state": Place(f"{NEWEST}/training/state.json", (RESUME,)),
+    "state, for its dtype": Place(f"{NEWEST}/training/state.json", (EVAL,), ignored=True),
     "config of a run": Place(f"{NEWEST}/training/config.toml", (RESUME, ["eval", NEWEST])),
     "manifest": Place(f"{NEWEST}/manifest.json", (EVAL, ["verify", NEWEST])),
     "config": Place("foreign/config.json", (GENERATE, ["sizes", "foreign"])),
     "tokenizer": Place("foreign/tokenizer.json", (GENERATE,)),
-    "tokenizer config": Place("foreign/tokenizer_config.json", (GENERATE,)),
-    "generation config": Place("foreign/generation_config.json", (GENERATE,)),
+    "tokenizer config": Place("foreign/tokenizer_config.json", (GENERATE,), ignored=True),
+    "generation config": Place("foreign/generation_config.json", (GENERATE,), ignored=True),
     "shard": Place(f"{DATA}/train-00000.tokens", (["data", "show", DATA], ["verify", DATA])),
     "tokenizer of a data set": Place(f"{DATA}/tokenizer.json", (["data", "show", DATA],)),
     "data set": Place(f"{DATA}/dataset.json", (["data", "show", DATA], ["verify", DATA])),
-    "plan": Place(
-        "unfinished/plan.json",
-        (["data", "prepare", *["--source", "files:text.txt", "--tokenizer", "byte"], *["--out", "unfinished"]],),
-        ignored=True,
-    ),
+    "plan": Place("unfinished/plan.json", (GO_ON,), ignored=True),
     "MODEL": Place("hostile.pth", (["generate", "hostile.pth", "--prompt", "the"], ["eval", "hostile.pth"])),
     "--data.tokenizer": Place(
         "hostile.json", (["train", "debug", "--data.tokenizer", "hostile.json", "--out", "new"],)
@@ -56,7 +55,7 @@ PLACES = {
         f"files: {suffix}": Place(
             f"hostile{suffix}",
             (["data", "prepare", "--source", f"files:hostile{suffix}", "--tokenizer", "byte", "--out", "prepared"],),
-            ignored=suffix.startswith(".txt"),  # a pickle of printable characters is a text
+            ignored=suffix != ".parquet",  # a pickle of printable characters is a text
         )
         for suffix in (".txt", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.zst")
     },
@@ -69,36 +68,20 @@ PLACES = {
 
 
 def signers(file: Path) -> list[Path]:
-    """The manifest or dataset.json that vouches for a file."""
-    names = [
-        folder / name for folder in (file.parent, file.parent.parent) for name in ("manifest.json", "dataset.json")
-    ]
-    return [path for path in names if path.exists() and path != file]
+    """The manifest that vouches for a file."""
+    manifests = [folder / "manifest.json" for folder in (file.parent, file.parent.parent)]
+    return [path for path in manifests if path.exists() and path != file]
 
 
 def sign(file: Path) -> None:
     """Makes what vouches for a file fit what stands there."""
-    for path in signers(file):
-        (_sign_manifest if path.name == "manifest.json" else _sign_dataset)(path.parent, file)
+    for manifest in signers(file):
+        tree = json.loads(manifest.read_text())
+        name = file.relative_to(manifest.parent).as_posix()
+        tree["files"][name] = {"bytes": file.stat().st_size, "sha256": sha256(file.read_bytes())}
+        tree.pop("sha256", None)
+        manifest.write_text(json.dumps(tree | {"sha256": sha256(json.dumps(tree).encode())}, indent=1) + "\n")
 
 
-def _sign_manifest(folder: Path, file: Path) -> None:
-    tree = json.loads((folder / "manifest.json").read_text())
-    tree["files"][file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    if tree.pop("sha256", None):
-        tree["sha256"] = hashlib.sha256(json.dumps(tree).encode()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(tree, indent=1) + "\n")
-
-
-def _sign_dataset(folder: Path, file: Path) -> None:
-    tree = json.loads((folder / "dataset.json").read_text())
-    if file.name == "tokenizer.json":
-        tree["tokenizer"]["sha256"] = sha256(file)
-    for shard in tree["train"]["shards"] + tree["val"]["shards"]:
-        if shard["name"] == file.name:
-            shard["sha256"] = sha256(file)
-    (folder / "dataset.json").write_text(json.dumps(tree))
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
