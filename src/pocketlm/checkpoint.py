@@ -32,7 +32,7 @@ from pocketlm.errors import FileError, PocketError
 from pocketlm.files import MANIFEST, commit_folder, read_json, read_manifest, remove_folder, verify_folder
 from pocketlm.formats import huggingface
 from pocketlm.model.transformer import Transformer
-from pocketlm.tensors import Shapes, bytes_of, read_tensors, serialize
+from pocketlm.tensors import FLOATS, Shapes, bytes_of, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -121,11 +121,11 @@ def restore(path: Path, weights: Shapes, optimizer: Shapes) -> Restored:
     """Reads a verified checkpoint, shapes held against the model and optimizer that ask for it.
 
     Raises:
-        FileError: damaged, or made for other shapes.
+        FileError: damaged, or made for other shapes or types.
     """
     return Restored(
-        read_tensors(path / WEIGHTS, weights),
-        read_tensors(path / OPTIMIZER, optimizer),
+        read_tensors(path / WEIGHTS, weights, {torch.float32}),
+        read_tensors(path / OPTIMIZER, optimizer, {torch.float32, torch.int64}),
         read_state(path),
     )
 
@@ -137,8 +137,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def trained_dtype(path: Path) -> Dtype:
     """The precision that a checkpoint was trained in; fp32 for a folder that does not say."""
-    dtype = read_state(path)["resolved"]["dtype"] if (path / STATE).is_file() else "fp32"
-    return "bf16" if dtype == "bf16" else "fp32"
+    resolved = read_state(path).get("resolved") if (path / STATE).is_file() else None
+    return "bf16" if isinstance(resolved, dict) and resolved.get("dtype") == "bf16" else "fp32"
 
 
 def step_of(path: Path) -> int:
@@ -322,7 +322,7 @@ def load_model(folder: Path) -> tuple[Transformer, Tokenizer, SampleConfig]:
         FileError: a file is missing, damaged, or of a model that pocketlm does not have.
     """
     config = huggingface.model_config(read_json(folder / "config.json"))
-    weights = read_tensors(folder / WEIGHTS, huggingface.tensor_shapes(config))
+    weights = read_tensors(folder / WEIGHTS, huggingface.tensor_shapes(config), FLOATS)
     weights = {name: tensor.float() for name, tensor in weights.items()}
     with torch.device("meta"):
         model = Transformer(config)

@@ -28,6 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from pocketlm.errors import ConfigError, FileError, UsageError
 
+MAX_SIZE = 2**24
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -35,6 +37,9 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Tree = dict[str, Any]
+
+TOML_LIMIT_BYTES = 1 << 16
+MAX_KEY_DOTS = 100  # tomllib takes memory in proportion to their square
 
 Dtype = Literal["fp32", "bf16"]
 Determinism = Literal["bitwise", "same-data", "off"]
@@ -49,21 +54,21 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """One decoder. With its defaults it is a Llama; `config.json` uses the same words."""
 
-    vocab_size: Annotated[int, Field(ge=1, le=2**24)] = 50257
+    vocab_size: Size = 50257
     """Rows of the embedding; at least the tokenizer's ids."""
-    hidden_size: Count = 256
+    hidden_size: Size = 256
     """Width of the residual stream."""
-    intermediate_size: Count = 1024
+    intermediate_size: Size = 1024
     """Inner width of the MLP."""
-    num_hidden_layers: Count = 8
+    num_hidden_layers: Size = 8
     """Blocks."""
-    num_attention_heads: Count = 4
+    num_attention_heads: Size = 4
     """Query heads."""
-    num_key_value_heads: Count = 4
+    num_key_value_heads: Size = 4
     """Key and value heads; fewer than query heads is grouped-query attention, one is multi-query."""
-    head_dim: Annotated[int, Field(ge=2)] = 64
+    head_dim: Annotated[int, Field(ge=2, le=MAX_SIZE)] = 64
     """Width of a head; free, not hidden_size / heads."""
-    max_position_embeddings: Count = 2048
+    max_position_embeddings: Size = 2048
     """Longest context that the model is made for."""
     block: Literal["sequential", "parallel"] = "sequential"
     """`parallel`: attention and MLP read one norm and are added together (PaLM)."""
@@ -292,12 +297,18 @@ class Config(Section):
             ConfigError: the file is no TOML, or its fields do not fit.
         """
         try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                text = file.read(TOML_LIMIT_BYTES + 1).decode()
+            if len(text) > TOML_LIMIT_BYTES:
+                raise ConfigError(f"{path} is no configuration: larger than {TOML_LIMIT_BYTES:,} bytes")
+            if any(line.partition("=")[0].count(".") > MAX_KEY_DOTS for line in text.splitlines()):
+                raise ConfigError(f"{path} is no configuration: a key with more than {MAX_KEY_DOTS} dots")
+            tree = tomllib.loads(text)
         except OSError as error:
             raise FileError(
                 f"cannot read {path}: {error.strerror}; give a preset ({preset_names()}) or a .toml file"
             ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, a number of 4,301 digits
             raise ConfigError(f"{path} is no TOML: {error}") from None
         base = preset_tree(str(tree.pop("preset"))) if "preset" in tree else {}
         tree.setdefault("name", path.stem)
@@ -388,7 +399,7 @@ def _field_name(flag: str) -> str:
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not prefix:  # a section in a section is no field, however deep
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -14,11 +14,24 @@ without a traceback and leaves with the code. Mistakes of our own stay `assert`.
 
 from __future__ import annotations
 
+LINE_CHARS = 10_000
+
 
 class PocketError(Exception):
     """Any refusal that a user can act on; `exit_code` is what the process leaves with."""
 
     exit_code = 1
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(map(one_line, lines)))
+
+
+def one_line(text: str) -> str:
+    """Text that may quote files of others, fit for a message: no line ends, no control codes, no megabytes."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = LINE_CHARS // 2
+    return text if len(text) <= LINE_CHARS else f"{text[:half]} [...] {text[-half:]}"
 
 
 class UsageError(PocketError):
@@ -31,7 +44,7 @@ class ConfigError(UsageError):
     """A configuration that cannot be run. Carries every problem found, not only the first."""
 
     def __init__(self, *problems: str) -> None:
-        super().__init__("\n".join(problems))
+        super().__init__(*problems)
         self.problems = problems
 
 

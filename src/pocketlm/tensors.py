@@ -3,14 +3,16 @@
 A safetensors file is eight bytes of header length, a JSON header of names, dtypes, shapes and offsets, and the raw
 little-endian bytes. Writing streams one tensor at a time, in the order of the names, with exactly one metadata key
 (`format: pt`, which transformers asks for), so equal tensors make equal files. Reading is the library's, after the
-header was held against what the caller expects: no memory is taken for a shape that the configuration does not have.
+header was held against the file's size and what the caller expects: no memory is taken for a header longer than the
+expected names need, nor for a dtype or shape that the configuration does not have.
 """
 
 from __future__ import annotations
 
 import json
+import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,9 +31,15 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+FLOATS = {dtype for dtype in NAMES if dtype.is_floating_point}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 Shapes = Mapping[str, tuple[int, ...]]
+Tensors = dict[str, Tensor]
+
+HEADER_BYTES = 1 << 16
+HEADER_BYTES_PER_TENSOR = 512
+MAX_TENSORS = 1 << 14  # where the caller expects no number of them
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -60,21 +68,24 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def read_tensors(path: Path, expected: Shapes | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, expected: Shapes | None = None, dtypes: Collection[torch.dtype] = NAMES) -> Tensors:
     """All tensors of a safetensors file, on the CPU.
 
     Args:
         path: the file.
         expected: the names and shapes that it must hold, no more and no less; not checked if None.
+        dtypes: which of them it may hold.
 
     Raises:
-        FileError: missing, malformed, or not the expected names and shapes.
+        FileError: missing, malformed, or not the expected names, dtypes and shapes.
     """
     try:
+        _check_header(path, MAX_TENSORS if expected is None else len(expected))
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if expected is not None:
-                _check(path, shapes, expected)
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            _check_dtypes(path, {name: part.get_dtype() for name, part in slices.items()}, dtypes)
+            _check_shapes(path, shapes, shapes if expected is None else expected)
             # Copies: a mapped file could change after it was verified, and lies less aligned than what was trained.
             return {name: file.get_tensor(name).clone() for name in shapes}
     except SafetensorError as error:
@@ -83,7 +94,28 @@ def read_tensors(path: Path, expected: Shapes | None = None) -> dict[str, Tensor
         raise FileError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _check(path: Path, shapes: Shapes, expected: Shapes) -> None:
+def _check_header(path: Path, num_tensors: int) -> None:
+    """The header is in the file and no longer than that many tensors need; opening parses all of it into memory."""
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+        raise FileError(f"cannot read {path}: it is no file")
+    with path.open("rb") as file:
+        start = file.read(8)
+    length, size = int.from_bytes(start, "little"), path.stat().st_size
+    limit = HEADER_BYTES + HEADER_BYTES_PER_TENSOR * num_tensors
+    if len(start) < 8 or length > size - 8:
+        raise FileError(f"{path} is damaged: {size} bytes are too few for its header")
+    if length > limit:
+        raise FileError(f"{path} is damaged: its header has {length} bytes, {limit} at most are needed")
+
+
+def _check_dtypes(path: Path, given: Mapping[str, str], allowed: Collection[torch.dtype]) -> None:
+    for name, dtype in given.items():
+        if DTYPES.get(dtype) not in allowed:
+            names = ", ".join(sorted(NAMES[known] for known in allowed))
+            raise FileError(f"{path} does not fit its configuration: {name} is of type {dtype}; allowed are {names}")
+
+
+def _check_shapes(path: Path, shapes: Shapes, expected: Shapes) -> None:
     missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
     if missing:
         raise FileError(f"{path} does not fit its configuration: {missing[0]} is missing")
@@ -92,3 +124,5 @@ def _check(path: Path, shapes: Shapes, expected: Shapes) -> None:
     for name, shape in expected.items():
         if shapes[name] != tuple(shape):
             raise FileError(f"{path} does not fit its configuration: {name} is {shapes[name]}, not {tuple(shape)}")
+        if any(size >= 1 << 63 for size in shape):  # beside a size of 0 the format allows any other
+            raise FileError(f"{path} is damaged: {name} is {shape}")

@@ -387,9 +387,9 @@ def test_bad_tokenizers_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     for content, reason in [
         (b"{", "is no tokenizer.json"),
-        (b"[]", "it has no model"),
+        (b"[]", "`tokenizers` can read"),
         (b'{"model": {"type": "Unknown"}}', "`tokenizers` can read"),
-        (b"\xff", "it is not UTF-8"),
+        (b"\xff", "it is no UTF-8"),
         (byte_level({"a": 0}, []).encode(), "it has none of <|endoftext|>"),
     ]:
         file.write_bytes(content)

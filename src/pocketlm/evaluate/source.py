@@ -6,18 +6,17 @@ configuration. So without a source its own held-out text can be found.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pocketlm.checkpoint import STATE, read_state
+from pocketlm.config import Config, DataConfig
 from pocketlm.data.loader import Stream
 from pocketlm.data.shards import DATASET_FILE, Dataset, open_dataset
 from pocketlm.errors import DataError, FileError, UsageError
-from pocketlm.files import read_json, read_text
+from pocketlm.files import read_json
 from pocketlm.text.sources import Document, open_source
 from pocketlm.text.tokenizer import Tokenizer
 
@@ -66,9 +65,9 @@ def own_dataset(model_folder: Path) -> Dataset:
     if not (model_folder / STATE).is_file():
         raise UsageError(f"{model_folder} was not trained here; give the text to score: --data stdlib or files:GLOB")
     data, fingerprint = _data_settings(model_folder), read_state(model_folder).get("data_fingerprint")
-    if (dataset := find_dataset(fingerprint, data["source"], data.get("dir"))) is None:
+    if (dataset := find_dataset(fingerprint, data.source, data.dir)) is None:
         raise UsageError(
-            f"the data set that {model_folder} was trained on is not in {data.get('dir') or 'data/'}; "
+            f"the data set that {model_folder} was trained on is not in {data.dir or 'data/'}; "
             "give the text to score: --data with its folder, or with stdlib or files:GLOB"
         )
     return dataset
@@ -79,7 +78,7 @@ def own_source(model_folder: Path) -> str | None:
     if not (model_folder / STATE).is_file():
         return None
     data = _data_settings(model_folder)
-    return _source_of(Path(data["dir"])) if "dir" in data else str(data["source"])
+    return _source_of(Path(data.dir)) if data.dir else data.source
 
 
 def find_dataset(fingerprint: object, source: str, folder: str | None) -> Dataset | None:
@@ -109,10 +108,9 @@ def _source_of(dataset: Path) -> str | None:
         return None
 
 
-def _data_settings(checkpoint: Path) -> dict[str, Any]:
+def _data_settings(checkpoint: Path) -> DataConfig:
     """The table [data] of a verified checkpoint's configuration."""
-    settings: dict[str, Any] = tomllib.loads(read_text(checkpoint / "training" / "config.toml"))["data"]
-    return settings
+    return Config.from_toml(checkpoint / "training" / "config.toml").data
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:

@@ -67,7 +67,7 @@ def model_config(tree: Mapping[str, Any]) -> ModelConfig:
     kind = tree.get("model_type")
     if kind == "pocketlm":
         fields = {name: tree[name] for name in ModelConfig.model_fields if name in tree}
-    elif kind in ARCHITECTURES:
+    elif isinstance(kind, str) and kind in ARCHITECTURES:
         fields = _llama_fields(tree)
     else:
         raise FileError(f"config.json: given model_type {kind!r}; allowed are llama, qwen3 and pocketlm")
@@ -169,7 +169,8 @@ def _refuse_other_options(tree: Mapping[str, Any]) -> None:
         raise FileError(f"config.json: rope type {rope_type!r}; allowed is 'default': no scaled rotary positions")
     if tree.get("hidden_act", "silu") != "silu":
         raise FileError(f"config.json: hidden_act {tree['hidden_act']!r}; allowed is 'silu'")
-    if tree.get("use_sliding_window") or {*(tree.get("layer_types") or ())} - {"full_attention"}:
+    layers = tree.get("layer_types") or []
+    if tree.get("use_sliding_window") or not isinstance(layers, list) or layers.count("full_attention") < len(layers):
         raise FileError("config.json: given sliding-window attention; allowed is full attention in every layer")
     biases = tree.get("attention_bias", False), tree.get("mlp_bias", False)
     if biases[0] != biases[1]:

@@ -256,7 +256,7 @@ def read_documents(path: Path) -> Iterator[Document]:
             yield from _json_documents(path)
         else:
             yield from _text_documents(path)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last: of a column's name
         raise DataError(f"cannot read {path}: {_one_line(error)}") from None
 
 

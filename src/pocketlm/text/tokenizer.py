@@ -30,17 +30,20 @@ import tokenizers
 from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from pocketlm.errors import DataError
+from pocketlm.errors import DataError, FileError
+from pocketlm.files import read_text
+from pocketlm.text.cuts import RUN_STEP, cut_at_lines, cut_in_runs
 from pocketlm.text.tokenizer_json import (
     END_OF_TEXT,
-    Tree,
     byte_alphabet,
+    check_ids,
     end_token_of,
     is_special,
     make_special,
-    parsed,
+    merges_alone,
     pre_tokenizer_name,
     token_bytes,
+    without_cutting,
 )
 
 SPECS = "gpt2 | byte | bpe:SIZE | a tokenizer.json or its folder | a Hub id OWNER/NAME"
@@ -53,11 +56,9 @@ GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
 
-# Longer texts are encoded in parts cut where no token can span the cut: the library takes some 300 bytes a token
-# and one thread a text. Only pre-tokenizers for which the cut is proven are cut.
+# Longer texts are encoded in parts, see cuts.py; only with pre-tokenizers for which a cut is proven.
 PART_CHARS = 1 << 16
 BATCH_CHARS = 1 << 21
-_SAFE_CUT = re.compile(r"(?<=\S\n)(?=\S)")
 
 Ids = NDArray[np.uint32]
 
@@ -86,13 +87,14 @@ class Tokenizer:
         Raises:
             DataError: not a tokenizer.json, of a kind that is not known, or without an end token.
         """
-        self._tree = parsed(tokenizer_json, origin)
-        self._engine = _engine(self._tree, origin)
+        self._engine = _engine(tokenizer_json, origin)
         vocabulary = self._engine.get_vocab()
         end_token = end_token_of(vocabulary, end_token, origin)
+        check_ids(vocabulary, origin)
+        self._tree = without_cutting(json.loads(self._engine.to_str()))  # never of the file: it may hold anything
         if not is_special(self._tree, end_token):
             make_special(self._tree, end_token, vocabulary[end_token])
-            self._engine = _engine(self._tree, origin)
+            self._engine = _engine(json.dumps(self._tree), origin)
         self.end_token = end_token
         self.end_id = vocabulary[end_token]
         self.vocab_size = 1 + max(vocabulary.values())
@@ -103,11 +105,13 @@ class Tokenizer:
         self.token_bytes = token_bytes(vocabulary, self._tree, plain, self.special_ids, origin)
         self.byte_lengths = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
         self.pre_tokenizer_name = pre_tokenizer_name(self._tree)
-        # An added token is found before the text is cut, so one with a line end could span a cut.
-        self._may_cut = self.pre_tokenizer_name is not None and not any("\n" in token for token in plain.values())
+        # An added token is found before the text is cut, so it could span a cut.
+        spaced = any({*token} & {"\n", " "} for token in plain.values())
+        self._may_cut = self.pre_tokenizer_name is not None and not spaced
+        self._may_cut_runs = self.pre_tokenizer_name in ("gpt-2", "smollm") and not plain and merges_alone(self._tree)
         self._special = np.zeros(self.vocab_size, dtype=bool)
         self._special[list(self.special_ids)] = True
-        self._adds_space = self._raw_bytes(self._engine.encode("a", add_special_tokens=False).ids) == b" a"
+        self._adds_space = self._raw_bytes(next(self._encode_parts(["a"]))) == b" a"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,8 +137,30 @@ class Tokenizer:
             DataError: half a surrogate pair in a text.
         """
         parts = [cut_at_lines(text, PART_CHARS) if self._may_cut else [text] for text in texts]
-        encoded = self._encode_parts(list(chain.from_iterable(parts)))
-        return [np.concatenate([next(encoded) for _ in own]) for own in parts]
+        cut = [[cut_in_runs(part, PART_CHARS) if self._may_cut_runs else [part] for part in own] for own in parts]
+        encoded = self._encode_parts([run for own in cut for runs in own for run in runs])
+        return [np.concatenate([self._joined(runs, [next(encoded) for _ in runs]) for runs in own]) for own in cut]
+
+    def _joined(self, runs: list[str], ids: list[Ids]) -> Ids:
+        """The ids of a part from those of its pieces, if the cuts are proven, else encoded anew."""
+        if all(map(self._is_cut, ids, ids[1:])):
+            return np.concatenate(ids)
+        return next(self._encode_parts(["".join(runs)]))
+
+    def _is_cut(self, left: Ids, right: Ids) -> bool:
+        """Whether no merge crosses the cut between `left` and `right` inside a run; see cuts.py."""
+        tails = (self._whole_characters(left[-count:]) for count in range(1, 5))
+        heads = (self._whole_characters(right[:count]) for count in range(1, 5))
+        tail, head = next(filter(None, tails), ""), next(filter(None, heads), "")
+        if not tail or not head or len(tail + head) > RUN_STEP // 2:
+            return False
+        both, *apart = self._encode_parts([tail + head, tail, head])
+        return np.array_equal(both, np.concatenate(apart))
+
+    def _whole_characters(self, ids: Ids) -> str | None:
+        with contextlib.suppress(UnicodeDecodeError):
+            return self._raw_bytes(ids).decode()
+        return None
 
     def _encode_parts(self, parts: list[str]) -> Iterator[Ids]:
         for batch in _batches(parts, BATCH_CHARS):
@@ -142,6 +168,8 @@ class Tokenizer:
                 encodings = self._engine.encode_batch_fast(batch, add_special_tokens=False)
             except TypeError:  # the library's word for a str that UTF-8 cannot express
                 raise DataError("text holds half of a surrogate pair, which UTF-8 cannot express; remove it") from None
+            except BaseException as error:
+                raise _told(error, "this tokenizer.json cannot encode the text") from None
             for encoding in encodings:
                 ids = np.array(encoding.ids, dtype=np.uint32)
                 if self._special[ids].any():
@@ -159,7 +187,10 @@ class Tokenizer:
         return text.removeprefix(" ") if self._adds_space else text
 
     def _raw_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self.token_bytes[number] for number in ids)
+        try:
+            return b"".join(map(self.token_bytes.__getitem__, ids))
+        except IndexError:
+            raise DataError(f"a token has no place among the {self.vocab_size} of its tokenizer") from None
 
 
 class TextStream:
@@ -178,23 +209,7 @@ class TextStream:
         return self._decoder.decode(b"", final=True)
 
 
-# --- cutting long texts
-
-
-def cut_at_lines(text: str, size: int) -> list[str]:
-    """Parts of about `size` characters that are tokenized together as they are apart.
-
-    The cut lies after a single line end between two characters that are not white space. In every pattern that has
-    a name here a piece that holds such a line end ends with it, so no piece spans the cut.
-    """
-    parts, begin = [], 0
-    while len(text) - begin > size:
-        cut = _SAFE_CUT.search(text, begin + size)
-        if cut is None:
-            break
-        parts.append(text[begin : cut.start()])
-        begin = cut.start()
-    return [*parts, text[begin:]]
+# --- the library
 
 
 def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
@@ -209,13 +224,21 @@ def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _engine(tree: Tree, origin: str) -> tokenizers.Tokenizer:
+def _engine(tokenizer_json: str, origin: str) -> tokenizers.Tokenizer:
     try:
-        engine = tokenizers.Tokenizer.from_str(json.dumps(tree))
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{origin} is no tokenizer.json that `tokenizers` can read: {error}") from None
+        engine = tokenizers.Tokenizer.from_str(tokenizer_json)
+    except BaseException as error:
+        raise _told(error, f"{origin} is no tokenizer.json that `tokenizers` can read") from None
+    engine.no_truncation()
+    engine.no_padding()
     engine.encode_special_tokens = True  # text that looks like a special token is text
     return engine
+
+
+def _told(error: BaseException, what: str) -> BaseException:
+    """The library raises bare Exception, and where it did not expect a file PanicException, which is none."""
+    refused = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    return DataError(f"{what}: {error}") if refused else error
 
 
 # --- where tokenizers come from
@@ -263,23 +286,26 @@ def _from_path(path: Path) -> Tokenizer:
     if file.exists():
         return Tokenizer(_read(file), _eos_token(config) if config.exists() else None, str(file))
     if all((path / name).exists() for name in GPT2_FILES):
-        return _from_gpt2_files({name: (path / name).read_bytes() for name in GPT2_FILES}, str(path))
+        return _from_gpt2_files({name: _read(path / name).encode() for name in GPT2_FILES}, str(path))
     raise DataError(f"{path} holds neither a tokenizer.json nor encoder.json and vocab.bpe")
 
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+        return read_text(file)
+    except FileError as error:
+        raise DataError(str(error)) from None
 
 
 def _eos_token(config: Path) -> str | None:
     try:
         token = json.loads(_read(config)).get("eos_token")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise DataError(f"{config} is no JSON object") from None
-    return token.get("content") if isinstance(token, dict) else token
+    token = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(token, str | None):
+        raise DataError(f"{config}: given eos_token {token!r}, allowed is the text of a token")
+    return token
 
 
 def _from_hub(repository: str) -> Tokenizer:

@@ -6,7 +6,6 @@ the text is cut before BPE. The format is the `tokenizers` library's; old and ne
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -21,18 +20,21 @@ _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+SPARE_IDS = 1 << 16
+
 Tree = dict[str, Any]
 
 
-def parsed(text: str, origin: str) -> Tree:
-    try:
-        tree = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{origin} is no tokenizer.json: {error}") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
-        raise DataError(f"{origin} is no tokenizer.json: it has no model")
-    # Both would silently shorten or lengthen documents.
+def without_cutting(tree: Tree) -> Tree:
+    """A tree whose tokenizer would not silently shorten or lengthen documents."""
     return tree | {"truncation": None, "padding": None}
+
+
+def check_ids(vocabulary: dict[str, int], origin: str) -> None:
+    """Refuses ids so far apart that a table of them would take memory which the file does not account for."""
+    limit = 2 * len(vocabulary) + SPARE_IDS
+    if (largest := max(vocabulary.values(), default=0)) >= limit:
+        raise DataError(f"{origin} has {len(vocabulary):,} tokens and an id {largest}; allowed are ids below {limit}")
 
 
 def end_token_of(vocabulary: dict[str, int], wanted: str | None, origin: str) -> str:
@@ -101,6 +103,12 @@ def _byte_level_bytes(token: str) -> bytes:
 def _sentencepiece_bytes(token: str) -> bytes:
     byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
     return bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+
+
+def merges_alone(tree: Tree) -> bool:
+    """Whether a token follows from merges alone: not from chance, whole words, their ends or unknown neighbours."""
+    others = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "unk_token")
+    return tree["model"].get("type") == "BPE" and not any(tree["model"].get(name) for name in others)
 
 
 def pre_tokenizer_name(tree: Tree) -> str | None:
