@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pocketlm.config import FREE_FIELDS, Config, preset_names
+from pocketlm.config import FREE_FIELDS, Config
 from pocketlm.model import sizes
+from pocketlm.toml_trees import preset_names
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from pocketlm.config import Config, Dtype, ModelConfig, SampleConfig
 from pocketlm.errors import FileError, PocketError
-from pocketlm.files import MANIFEST, commit_folder, read_json, read_manifest, remove_folder, verify_folder
+from pocketlm.files import commit_folder, remove_folder
 from pocketlm.formats import huggingface
 from pocketlm.model.transformer import Transformer
+from pocketlm.reading import MANIFEST, read_json, read_manifest, verify_folder
 from pocketlm.tensors import FLOATS, Shapes, bytes_of, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 

@@ -17,16 +17,15 @@ Every field is a flag: `--optim.lr 3e-4`. All ways in meet in `Config.build`, wh
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pocketlm.errors import ConfigError, FileError, UsageError
+from pocketlm.errors import ConfigError, FileError
+from pocketlm.toml_trees import Tree, flat, merged, nested, preset_names, preset_tree, read_toml
 
 MAX_SIZE = 2**24
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
@@ -36,11 +35,6 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Tree = dict[str, Any]
-
-TOML_LIMIT_BYTES = 1 << 16
-MAX_KEY_DOTS = 100  # tomllib takes memory in proportion to their square
-
 Dtype = Literal["fp32", "bf16"]
 Determinism = Literal["bitwise", "same-data", "off"]
 
@@ -293,26 +287,16 @@ class Config(Section):
         """The configuration in a TOML file; a `preset = "NAME"` line in it names what it starts from.
 
         Raises:
-            FileError: the file is missing.
+            FileError: the file cannot be read.
             ConfigError: the file is no TOML, or its fields do not fit.
         """
         try:
-            with path.open("rb") as file:
-                text = file.read(TOML_LIMIT_BYTES + 1).decode()
-            if len(text) > TOML_LIMIT_BYTES:
-                raise ConfigError(f"{path} is no configuration: larger than {TOML_LIMIT_BYTES:,} bytes")
-            if any(line.partition("=")[0].count(".") > MAX_KEY_DOTS for line in text.splitlines()):
-                raise ConfigError(f"{path} is no configuration: a key with more than {MAX_KEY_DOTS} dots")
-            tree = tomllib.loads(text)
-        except OSError as error:
-            raise FileError(
-                f"cannot read {path}: {error.strerror}; give a preset ({preset_names()}) or a .toml file"
-            ) from None
-        except (ValueError, RecursionError) as error:  # ValueError: no TOML, no UTF-8, a number of 4,301 digits
-            raise ConfigError(f"{path} is no TOML: {error}") from None
+            tree = read_toml(path)
+        except FileError as error:
+            raise FileError(f"{error}; give a preset ({preset_names()}) or a .toml file") from None
         base = preset_tree(str(tree.pop("preset"))) if "preset" in tree else {}
         tree.setdefault("name", path.stem)
-        return cls.build(_merged(base, tree), overrides)
+        return cls.build(merged(base, tree), overrides)
 
     @classmethod
     def build(cls, tree: Tree, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -321,11 +305,11 @@ class Config(Section):
         Raises:
             ConfigError: every unknown key (with the nearest name), wrong value and clash, one line each.
         """
-        flat = dict(_flat(tree)) | {_field_name(name): value for name, value in (overrides or {}).items()}
-        unknown = [unknown_field(name) for name in flat if name not in FIELDS]
-        known = {name: None if value == "none" else value for name, value in flat.items() if name in FIELDS}
+        given = dict(flat(tree)) | {_field_name(name): value for name, value in (overrides or {}).items()}
+        unknown = [unknown_field(name) for name in given if name not in FIELDS]
+        known = {name: None if value == "none" else value for name, value in given.items() if name in FIELDS}
         try:
-            config = cls.model_validate(_nested(known))
+            config = cls.model_validate(nested(known))
         except ValidationError as error:
             raise ConfigError(*unknown, *_problems(error)) from None
         if problems := [*unknown, *_clashes(config)]:
@@ -342,7 +326,7 @@ class Config(Section):
 
     def differences(self, other: Config) -> list[str]:
         """Lines `field: mine, theirs` for every field that changes the result."""
-        mine, theirs = dict(_flat(self.model_dump())), dict(_flat(other.model_dump()))
+        mine, theirs = dict(flat(self.model_dump())), dict(flat(other.model_dump()))
         changed = [name for name in FIELDS if mine[name] != theirs[name] and name not in FREE_FIELDS]
         return [f"{name}: {mine[name]}, {theirs[name]}" for name in changed if name != "name"]
 
@@ -358,27 +342,6 @@ def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 FIELDS = tuple(_fields(Config))
 
 
-def preset_names() -> str:
-    """The presets, comma-separated, by name."""
-    return ", ".join(sorted(p.name.removesuffix(".toml") for p in _presets().iterdir() if p.name.endswith(".toml")))
-
-
-def preset_tree(name: str) -> Tree:
-    """The tree of a named preset.
-
-    Raises:
-        UsageError: no preset of that name; the message has the nearest one.
-    """
-    names = preset_names().split(", ")
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"no preset {name!r}; {hint}presets: {', '.join(names)}; or give a .toml file")
-    tree = tomllib.loads((_presets() / f"{name}.toml").read_text(encoding="utf-8"))
-    base = preset_tree(tree.pop("preset")) if "preset" in tree else {}
-    return _merged(base, {"name": name} | tree)
-
-
 def unknown_field(name: str) -> str:
     """One line that says that a field does not exist, and which one is nearest."""
     near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
@@ -389,32 +352,8 @@ def unknown_field(name: str) -> str:
     )
 
 
-def _presets() -> Any:
-    return resources.files("pocketlm") / "presets"
-
-
 def _field_name(flag: str) -> str:
     return flag.replace("-", "_")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and not prefix:  # a section in a section is no field, however deep
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _nested(flat: Mapping[str, Any]) -> Tree:
-    tree: Tree = {}
-    for name, value in flat.items():
-        section, _, key = name.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[key] = value
-    return tree
-
-
-def _merged(base: Tree, change: Tree) -> Tree:
-    return _nested(dict(_flat(base)) | dict(_flat(change)))
 
 
 def _problems(error: ValidationError) -> list[str]:

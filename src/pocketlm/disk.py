@@ -22,8 +22,8 @@ class Disk:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def append(self, path: Path) -> int:
-        """A descriptor that adds to the end of a file, made if there is none, and can read it."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        """A descriptor that adds to the end of a file, made if there is none, and can read it. A link is refused."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
     def write(self, descriptor: int, data: bytes | memoryview) -> None:
         """Writes all of `data`; the system may take it in parts."""

@@ -21,51 +21,14 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError
-from pocketlm.reading import (
-    JSON_LIMIT_BYTES,
-    MANIFEST,
-    PLAIN_NAME,
-    Entry,
-    manifest_bytes,
-    read_json,
-    read_manifest,
-    read_text,
-    sha256_of,
-    verify_file,
-    verify_folder,
-)
-
-__all__ = [
-    "DISK",
-    "JSON_LIMIT_BYTES",
-    "MANIFEST",
-    "Entry",
-    "FolderWriter",
-    "Journal",
-    "Lock",
-    "commit_folder",
-    "free_bytes",
-    "leftovers",
-    "make_folder",
-    "read_json",
-    "read_manifest",
-    "read_text",
-    "remove_file",
-    "remove_folder",
-    "set_aside",
-    "sha256_of",
-    "sweep",
-    "verify_file",
-    "verify_folder",
-    "write_file",
-    "write_manifest",
-]
+from pocketlm.reading import MANIFEST, PLAIN_NAME, Entry, manifest_bytes, verify_folder
 
 DISK = Disk()
 
@@ -224,10 +187,9 @@ def remove_folder(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a folder so that nothing takes it for what it was; an earlier one set aside there goes."""
-    aside = path.with_name(path.name + SET_ASIDE)
-    if os.path.lexists(aside):
-        remove_folder(aside)
+    """Renames a folder so that nothing takes it for what it was: `NAME.set-aside`, or with the first free number."""
+    names = chain([SET_ASIDE], (f"{SET_ASIDE}-{number}" for number in count(2)))
+    aside = next(free for name in names if not os.path.lexists(free := path.with_name(path.name + name)))
     DISK.rename(path, aside)
     DISK.sync_folder(path.parent)
     return aside

@@ -24,11 +24,11 @@ import torch
 from pocketlm.checkpoint import Warn, find_checkpoint, load_model, newest_run
 from pocketlm.distributed import default_device
 from pocketlm.errors import UsageError
-from pocketlm.files import read_json
 from pocketlm.generate import engine
 from pocketlm.generate.engine import Window
 from pocketlm.generate.sampling import Sampling, SamplingOptions
 from pocketlm.model.transformer import Transformer
+from pocketlm.reading import read_json
 from pocketlm.text.tokenizer import TextStream, Tokenizer
 
 LoadDtype = Literal["auto", "fp32", "bf16"]

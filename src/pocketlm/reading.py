@@ -105,22 +105,32 @@ def verify_file(path: Path, entry: Mapping[str, int | str]) -> None:
 # --- reading
 
 
+def read_bytes(path: Path, limit_bytes: int) -> bytes:
+    """A small file.
+
+    Raises:
+        FileError: missing, unreadable, no file, or larger than the limit.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise FileError(f"cannot read {path}: it is no file")
+        with path.open("rb") as file:
+            data = file.read(limit_bytes + 1)
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) > limit_bytes:
+        raise FileError(f"{path} is damaged: larger than {limit_bytes:,} bytes")
+    return data
+
+
 def read_text(path: Path, limit_bytes: int = TEXT_LIMIT_BYTES) -> str:
     """A small text file.
 
     Raises:
-        FileError: missing, unreadable, no file, larger than the limit or not UTF-8.
+        FileError: as `read_bytes`, or it is not UTF-8.
     """
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise FileError(f"cannot read {path}: it is no file")
-        if status.st_size > limit_bytes:
-            raise FileError(f"{path} is damaged: larger than {limit_bytes:,} bytes")
-        with path.open("rb") as file:
-            return file.read(limit_bytes).decode()
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
+        return read_bytes(path, limit_bytes).decode()
     except UnicodeDecodeError:
         raise FileError(f"{path} is damaged: it is no UTF-8 text") from None
 

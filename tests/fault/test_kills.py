@@ -14,7 +14,6 @@ from disks import KILLED, REAL, Counting, Operation
 from pocketlm import checkpoint, files
 from pocketlm.training.loop import train
 
-FINISHED = "step-00000008"
 LARGE_BYTES = 4096
 PERCENTS = (0, 25, 50, 75, 99)
 
@@ -96,10 +95,7 @@ def test_a_kill_at_any_operation_of_a_save_loses_nothing(
         assert (newest.name if newest else None) == kill.newest, kill
         train(config_of(world), out=run)
         ended = outcome(run)
-        assert ended["records"] == whole["records"], kill
-        assert ended["states"].items() >= whole["states"].items(), kill
-        if kill.newest != FINISHED:  # a finished run has nothing to do, and may keep one that it was about to prune
-            assert ended == whole, kill
+        assert ended == whole, kill
         assert litter(run) == [], kill
 
 

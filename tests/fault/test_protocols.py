@@ -10,7 +10,8 @@ from power import FileSystem, Recorder
 
 from pocketlm import files
 from pocketlm.errors import FileError
-from pocketlm.files import commit_folder, make_folder, remove_folder, set_aside, sweep, verify_folder, write_file
+from pocketlm.files import commit_folder, make_folder, remove_folder, set_aside, sweep, write_file
+from pocketlm.reading import verify_folder
 
 CUTS_PER_MOMENT = 20
 
@@ -104,9 +105,9 @@ PROTOCOLS: dict[
     "set aside": (
         before_aside,
         put_aside,
-        lambda root: (text_of(root / "x"), text_of(root / "x.set-aside")),
-        {(b"old", b"older"), (b"old", None), (None, b"old")},
-        {(None, b"old")},
+        lambda root: tuple(text_of(root / f"x{end}") for end in ("", ".set-aside", ".set-aside-2")),
+        {(b"old", b"older", None), (None, b"older", b"old")},
+        {(None, b"older", b"old")},
     ),
     "new folders": (
         nothing,

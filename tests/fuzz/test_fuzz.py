@@ -29,8 +29,9 @@ from pocketlm.config import Config
 from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import describe, open_dataset
 from pocketlm.errors import PocketError
-from pocketlm.files import Journal, read_json, verify_folder
+from pocketlm.files import Journal
 from pocketlm.formats import huggingface
+from pocketlm.reading import read_json, verify_folder
 from pocketlm.tensors import read_tensors
 from pocketlm.text.sources import read_documents
 from pocketlm.text.tokenizer import load_tokenizer

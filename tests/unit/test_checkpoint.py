@@ -10,10 +10,10 @@ import torch
 from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.errors import FileError
-from pocketlm.files import read_json, verify_folder
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import Transformer, allocate
 from pocketlm.optim.optimizer import Optimizer
+from pocketlm.reading import read_json, verify_folder
 from pocketlm.text.tokenizer import load_tokenizer
 
 

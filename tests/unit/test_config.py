@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pocketlm.cli.fields import parse_overrides
-from pocketlm.config import FIELDS, FREE_FIELDS, Config, preset_names
+from pocketlm.config import FIELDS, FREE_FIELDS, Config
 from pocketlm.errors import ConfigError, FileError, UsageError
+from pocketlm.toml_trees import preset_names
 
 PRESETS = preset_names().split(", ")
 

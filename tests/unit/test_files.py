@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pocketlm.errors import FileError
-from pocketlm.files import Journal, Lock, commit_folder, read_json, remove_folder, sweep, verify_folder, write_file
+from pocketlm.files import Journal, Lock, commit_folder, remove_folder, sweep, write_file
+from pocketlm.reading import read_json, verify_folder
 
 
 def committed(path: Path) -> Path:

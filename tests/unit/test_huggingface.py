@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from pocketlm.config import Config, ModelConfig, SampleConfig, preset_names
+from pocketlm.config import Config, ModelConfig, SampleConfig
 from pocketlm.errors import FileError
 from pocketlm.formats import huggingface as hf
 from pocketlm.model.transformer import Transformer
+from pocketlm.toml_trees import preset_names
 
 RELEASED = Path(__file__).parents[3] / "shared/data/tokenizers/smollm2/config.json"
 LLAMA = hf.config_json(Config.preset("smollm2-135m").model, end_id=0)

@@ -30,7 +30,8 @@ from pocketlm.data.shards import (
 )
 from pocketlm.data.split import is_validation
 from pocketlm.errors import DataError
-from pocketlm.files import read_json, read_manifest, write_file, write_manifest
+from pocketlm.files import write_file, write_manifest
+from pocketlm.reading import read_json, read_manifest
 from pocketlm.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 
 HARD = [

@@ -68,8 +68,8 @@ def _config(what: str, fields: list[str]) -> Config:
 def _model_config(path: Path, fields: list[str]) -> Config:
     from pocketlm.checkpoint import find_checkpoint
     from pocketlm.cli.arguments import say
-    from pocketlm.files import read_json
     from pocketlm.formats.huggingface import model_config
+    from pocketlm.reading import read_json
 
     model = model_config(read_json(find_checkpoint(path, say) / "config.json"))
     context = model.max_position_embeddings

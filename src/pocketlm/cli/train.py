@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pocketlm.cli.arguments import Parser, print_json, say
 from pocketlm.cli.fields import parse_overrides
-from pocketlm.config import Config, preset_names
+from pocketlm.config import Config
+from pocketlm.toml_trees import preset_names
 from pocketlm.training.signals import leave_on_signal
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ def check(path: Path, *, hashes: bool = False) -> Found:
         return Found([Part(*result) for result in _check_dataset(path)])
     if (path / "checkpoints").is_dir():
         return _check_run(path, hashes)
-    from pocketlm.files import MANIFEST
+    from pocketlm.reading import MANIFEST
 
     if (path / MANIFEST).exists() or (path / "training").is_dir():
         return Found([_check_checkpoint(path, hashes)])
@@ -79,7 +79,7 @@ def check(path: Path, *, hashes: bool = False) -> Found:
 
 def _names_dataset(path: Path) -> bool:
     """Whether a manifest speaks of a data set, whose own file may be what is missing."""
-    from pocketlm.files import read_manifest
+    from pocketlm.reading import read_manifest
 
     try:
         return "dataset.json" in read_manifest(path)
@@ -132,7 +132,7 @@ def _of_another_run(part: Part, difference: str) -> Part:
 
 
 def _check_toml(path: Path) -> Part:
-    from pocketlm.files import read_text
+    from pocketlm.reading import read_text
 
     def read() -> None:
         try:
@@ -167,7 +167,7 @@ def _leftovers(run: Path) -> Iterator[str]:
     for folder in (run, run / "checkpoints"):
         for path in leftovers(folder):
             yield f"{path}: half-written, by a process at work or one that was stopped; the next resume removes it"
-        for path in sorted(folder.glob(f"*{SET_ASIDE}")):
+        for path in sorted(folder.glob(f"*{SET_ASIDE}*")):
             yield f"{path}: set aside by a resume from an earlier step; nothing reads it"
 
 

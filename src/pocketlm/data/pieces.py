@@ -20,7 +20,8 @@ import numpy as np
 from pocketlm.data.shards import TOKENIZER_FILE, Tokens, shard_chunks, token_dtype
 from pocketlm.data.split import Split, text_bytes
 from pocketlm.errors import FileError
-from pocketlm.files import read_json, read_text, remove_file, verify_file, write_file
+from pocketlm.files import remove_file, write_file
+from pocketlm.reading import read_json, read_text, verify_file
 from pocketlm.text.sources import Document, Source
 from pocketlm.text.tokenizer import Tokenizer
 

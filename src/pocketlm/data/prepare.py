@@ -38,7 +38,8 @@ from pocketlm.data.pieces import (
 from pocketlm.data.shards import COUNTS, DATASET_FILE, SCHEMA, TOKENIZER_FILE, open_dataset, token_dtype
 from pocketlm.data.split import Split, Survey, survey
 from pocketlm.errors import DataError
-from pocketlm.files import MANIFEST, Entry, Lock, make_folder, remove_file, sweep, write_file, write_manifest
+from pocketlm.files import Lock, make_folder, remove_file, sweep, write_file, write_manifest
+from pocketlm.reading import MANIFEST, Entry
 from pocketlm.text.sources import Source, open_source
 from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_tokenizer
 

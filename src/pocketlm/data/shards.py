@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketlm.errors import DataError, FileError
-from pocketlm.files import MANIFEST, Entry, read_json, read_manifest, read_text, verify_file
+from pocketlm.reading import MANIFEST, Entry, read_json, read_manifest, read_text, verify_file
 from pocketlm.text.tokenizer import Tokenizer
 
 SCHEMA = 2

@@ -16,7 +16,7 @@ from pocketlm.config import Config, DataConfig
 from pocketlm.data.loader import Stream
 from pocketlm.data.shards import DATASET_FILE, Dataset, open_dataset
 from pocketlm.errors import DataError, FileError, UsageError
-from pocketlm.files import read_json
+from pocketlm.reading import read_json
 from pocketlm.text.sources import Document, open_source
 from pocketlm.text.tokenizer import Tokenizer
 

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from pocketlm.errors import DataError, FileError
-from pocketlm.files import read_text
+from pocketlm.reading import read_text
 from pocketlm.text.cuts import RUN_STEP, cut_at_lines, cut_in_runs
 from pocketlm.text.tokenizer_json import (
     END_OF_TEXT,

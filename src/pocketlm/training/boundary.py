@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pocketlm import checkpoint
+from pocketlm.config import Config
 from pocketlm.errors import FileError
 from pocketlm.evaluate.loss import evaluate_stream
 from pocketlm.files import free_bytes
@@ -183,17 +184,14 @@ def save(run: Run, state: TrainState, *, must: bool) -> None:
         _refused(run, error, f"cannot save step {now.step} ({room})", must=must)
     else:
         state.saved = now.mark
-        _prune(run, now)
+        prune(run.folder, run.config, now, run.metrics, run.listener.note)
 
 
-def _prune(run: Run, now: Progress) -> None:
+def prune(folder: Path, config: Config, now: Progress, metrics: Mapping[int, float], warn: checkpoint.Warn) -> None:
     """What is too much goes; not the checkpoint that the run would go back to."""
-    train = run.config.train
-    prune = partial(checkpoint.prune, run.folder, train.keep_last, train.keep_best, run.metrics)
-    try:
-        prune(warn=run.listener.note, keep={now.anchor(train.checkpoint_every)})
-    except OSError as error:
-        run.listener.note(f"cannot remove older checkpoints: {error.strerror}")
+    train = config.train
+    anchor = now.anchor(train.checkpoint_every)
+    checkpoint.prune(folder, train.keep_last, train.keep_best, metrics, warn=warn, keep={anchor})
 
 
 def _refused(run: Run, error: OSError, what: str, *, must: bool) -> None:

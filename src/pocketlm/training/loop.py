@@ -14,12 +14,12 @@ from pathlib import Path
 from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.errors import ConfigError, Diverged, FileError, Interrupted, PocketError
-from pocketlm.files import Lock, make_folder, set_aside, sweep
-from pocketlm.training.boundary import Late, record, save, serve
+from pocketlm.files import Journal, Lock, make_folder, set_aside, sweep
+from pocketlm.training.boundary import Late, prune, record, save, serve
 from pocketlm.training.guard import Trouble
 from pocketlm.training.log import Listener, Silent
 from pocketlm.training.report import write_report
-from pocketlm.training.run import Run, begin, info
+from pocketlm.training.run import Run, begin, info, metrics_of
 from pocketlm.training.signals import Stopped, StopRequest, exit_signal, stop_on_signal
 from pocketlm.training.state import TrainState, read_state
 from pocketlm.training.step import train_step
@@ -56,8 +56,7 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
         start = _find_start(folder, resume, listener)
         if start is not None:
             _check_same_config(folder, start, config)
-            if _complete(start, config):
-                listener.note(f"{folder} is complete: step {checkpoint.step_of(start)} of {config.train.total_steps}")
+            if _complete(folder, start, config, listener):
                 return folder
         run, state = begin(folder, config, start, listener)
         _set_aside_later(folder, checkpoint.step_of(start) if start else None, listener)
@@ -82,10 +81,14 @@ def _find_start(folder: Path, resume: str, listener: Listener) -> Path | None:
     return path
 
 
-def _complete(start: Path, config: Config) -> bool:
-    """Whether nothing is left to do after a checkpoint, also no last evaluation that a signal had broken off."""
+def _complete(folder: Path, start: Path, config: Config, listener: Listener) -> bool:
+    """Whether nothing is left to do after a checkpoint but to prune, also no evaluation that a signal had broken off."""
     state = read_state(start)
-    return min(state.step, state.evaluated_at, state.sampled_at) >= config.train.total_steps
+    if min(state.step, state.evaluated_at, state.sampled_at) < config.train.total_steps:
+        return False
+    listener.note(f"{folder} is complete: step {state.step} of {config.train.total_steps}")
+    prune(folder, config, state, metrics_of(Journal.read(folder / "metrics.jsonl"), config), listener.note)
+    return True
 
 
 def _set_aside_later(folder: Path, step: int | None, listener: Listener) -> None:

@@ -76,6 +76,7 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
     stored = read_state(start) if start else None
     if stored and stored.data_fingerprint != dataset.fingerprint:
         raise DataError(f"{folder} was trained on other data than {dataset.path}; give the old data, or a new --out")
+    dataset.verify()  # every byte, before anything of the run is changed
     runtime = distributed.start(config.train)
     resolved = stored.resolved if stored else resolve(config, runtime)
     runtime = _as_before(stored, distributed.keep_threads(runtime, resolved.threads), listener) if stored else runtime
