@@ -82,7 +82,7 @@ def _find_start(folder: Path, resume: str, listener: Listener) -> Path | None:
 
 
 def _complete(folder: Path, start: Path, config: Config, listener: Listener) -> bool:
-    """Whether nothing is left to do after a checkpoint but to prune, also no evaluation that a signal had broken off."""
+    """Whether nothing is left to do but to prune; a last evaluation may be, which a signal had broken off."""
     state = read_state(start)
     if min(state.step, state.evaluated_at, state.sampled_at) < config.train.total_steps:
         return False
