@@ -307,6 +307,8 @@ def test_shards_made_to_harm(harm: str, folder: Path) -> None:
     rewritten(folder / "train-00000.tokens", change)
     reseal(folder)
     with pytest.raises(DataError, match=words):
+        _ = open_dataset(folder).train.read(0, 1)
+    with pytest.raises(DataError, match=words):
         read_everything(folder)
 
 
