@@ -122,11 +122,11 @@ def restore(path: Path, weights: Shapes, optimizer: Shapes) -> Restored:
     """Reads a verified checkpoint, shapes held against the model and optimizer that ask for it.
 
     Raises:
-        FileError: damaged, or made for other shapes or types.
+        FileError: damaged, or made for other shapes.
     """
     return Restored(
-        read_tensors(path / WEIGHTS, weights, {torch.float32}),
-        read_tensors(path / OPTIMIZER, optimizer, {torch.float32, torch.int64}),
+        read_tensors(path / WEIGHTS, weights),
+        read_tensors(path / OPTIMIZER, optimizer),
         read_state(path),
     )
 

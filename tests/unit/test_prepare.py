@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import pytest
 
 from pocketlm.config import DataConfig
 from pocketlm.data import pieces
-from pocketlm.data.pieces import Report
-from pocketlm.data.prepare import MAX_PIECES, prepare
+from pocketlm.data.pieces import MAX_PIECES, Report
+from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import (
     Dataset,
     Shard,
@@ -251,6 +251,53 @@ def test_a_number_changed_in_a_plan_or_piece_is_not_believed(hashed: Dataset, tm
         prepare(data, progress=silent)
         assert contents(tmp_path / "other") == contents(hashed.path)
         shutil.rmtree(tmp_path / "other")
+
+
+def of_other_types(tree: Any) -> Iterator[Any]:
+    """A tree once for each of its values, inner nodes too, with that value gone, and with one of another type there."""
+    for key, value in tree.items():
+        yield {name: other for name, other in tree.items() if name != key}
+        yield tree | {key: ["x"]}
+        yield tree | {key: -1}
+        if isinstance(value, dict) and value:
+            yield from (tree | {key: inner} for inner in of_other_types(value))
+
+
+@pytest.mark.goal("R23")
+@pytest.mark.parametrize("name", ["plan.json", "piece-00001.json"])
+def test_a_plan_or_piece_of_other_types_is_made_again_whatever_its_hash(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = write_corpus(Path("text"), [f"{number} ravens\n" * 30 for number in range(80)])
+    data = config(source, piece_documents=30, dir="set")
+    whole = contents(prepare(config(source, piece_documents=30, dir="whole"), progress=silent))
+    prepare_in_part(data, 2)
+    shutil.copytree("set", "begun")
+    tree = read_json(Path("begun") / name)
+    del tree["hash"]
+    cases = list(of_other_types(tree))
+    assert len(cases) >= 30
+    for changed in cases:
+        shutil.rmtree("set")
+        shutil.copytree("begun", "set")
+        sealed = {"hash": hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()} | changed
+        (Path("set") / name).write_text(json.dumps(sealed))
+        prepare(data, progress=silent, exact=True)
+        assert contents(Path("set")) == whole, changed
+
+
+@pytest.mark.goal("R23")
+def test_what_is_said_of_a_set_of_others_holds_no_control_codes(hashed: Dataset, tmp_path: Path) -> None:
+    info = read_json(hashed.path / "dataset.json")
+    info["source"]["spec"] = "\x1b]0;owned\x07\x1b[2J\r\nline \ud800"
+    info["tokenizer"]["spec"] = "byte\x1b[31m"
+    entry = write_file(hashed.path / "dataset.json", json.dumps(info).encode())
+    write_manifest(hashed.path, hashed.files | {"dataset.json": entry})
+    said: list[str] = []
+    prepare(config(f"files:{tmp_path}/corpus.jsonl", dir=str(hashed.path)), progress=said.append)
+    assert len(said) == 2
+    assert all(line.isprintable() and "\\x1b" in line for line in said)
 
 
 def test_a_stopped_preparation_of_other_text_is_not_continued(tmp_path: Path) -> None:

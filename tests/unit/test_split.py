@@ -60,6 +60,8 @@ def test_the_hash_rule_where_it_gives_enough() -> None:
         ("x" * 10 + "\u00e9" * 10, 15, 14),  # inside a character
         ("x" * 90 + "\nlast", 50, 50),  # too late a line start
         ("end", 3, 3),
+        ("beyond", 2**62, 6),
+        ("", 1, 0),
     ],
 )
 def test_cutting_at_a_line_start(text: str, byte: int, cut: int) -> None:
@@ -71,10 +73,10 @@ def test_cutting_at_a_line_start(text: str, byte: int, cut: int) -> None:
 @settings(deadline=None)
 @given(text=st.text(alphabet="ab\n\u00e9\U0001f999", max_size=30), data=st.data())
 def test_a_cut_loses_nothing(text: str, data: st.DataObject) -> None:
-    byte = data.draw(st.integers(0, len(text.encode())))
+    byte = data.draw(st.integers(0, len(text.encode()) + 2))
     assert "".join(cut_at_line(text, byte)) == text
 
 
 def test_split_survives_its_tree() -> None:
     for split in (Split("hash", 0.01), Split("block", 0.01, 3, 7)):
-        assert Split(**split.tree()) == split
+        assert Split.from_tree(split.tree()) == split

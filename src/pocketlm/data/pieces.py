@@ -1,7 +1,8 @@
 """The work on an unfinished data set: its plan, and the pieces that are written one after the other.
 
 plan.json and piece-*.json say how far the work is. Each carries a hash of itself, and the SHA-256 of what was written
-beside it: what a later run finds changed, it makes again.
+beside it: what a later run finds changed, it makes again. A hash keeps nobody from writing nonsense, so their shape is
+checked too.
 """
 
 from __future__ import annotations
@@ -17,20 +18,41 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.data.shards import TOKENIZER_FILE, Tokens, shard_chunks, token_dtype
+from pocketlm.data.shards import COUNTS, TOKENIZER_FILE, Tokens, misfit, shard_chunks, token_dtype
 from pocketlm.data.split import Split, text_bytes
-from pocketlm.errors import FileError
+from pocketlm.errors import DataError, FileError
 from pocketlm.files import remove_file, write_file
 from pocketlm.reading import read_json, read_text, verify_file
 from pocketlm.text.sources import Document, Source
 from pocketlm.text.tokenizer import Tokenizer
 
 PLAN_FILE = "plan.json"
+MAX_PIECES = 4096  # dataset.json and manifest.json are then half as large as what files.py reads
 BATCH_CHARS = 1 << 21  # of text tokenized at once
 REPORT_EVERY_S = 5.0
 
 Progress = Callable[[str], None]
 Tree = dict[str, Any]
+
+# what plan.json and piece-*.json have at least, and of what types
+FILE = {"bytes": int, "sha256": str}
+HASH = {"kind": "hash", "val_fraction": float}
+PLAN = {
+    "inputs": {
+        "schema": int,
+        "source": {"spec": str, "fingerprint": str},
+        "tokenizer": {"spec": str, "fingerprint": (str, None)},
+        "val_fraction": float,
+        "piece_documents": int,
+    },
+    "documents": int,
+    "text_bytes": int,
+    "split": (HASH, HASH | {"kind": "block", "document": int, "byte": int}),
+    "dropped": dict,
+    "tokenizer": FILE | {"fingerprint": str, "end_token": str},
+}
+SHARD = COUNTS | FILE | {"name": str}
+PIECE = {"plan": str, "empty_documents": int, "train": (SHARD, None), "val": (SHARD, None)}
 
 
 # --- the plan
@@ -47,7 +69,7 @@ class Plan:
 
     @property
     def split(self) -> Split:
-        return Split(**self.tree["split"])
+        return Split.from_tree(self.tree["split"])
 
     @property
     def num_pieces(self) -> int:
@@ -60,14 +82,16 @@ class Plan:
 
 def read_plan(folder: Path, inputs: Tree) -> Plan | None:
     """The plan of an unfinished folder, if it is whole and was made from the same inputs."""
-    tree = unsealed(folder / PLAN_FILE)
+    tree = unsealed(folder / PLAN_FILE, PLAN)
     if tree is None or tree["inputs"] != inputs:
         return None
     try:
         verify_file(folder / TOKENIZER_FILE, tree["tokenizer"])
-    except FileError:
+        tokenizer = Tokenizer(read_text(folder / TOKENIZER_FILE), tree["tokenizer"]["end_token"])
+    except (FileError, DataError):
         return None
-    return Plan(folder, tree, Tokenizer(read_text(folder / TOKENIZER_FILE), tree["tokenizer"]["end_token"]))
+    plan = Plan(folder, tree, tokenizer)
+    return plan if 1 <= plan.num_pieces <= MAX_PIECES else None
 
 
 # --- pieces
@@ -92,15 +116,21 @@ def _piece_file(plan: Plan, piece: int) -> Path:
     return plan.folder / f"piece-{piece:05d}.json"
 
 
+def _shard_file(plan: Plan, split: str, piece: int) -> Path:
+    return plan.folder / f"{split}-{piece:05d}.tokens"
+
+
 def _whole_piece(plan: Plan, piece: int) -> Tree | None:
     """What piece-*.json says of a piece, if it belongs to this plan and its shards are as they were written."""
-    entry = unsealed(_piece_file(plan, piece))
+    entry = unsealed(_piece_file(plan, piece), PIECE)
     if entry is None or entry["plan"] != plan.hash:
         return None
     try:
         for split in ("train", "val"):
             if shard := entry[split]:
-                verify_file(plan.folder / shard["name"], shard)
+                if shard["name"] != _shard_file(plan, split, piece).name:
+                    return None
+                verify_file(_shard_file(plan, split, piece), shard)
     except FileError:
         return None
     return entry
@@ -118,7 +148,7 @@ def _write_piece(plan: Plan, piece: int, documents: Iterable[tuple[int, Document
         report.add(sum(sizes))
     entry: Tree = {"plan": plan.hash, "empty_documents": empty}
     for name, collected in shards.items():
-        entry[name] = collected.write(plan.folder / f"{name}-{piece:05d}.tokens", tokenizer.vocab_size)
+        entry[name] = collected.write(_shard_file(plan, name, piece), tokenizer.vocab_size)
     write_file(_piece_file(plan, piece), sealed(entry))
     return entry
 
@@ -195,13 +225,13 @@ def sealed(tree: Tree) -> bytes:
     return json_bytes({"hash": hash_of(tree)} | tree)
 
 
-def unsealed(path: Path) -> Tree | None:
-    """What `sealed` wrote; None if it is missing or damaged, or nothing of this version's."""
+def unsealed(path: Path, shape: Tree) -> Tree | None:
+    """What `sealed` wrote; None if it is missing or damaged, or nothing of this version's, which has this shape."""
     try:
         tree = read_json(path)
     except FileError:
         return None
-    return tree if tree.pop("hash", None) == hash_of(tree) else None
+    return tree if tree.pop("hash", None) == hash_of(tree) and misfit(tree, shape) is None else None
 
 
 def json_bytes(tree: Tree) -> bytes:

@@ -24,6 +24,8 @@ from pathlib import Path
 
 from pocketlm.config import DataConfig
 from pocketlm.data.pieces import (
+    MAX_PIECES,
+    PLAN,
     PLAN_FILE,
     Plan,
     Progress,
@@ -37,7 +39,7 @@ from pocketlm.data.pieces import (
 )
 from pocketlm.data.shards import COUNTS, DATASET_FILE, SCHEMA, TOKENIZER_FILE, open_dataset, token_dtype
 from pocketlm.data.split import Split, Survey, survey
-from pocketlm.errors import DataError
+from pocketlm.errors import DataError, one_line
 from pocketlm.files import Lock, make_folder, remove_file, sweep, write_file, write_manifest
 from pocketlm.reading import MANIFEST, Entry
 from pocketlm.text.sources import Source, open_source
@@ -45,7 +47,6 @@ from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_t
 
 LOCK_FILE = "prepare.lock"
 PIECE_FILES = "piece-*.json"
-MAX_PIECES = 4096  # dataset.json and manifest.json are then half as large as what files.py reads
 
 
 def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data"), exact: bool = False) -> Path:
@@ -64,6 +65,7 @@ def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data")
         DataError: a source or tokenizer that is refused, no text, or a folder that holds something else.
         OSError: the disk refused; the next call goes on.
     """
+    progress = _inert(progress)
     named = Path(config.dir) if config.dir else None
     if named and not exact and is_finished(named):
         _use_as_it_is(named, config, progress)
@@ -88,11 +90,16 @@ def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data")
     return folder
 
 
+def _inert(progress: Progress) -> Progress:
+    """What is said may quote a folder that others made: a set's names, or who holds its lock."""
+    return lambda line: progress(one_line(line))
+
+
 def is_finished(folder: Path) -> bool:
     """Whether a set was finished here, be it whole or not; only a folder that is not may be worked in."""
     if os.path.lexists(folder / MANIFEST):
         return True
-    return os.path.lexists(folder / DATASET_FILE) and unsealed(folder / PLAN_FILE) is None
+    return os.path.lexists(folder / DATASET_FILE) and unsealed(folder / PLAN_FILE, PLAN) is None
 
 
 @contextlib.contextmanager
@@ -167,7 +174,7 @@ def _standing(folder: Path) -> Tree | None:
     if is_finished(folder):
         info = open_dataset(folder).info
         return info | {"val_fraction": info["split"]["val_fraction"]}
-    if (tree := unsealed(folder / PLAN_FILE)) is None:
+    if (tree := unsealed(folder / PLAN_FILE, PLAN)) is None:
         return None
     inputs: Tree = tree["inputs"]
     return inputs | {

@@ -161,9 +161,14 @@ class Shard:
 
     @cached_property
     def _bytes(self) -> NDArray[np.uint8]:
+        """The file, mapped; a hash that fits does not say that its documents lie in it, one after the other."""
         with _refused_with_advice(self.path.parent):
             verify_file(self.path, self.entry)
-        return np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+        data = np.asarray(np.memmap(self.path, dtype=np.uint8, mode="r"))
+        starts = data[self.layout.starts_offset :].view("<u8")
+        if starts[0] != 0 or starts[-1] >= self.layout.tokens or not (starts[1:] > starts[:-1]).all():
+            raise _damaged(self.path, "its documents do not follow each other")
+        return data
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -177,10 +182,7 @@ class Shard:
     @property
     def document_starts(self) -> Ids:
         """(layout.documents,) int64: where each document begins among the tokens."""
-        starts = self._bytes[self.layout.starts_offset :].view("<u8")
-        if starts[0] != 0 or starts[-1] >= self.layout.tokens or not (starts[1:] > starts[:-1]).all():
-            raise _damaged(self.path, "its documents do not follow each other")
-        return starts.astype(np.int64)
+        return self._bytes[self.layout.starts_offset :].view("<u8").astype(np.int64)
 
 
 # --- a split of a data set
@@ -330,8 +332,8 @@ def _read_info(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
         info = read_json(path / DATASET_FILE)
     if info.get("schema") != SCHEMA:
         raise _other_format(path, info)
-    if misfit := _misfit(info, INFO):
-        raise _damaged(path / DATASET_FILE, f"{misfit} is missing or of another type")
+    if wrong := misfit(info, INFO):
+        raise _damaged(path / DATASET_FILE, f"{wrong} is missing or of another type")
     shards = {shard["name"] for split in ("train", "val") for shard in info[split]["shards"]}
     if files.keys() != shards | {DATASET_FILE, TOKENIZER_FILE}:
         raise _damaged(path / MANIFEST, f"its files are not those of {DATASET_FILE}")
@@ -356,16 +358,23 @@ def _other_format(path: Path, info: Mapping[str, Any]) -> DataError:
     return DataError(f"{given}, this pocketlm reads {SCHEMA}; delete the folder {path} and run the command again")
 
 
-def _misfit(value: Any, shape: Any, name: str = DATASET_FILE) -> str | None:
-    """The name of the first part of a JSON value that is missing or of another type than `shape` has there."""
+def misfit(value: Any, shape: Any, name: str = DATASET_FILE) -> str | None:
+    """The name of the first part of a JSON value that is missing or of another type than `shape` has there.
+
+    In a shape, [x] is any number of x, (x, y) is x or y, and a string or None stands for itself.
+    """
+    if isinstance(shape, tuple):
+        return None if any(misfit(value, one) is None for one in shape) else name
     if isinstance(shape, dict):
-        inner = [(value.get(key), shape[key], key) for key in shape] if isinstance(value, dict) else None
+        inner = [(value.get(key, ...), shape[key], key) for key in shape] if isinstance(value, dict) else None
     elif isinstance(shape, list):
         inner = [(item, shape[0], name) for item in value] if isinstance(value, list) else None
+    elif shape is None or isinstance(shape, str):
+        return None if value == shape else name
     else:  # bool is an int for Python, a count is none
         fits = type(value) is shape and (shape is not int or 0 <= value < MAX_INTEGER)
         return None if fits else name
-    return name if inner is None else next(filter(None, (_misfit(*part) for part in inner)), None)
+    return name if inner is None else next(filter(None, (misfit(*part) for part in inner)), None)
 
 
 def _open_split(path: Path, split: str, info: Mapping[str, Any], files: Mapping[str, Entry]) -> TokenStream:

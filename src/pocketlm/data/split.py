@@ -19,8 +19,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
 
 ENOUGH_BYTES = 16_384
 LARGEST_SHARE = 0.10
@@ -57,9 +57,13 @@ class Split:
         )
 
     def tree(self) -> dict[str, Any]:
-        """As plain values; `Split(**tree)` gives it back."""
+        """As plain values; `from_tree` gives it back."""
         block = asdict(self)
         return block if self.kind == "block" else {"kind": self.kind, "val_fraction": self.val_fraction}
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> Self:
+        return cls(**{field.name: tree[field.name] for field in fields(cls) if field.name in tree})
 
 
 def text_bytes(text: str) -> int:
@@ -78,6 +82,7 @@ def cut_at_line(text: str, byte: int) -> tuple[str, str]:
     Where the first half of what remains has no line start, the cut is at that byte's character, inside a line.
     """
     data = text.encode()
+    byte = min(byte, len(data))  # a plan may say anything
     line_start = 1 + data.find(b"\n", max(0, byte - 1), byte + (len(data) - byte) // 2)
     if byte == 0:
         return "", text

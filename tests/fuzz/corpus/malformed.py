@@ -6,6 +6,7 @@ Each is made from the whole file that stands in its place, and says which place 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -369,6 +370,53 @@ def datasets() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
     yield "deep lists", instead(b'{"schema": ' + b"[" * 100_000)
 
 
+def sealed(make: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    """As `make` makes it, with a hash that fits."""
+
+    def seal(data: bytes) -> bytes:
+        tree = tree_of(make(data))
+        tree.pop("hash", None)
+        text = json.dumps(tree, sort_keys=True)
+        return json.dumps({"hash": hashlib.sha256(text.encode()).hexdigest()} | tree).encode()
+
+    return seal
+
+
+def plans() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
+    yield "nothing in it", instead(b"{}")
+    yield "nothing in its inputs", put("inputs", value={})
+    yield "inputs that are a list", put("inputs", value=[])
+    yield "no tokenizer", without("tokenizer")
+    yield "a tokenizer without a hash", without("tokenizer", "sha256")
+    yield "an end token that is an object", put("tokenizer", "end_token", value={})
+    yield "an end token that is none", put("tokenizer", "end_token", value="\ud800")
+    yield "a fingerprint that is a number", put("inputs", "tokenizer", "fingerprint", value=7)
+    yield "no specification of a source", without("inputs", "source", "spec")
+    yield "a split of text", put("split", value="half")
+    yield "a split of a third kind", put("split", "kind", value="half")
+    yield "a split with a number too many", put("split", "more", value=1)
+    yield "a block from text on", put("split", value={"kind": "block", "val_fraction": 0.1, "document": "a", "byte": 0})
+    yield "a block of 2^62", put("split", value={"kind": "block", "val_fraction": 0.1, "document": 0, "byte": 1 << 62})
+    yield "0 documents", put("documents", value=0)
+    yield "2^62 documents", put("documents", value=1 << 62)
+    yield "half a document", put("documents", value=0.5)
+    yield "text of text", put("text_bytes", value="many")
+    yield "a list of what was dropped", put("dropped", value=[["a", 1]])
+
+
+def pieces() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
+    yield "nothing in it", instead(b"{}")
+    yield "no plan", without("plan")
+    yield "no training shard said", without("train")
+    yield "a shard that is a list", put("train", value=["name"])
+    yield "a shard without a name", without("train", "name")
+    yield "a shard without a hash", without("train", "sha256")
+    yield "a shard named ../outside", put("train", "name", value="../outside.tokens")
+    yield "a shard named NUL", put("train", "name", value="\0")
+    yield "counts that are text", put("train", "tokens", value="many")
+    yield "empty documents in a list", put("empty_documents", value=[0])
+
+
 def others() -> Iterator[Malformed]:
     remote = put("auto_map", value={"AutoModelForCausalLM": "../../outside--modeling.Evil"})
     number = put("added_tokens", 0, "id", value=1 << 31)
@@ -395,14 +443,18 @@ def others() -> Iterator[Malformed]:
     yield Malformed("config of a run", "a preset that is a list", instead(b"preset = [1]"))
     yield Malformed("config of a run", "another run's", instead(b'preset = "tiny"'))
     beyond, before = struct.pack("<Q", 1 << 62), b"\xff" * 8
-    yield Malformed("shard", "a document that begins beyond the end", lambda data: data[:-8] + beyond, ignored=True)
-    yield Malformed("shard", "a document that begins at -1", lambda data: data[:-8] + before, ignored=True)
+    yield Malformed("shard", "a document that begins beyond the end", lambda data: data[:-8] + beyond)
+    yield Malformed("shard", "a document that begins at -1", lambda data: data[:-8] + before)
     yield Malformed("plan", "a plan of lists", instead(b"[1]"), ignored=True)
     yield Malformed("plan", "a plan with nothing in it", instead(b'{"inputs": {}}'), ignored=True)
     yield Malformed("plan", "a plan of wrong types", instead(b'{"inputs": [], "tokenizer": 5}'), ignored=True)
     yield Malformed("plan", "a plan without a tokenizer", without("tokenizer"), ignored=True)
     yield Malformed("plan", "a plan with a split of text", put("split", value="half"), ignored=True)
     yield Malformed("plan", "a plan with -1 documents", put("documents", value=-1), ignored=True)
+    for name, make in plans():
+        yield Malformed("plan", f"with its own hash, {name}", sealed(make), ignored=True)
+    for name, make in pieces():
+        yield Malformed("piece", f"with its own hash, {name}", sealed(make), ignored=True)
     yield Malformed("files: .jsonl", "deep lists", instead(b"[" * 100_000))
     yield Malformed("files: .jsonl", "a number of 100,000 digits", instead(b'{"text": ' + b"9" * 100_000 + b"}"))
     yield Malformed("files: .jsonl", "half of a pair", instead(b'{"text": "\\ud800"}'))

@@ -46,6 +46,7 @@ PLACES = {
     "tokenizer of a data set": Place(f"{DATA}/tokenizer.json", (["data", "show", DATA],)),
     "data set": Place(f"{DATA}/dataset.json", (["data", "show", DATA], ["verify", DATA])),
     "plan": Place("unfinished/plan.json", (GO_ON,), ignored=True),
+    "piece": Place("unfinished/piece-00000.json", (GO_ON,), ignored=True),
     "MODEL": Place("hostile.pth", (["generate", "hostile.pth", "--prompt", "the"], ["eval", "hostile.pth"])),
     "--data.tokenizer": Place(
         "hostile.json", (["train", "debug", "--data.tokenizer", "hostile.json", "--out", "new"],)
