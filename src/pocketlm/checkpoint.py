@@ -44,8 +44,8 @@ SAVED = (
     *(CONFIG, OPTIMIZER, STATE),
 )
 BLOCK_BYTES = 4096
-CLOCKS = ("elapsed_s", "resolved.peak_flops", "resolved.reasons")
-"""What of the state is measured time, or words about it. Nothing is computed from it."""
+CLOCKS = ("elapsed_s", "journal_sha256", "resolved.peak_flops", "resolved.reasons")
+"""What of the state is measured time, words about it, or a hash of lines that hold it. Nothing is computed from it."""
 
 Warn = Callable[[str], None]
 

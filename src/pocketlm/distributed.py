@@ -34,15 +34,18 @@ class Runtime:
     determinism: Determinism
 
 
-def start(train: TrainConfig) -> Runtime:
+def start(train: TrainConfig, begun_with: Determinism | None = None) -> Runtime:
     """Sets threads and determinism for this process.
 
     `bitwise` holds for a number of threads fixed at the start; the number is part of the run's resolved settings.
+
+    Args:
+        begun_with: the level of a run that goes on; by default the one that is asked for, `auto` resolved.
     """
     keep_freed_memory()
-    device, determinism = default_device(), train.determinism
-    if determinism == "auto":
-        determinism = "bitwise" if device.type == "cpu" else "same-data"
+    device = default_device()
+    auto: Determinism = "bitwise" if device.type == "cpu" else "same-data"
+    determinism = begun_with or (auto if train.determinism == "auto" else train.determinism)
     if determinism == "bitwise":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
     threads = available_cores() if train.threads == "auto" else train.threads
@@ -93,4 +96,11 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "gpu": _gpu() if torch.cuda.is_available() else "none",
     }
+
+
+def _gpu() -> str:
+    """The first one, and the libraries that compute on it."""
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}"

@@ -21,7 +21,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -272,7 +272,7 @@ def _remove_if_possible(path: Path) -> None:
 
 
 class Journal:
-    """An append-only file of JSON lines, one record a line, each with its `step`.
+    """An append-only file of JSON lines, one record a line, each with its `step` and `kind`.
 
     After a failed sync nothing says which of the bytes since the last one are on the disk, and the system may take
     the next sync for done. So they are kept until a sync succeeds, and written again after one that did not.
@@ -287,20 +287,33 @@ class Journal:
         self._open(keep)
 
     def _open(self, keep: int | None) -> None:
-        lines = list(_whole_lines(self.path))[:keep]
+        lines = list(islice(_whole_lines(self.path), keep))
         content = b"".join(line + b"\n" for line, _ in lines)
         if not self.path.is_file() or self.path.stat().st_size != len(content):
             write_file(self.path, content)
+        file = DISK.append(self.path)
         self.num_records = len(lines)
+        self._digest = hashlib.sha256(content)
         self._kept = b""  # all that came after the last sync
         self._synced = self._end = len(content)  # how long the file is for certain, and with all whole lines
         self._cut = False  # whether something stands after `_end`
-        self._file = DISK.append(self.path)
+        self._file = file
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of all records, as their lines."""
+        return self._digest.hexdigest()
+
+    @staticmethod
+    def sha256_of(path: Path, keep: int) -> str:
+        """Of the first `keep` records of a journal, or of those there are."""
+        return hashlib.sha256(b"".join(line + b"\n" for line, _ in islice(_whole_lines(path), keep))).hexdigest()
 
     def rewind(self, keep: int) -> None:
         """Goes back to the first `keep` records."""
-        self.close()
+        before = self._file
         self._open(keep)
+        DISK.close(before)
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a record. It is on the disk for certain only after `sync`.
@@ -308,7 +321,9 @@ class Journal:
         Raises:
             OSError: the disk refused. The record is not lost: the next `append` or `sync` writes it.
         """
-        self._kept += json.dumps(record, allow_nan=False).encode() + b"\n"
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._kept += line
+        self._digest.update(line)
         self.num_records += 1
         self._write()
 
@@ -361,7 +376,7 @@ def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             return
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        if not isinstance(record, dict) or type(record.get("step")) is not int or type(record.get("kind")) is not str:
             return
         yield line, record
 

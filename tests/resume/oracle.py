@@ -12,8 +12,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
-CLOCKS = ("elapsed_s", "resolved.peak_flops", "resolved.reasons")
-"""Of the state: seconds, the measured speed of the machine, and the text that tells of it."""
+CLOCKS = ("elapsed_s", "journal_sha256", "resolved.peak_flops", "resolved.reasons")
+"""Of the state: seconds, a hash of lines with seconds in them, the measured speed of the machine, and text about it."""
 JOURNAL_CLOCKS = {"elapsed_s", "tokens_per_s", "mfu"}
 
 Leaves = dict[str, str]

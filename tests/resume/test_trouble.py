@@ -7,24 +7,37 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import shutil
+import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pocketlm import checkpoint
-from pocketlm.config import Config
+from pocketlm import checkpoint, files
+from pocketlm.config import Config, GuardConfig, OptimConfig
 from pocketlm.data.loader import Loader
-from pocketlm.errors import Diverged, FileError
+from pocketlm.disk import Disk
+from pocketlm.errors import Diverged, FileError, Interrupted
 from pocketlm.files import Journal
+from pocketlm.model.init import init_weights
+from pocketlm.model.transformer import allocate
+from pocketlm.optim.optimizer import Optimizer
 from pocketlm.training import boundary, loop, step
+from pocketlm.training.guard import APPLIED, Guard
 from pocketlm.training.loop import train
+from pocketlm.training.run import Run
+from pocketlm.training.signals import StopRequest
 from pocketlm.training.state import TrainState
 from proof import Proof
 
@@ -61,11 +74,6 @@ def only_finite_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 def records(run: Path, *kinds: str) -> list[dict[str, Any]]:
     found = Journal.read(run / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in CLOCKS} for record in found if record["kind"] in kinds]
-
-
-def outcome(run: Path) -> tuple[list[dict[str, Any]], str]:
-    everything = records(run, "train", "eval", "sample", "skip", "rollback")
-    return everything, checkpoint.state_hash(checkpoint.list_checkpoints(run)[-1])
 
 
 @contextlib.contextmanager
@@ -125,8 +133,10 @@ def loss_broken(value: float) -> Iterator[None]:
 
 
 def everything(state: TrainState) -> dict[str, bytes]:
-    tensors = dict(state.precision.model.named_parameters()) | state.optimizer.tensors()
-    found = {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
+    """All that a step which is not applied must leave alone, as bytes."""
+    computed = {f"computed {name}": tensor for name, tensor in state.precision.compute.named_parameters()}
+    tensors = dict(state.precision.model.named_parameters()) | computed | state.tensors()
+    found = {name: tensor.detach().float().numpy().tobytes() for name, tensor in tensors.items()}
     return found | {"updates": bytes(str(state.optimizer.updates), "ascii")}
 
 
@@ -203,7 +213,7 @@ def test_too_many_times_back_end_the_run_with_exit_code_4_and_a_report(monkeypat
             with loss_broken(math.nan):
                 return run_step()
 
-    with steps_wrapped(Broken()), pytest.raises(Diverged, match=r"going back 2 time\(s\) did not help") as caught:
+    with steps_wrapped(Broken()), pytest.raises(Diverged, match=r"gone back 2 time\(s\), as often as it may") as caught:
         train(config_of(guard__max_rollbacks=2), out=Path("run"))
     assert caught.value.exit_code == 4
     run = Path("run")
@@ -217,7 +227,7 @@ def test_too_many_times_back_end_the_run_with_exit_code_4_and_a_report(monkeypat
 @pytest.mark.goal("R14")
 def test_a_stop_anywhere_changes_nothing_of_skips_and_rollbacks(proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, {index * ROWS for index in (18, 22, 24, 26, 27, 44, 50, 51, 52, 53)})
-    whole = outcome(train(config_of(), out=Path("whole")))
+    whole = train(config_of(), out=Path("whole"))
     assert len(records(Path("whole"), "rollback")) == 2
     assert len(records(Path("whole"), "skip")) >= 2
     stops = list(range(1, 60))
@@ -227,7 +237,147 @@ def test_a_stop_anywhere_changes_nothing_of_skips_and_rollbacks(proof: Proof, mo
         train(config_of(train__stop_at_step=stop), out=run)
         train(config_of(train__stop_at_step=min(stop + 3, 60)), out=run)
         train(config_of(), out=run)
-        assert outcome(run) == whole, f"stopped after step {stop}"
+        oracle.assert_equal(run, whole)
+
+
+def nan_at(*indices: int) -> contextlib.AbstractContextManager[None]:
+    """A loss that is none in the steps that read these rows."""
+
+    def around(state: TrainState, run_step: Callable[[], step.Outcome]) -> step.Outcome:
+        with loss_broken(math.nan) if state.progress.position // ROWS in indices else contextlib.nullcontext():
+            return run_step()
+
+    return steps_wrapped(around)
+
+
+@pytest.mark.goal("R14")
+def test_every_checkpoint_that_may_be_gone_back_to_is_kept(proof: Proof) -> None:
+    """The window is far longer than the way between checkpoints, and skips leave it one by one."""
+    config = config_of(guard__window=30)
+    with nan_at(5, 17, 37, 38, 39):
+        whole = train(config, out=Path("whole"))
+        (back,) = records(whole, "rollback")
+        assert (back["step"], back["skipped"]) == (15, [18, 38, 39, 40])
+        for case in proof.cases(6, 59):
+            stop, run = case + 1 if proof.long else (6, 18, 37, 38, 39, 41)[case], Path(f"stopped-{case}")
+            train(config_of(guard__window=30, train__stop_at_step=stop), out=run)
+            train(config, out=run)
+            oracle.assert_equal(run, whole)
+
+
+@pytest.mark.goal("R14")
+def test_a_checkpoint_that_a_signal_made_where_trouble_is_found_is_not_gone_back_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The validation loss at step 20 is none, and a signal comes in that very evaluation."""
+    evaluate, evaluate_stream = boundary.evaluate, boundary.evaluate_stream
+
+    def broken_at_20(run: Run, state: TrainState, stop: StopRequest) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if state.progress.position == 20 * ROWS:
+                if signalled.pop():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                patch.setattr(
+                    boundary, "evaluate_stream", lambda *a, **o: replace(evaluate_stream(*a, **o), loss=math.nan)
+                )
+            evaluate(run, state, stop)
+
+    monkeypatch.setattr(boundary, "evaluate", broken_at_20)
+    signalled = [False, False, True]  # what happens in the evaluations at step 20, the first one last
+    with pytest.raises(Interrupted, match="at step 20, saved"):
+        train(config_of(), out=Path("run"))
+    run, whole = (train(config_of(), out=Path(name)) for name in ("run", "whole"))
+    (back,) = records(whole, "rollback")
+    assert (back["step"], back["from_step"]) == (15, 20)
+    oracle.assert_equal(run, whole)
+
+
+def test_other_checkpoints_than_before_do_not_lose_the_way_back() -> None:
+    train(config_of(train__stop_at_step=20), out=Path("run"))
+    with break_at(23 * ROWS, "weight", math.nan):
+        run = train(config_of(train__checkpoint_every=25), out=Path("run"))
+    (back,) = records(run, "rollback")
+    assert back["step"] == 20
+
+
+class Dead(Disk):
+    """Dies before its nth operation and does nothing any more: what stands then is what a killed process leaves."""
+
+    OPERATIONS = ("create", "append", "write", "truncate", "sync", "rename", "remove_file", "make_folder")
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+        self.open = set[int]()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in Dead.OPERATIONS or name in ("remove_folder", "sync_folder"):
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+        return super().__getattribute__(name)
+
+    def append(self, path: Path) -> int:
+        self.open.add(descriptor := super().append(path))
+        return descriptor
+
+    def close(self, descriptor: int) -> None:
+        self.open.discard(descriptor)
+        super().close(descriptor)
+
+    def bury(self) -> None:
+        """What the system does for a dead process, its locks included."""
+        for descriptor in self.open:
+            os.close(descriptor)
+
+
+class Killed(BaseException):
+    """Nothing in the product catches it for good."""
+
+
+@pytest.mark.goal("R2", "R14")
+@pytest.mark.parametrize("way", ["rollback", "--resume"])
+def test_killed_at_any_operation_of_a_way_back(way: str, proof: Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the rollback, or the resume from step 10, every operation of the disk in turn is the last one."""
+    poisoned = {index * ROWS for index in range(22, 26)} if way == "rollback" else set()
+    poison(monkeypatch, poisoned)
+    whole = train(config_of(train__total_steps=32), out=Path("whole"))
+    train(config_of(train__total_steps=32, train__stop_at_step=24, train__keep_last=9), out=Path("before"))
+    resume = "auto" if way == "rollback" else "run/checkpoints/step-00000010"
+
+    def attempt(at: int) -> bool:
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree("before", "run")
+        disk = Dead(at)
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(files, "DISK", disk)
+            train(config_of(train__total_steps=32, train__keep_last=9), out=Path("run"), resume=resume)
+            return True
+        disk.bury()
+        return False
+
+    num = next(at for at in range(40, 2000, 40) if attempt(at))
+    for case in proof.cases(10, num):
+        attempt(case if proof.long else proof.random(case).randrange(num))
+        run = train(config_of(train__total_steps=32, train__keep_last=9), out=Path("run"))
+        oracle.assert_equal(run, whole)
+
+
+def test_the_host_does_not_wait_between_loss_and_update() -> None:
+    class NoWaiting(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+            assert "local_scalar" not in str(op), "the host reads a number"
+            return op(*arguments, **(options or {}))
+
+    guard, loss, norm = Guard(GuardConfig(), torch.device("cpu")), torch.tensor(3.0), torch.tensor(1.0)
+    model = allocate(Config.preset("debug").model)
+    init_weights(model, Config.preset("debug").init, 0)
+    optimizer = Optimizer(model, OptimConfig(kind="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with NoWaiting():
+        verdict = guard.verdict(loss, norm)
+        optimizer.step(1.0, 0, 10, skip=verdict != APPLIED)
+    assert int(verdict) == APPLIED
 
 
 def test_a_skip_of_long_ago_does_not_lead_far_back() -> None:

@@ -64,7 +64,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if problems := list(_problems(self)):
-            raise UsageError("\n".join(problems))
+            raise UsageError(*problems)
 
 
 def next_token(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

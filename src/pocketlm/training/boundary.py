@@ -21,7 +21,7 @@ from pocketlm.language_model import CompletionOptions, LanguageModel
 from pocketlm.optim.schedule import factor
 from pocketlm.training.guard import APPLIED, REASONS, Trouble
 from pocketlm.training.progress import Progress
-from pocketlm.training.run import Run, metrics_of
+from pocketlm.training.run import Run
 from pocketlm.training.signals import StopRequest
 from pocketlm.training.state import TrainState
 from pocketlm.training.step import Outcome
@@ -97,7 +97,6 @@ def _train_record(run: Run, now: Progress, outcome: Outcome, loss: float, grad_n
 def record(run: Run, figures: Mapping[str, Any]) -> None:
     """Tells the listener and the journal; a figure that is no finite number is None, as JSON has no other."""
     record = {name: None if _is_broken(value) else value for name, value in figures.items()}
-    run.metrics.update(metrics_of([record], run.config))
     run.listener.record(record)
     try:
         run.journal.append(record)
@@ -138,8 +137,9 @@ def evaluate(run: Run, state: TrainState, stop: StopRequest) -> None:
     )
     if not math.isfinite(report.loss):
         raise Trouble(f"the validation loss is {report.loss}", state.progress)
-    record(run, {"kind": "eval", "step": state.progress.step, **report.tree()})
-    state.progress.evaluated_at = state.progress.step
+    now = state.progress
+    record(run, {"kind": "eval", "step": now.step, **report.tree()})
+    now.evaluated_at, now.validation_loss = now.step, report.loss
 
 
 def sample(run: Run, state: TrainState, stop: StopRequest) -> None:
@@ -174,7 +174,8 @@ def save(run: Run, state: TrainState, *, must: bool) -> None:
     now = state.progress
     if state.saved == now.mark:
         return
-    now.best_metric = min(run.metrics.values(), default=None)
+    if run.saves(now.step) and (metric := _metric(run, now)) is not None:
+        now.rate(metric, run.config.train.keep_best)
     snapshot = _snapshot(run, state)
     try:
         run.journal.sync()
@@ -184,14 +185,35 @@ def save(run: Run, state: TrainState, *, must: bool) -> None:
         _refused(run, error, f"cannot save step {now.step} ({room})", must=must)
     else:
         state.saved = now.mark
-        prune(run.folder, run.config, now, run.metrics, run.listener.note)
+        prune(run.folder, run.config, now, run.listener.note)
 
 
-def prune(folder: Path, config: Config, now: Progress, metrics: Mapping[int, float], warn: checkpoint.Warn) -> None:
-    """What is too much goes; not the checkpoint that the run would go back to."""
-    train = config.train
-    anchor = now.anchor(train.checkpoint_every)
-    checkpoint.prune(folder, train.keep_last, train.keep_best, metrics, warn=warn, keep={anchor})
+def _metric(run: Run, now: Progress) -> float | None:
+    """What the checkpoint of this step is rated by; None if it was not measured here."""
+    if run.config.train.best_metric == "train":
+        return now.smoothed_loss
+    return now.validation_loss if now.evaluated_at == now.step else None
+
+
+def prune(folder: Path, config: Config, now: Progress, warn: checkpoint.Warn) -> None:
+    """What is too much goes; not the checkpoints that the run would go back to, were there trouble now or next."""
+    regular = regular_steps(folder)
+    may_begin = (*now.skips, now.step, now.step + 1)
+    anchors = {max((step for step in regular if step < begun), default=0) for begun in may_begin}
+    metrics = dict(zip(now.best_steps, now.best_metrics, strict=True))
+    checkpoint.prune(folder, config.train.keep_last, config.train.keep_best, metrics, warn=warn, keep=anchors)
+
+
+def regular_steps(folder: Path) -> list[int]:
+    """The steps of a run's checkpoints that were due, and not made by a signal or `stop_at_step`."""
+    return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder) if _is_regular(path)]
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return checkpoint.read_state(path).get("regular") is True
+    except FileError:
+        return False
 
 
 def _refused(run: Run, error: OSError, what: str, *, must: bool) -> None:
@@ -211,6 +233,10 @@ def _snapshot(run: Run, state: TrainState) -> checkpoint.Snapshot:
         optimizer=state.tensors(),
         config_toml=run.config.to_toml(),
         state=state.scalars(
-            records=run.journal.num_records, data_fingerprint=run.dataset.fingerprint, resolved=run.resolved
+            regular=run.saves(state.progress.step),
+            records=run.journal.num_records,
+            journal_sha256=run.journal.sha256,
+            data_fingerprint=run.dataset.fingerprint,
+            resolved=run.resolved,
         ),
     )

@@ -44,6 +44,7 @@ class Guard:
         """The last losses that counted, a ring: loss number n at n % window."""
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         """Losses that entered the ring."""
+        self._places = torch.arange(config.window, device=device)
 
     @torch.no_grad()
     def verdict(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -59,15 +60,16 @@ class Guard:
         verdict = torch.where(self._leaps(loss), zero + 3, zero)
         verdict = torch.where(grad_norm.isfinite(), verdict, zero + 2)
         verdict = torch.where(loss.isfinite(), verdict, zero + 1)
-        applied, slot = verdict == APPLIED, self.count % self.config.window
-        self.losses[slot] = torch.where(applied, loss, self.losses[slot])
+        applied = verdict == APPLIED
+        here = self._places == self.count % self.config.window  # an index would make the host wait for the device
+        torch.where(here & applied, loss, self.losses, out=self.losses)
         self.count += applied
         return verdict
 
     def _leaps(self, loss: Tensor) -> Tensor:
         """Whether a loss is a leap; never before half of the window is known."""
         window = self.config.window
-        known = torch.arange(window, device=loss.device) < self.count
+        known = self._places < self.count
         share = known / self.count.clamp(1, window)
         mean = (self.losses * share).sum()
         deviation = ((self.losses - mean).square() * share).sum().sqrt()

@@ -6,7 +6,7 @@ A record is a plain dict with `step` and one of the kinds
     eval      loss, bits_per_byte, bits_per_byte_with_special, perplexity, tokens, bytes
     sample    prompt, text
     skip      reason, loss, grad_norm                   a step whose update was not applied, instead of its `train`
-    rollback  reason, from_step, rows_left_out          the run goes on from `step` again, with other data
+    rollback  reason, from_step, rows_left_out, skipped   the run goes on from `step` again, with other data
 
 A figure that is not finite is None.
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.errors import ConfigError, Diverged, FileError, Interrupted, PocketError
-from pocketlm.files import Journal, Lock, make_folder, set_aside, sweep
-from pocketlm.training.boundary import Late, prune, record, save, serve
+from pocketlm.files import Lock, make_folder, sweep
+from pocketlm.training.boundary import Late, prune, record, regular_steps, save, serve
 from pocketlm.training.guard import Trouble
 from pocketlm.training.log import Listener, Silent
 from pocketlm.training.report import write_report
-from pocketlm.training.run import Run, begin, info, metrics_of
+from pocketlm.training.run import Run, begin, info, set_aside_later
 from pocketlm.training.signals import Stopped, StopRequest, exit_signal, stop_on_signal
 from pocketlm.training.state import TrainState, read_state
 from pocketlm.training.step import train_step
@@ -59,7 +59,6 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
             if _complete(folder, start, config, listener):
                 return folder
         run, state = begin(folder, config, start, listener)
-        _set_aside_later(folder, checkpoint.step_of(start) if start else None, listener)
         try:
             listener.started(info(run, state))
             with stop_on_signal() as stop:
@@ -87,19 +86,8 @@ def _complete(folder: Path, start: Path, config: Config, listener: Listener) -> 
     if min(state.step, state.evaluated_at, state.sampled_at) < config.train.total_steps:
         return False
     listener.note(f"{folder} is complete: step {state.step} of {config.train.total_steps}")
-    prune(folder, config, state, metrics_of(Journal.read(folder / "metrics.jsonl"), config), listener.note)
+    prune(folder, config, state, listener.note)
     return True
-
-
-def _set_aside_later(folder: Path, step: int | None, listener: Listener) -> None:
-    """Checkpoints after the step that the run goes on from are damaged or of another future: they get another name.
-
-    Left where they are, they would be taken for the newest.
-    """
-    for later in checkpoint.list_checkpoints(folder):
-        if step is None or checkpoint.step_of(later) > step:
-            begins = "begins afresh" if step is None else f"goes on from step {step}"
-            listener.note(f"set aside as {set_aside(later)}: the run {begins}")
 
 
 def _report(run: Run) -> None:
@@ -125,14 +113,17 @@ def _loop(run: Run, state: TrainState, stop: StopRequest) -> None:
     while True:
         try:
             _steps(run, state, late, stop)
-            _keep(run, state, late)
-            return
+            break
         except Trouble as trouble:
             _go_back(run, state, late, trouble)
         except Stopped:
             state.precision.drop_gradients()
-            saved = _keep(run, state, late)
-            raise _interrupted(state, stop, saved) from None
+            raise _interrupted(run, state, late, stop) from None
+    try:
+        _keep(run, state, late)
+    except Trouble as trouble:
+        hint = "the same command without --train.stop-at-step goes on"
+        raise Diverged(f"step {state.progress.step} is not saved: {trouble}; {hint}") from None
 
 
 def _steps(run: Run, state: TrainState, late: Late, stop: StopRequest) -> None:
@@ -146,26 +137,31 @@ def _steps(run: Run, state: TrainState, late: Late, stop: StopRequest) -> None:
             late.read()
             serve(run, state, stop)
         if state.progress.step >= run.last_step:
+            late.read()
             return
         stop.check()
         late.put(train_step(state, run.loader, run.config, run.resolved.micro_batch, check=stop.check))
 
 
-def _keep(run: Run, state: TrainState, late: Late) -> bool:
-    """Saves before the process ends, unless the run is in trouble: then the next process finds the same trouble."""
-    try:
-        late.read()
-        state.check_finite()
-    except Trouble as trouble:
-        run.listener.note(f"step {state.progress.step} is not saved: {trouble}")
-        return False
+def _keep(run: Run, state: TrainState, late: Late) -> None:
+    """Saves before the process ends, unless the run is in trouble: then the next process finds the same trouble.
+
+    Raises:
+        Trouble: it is; nothing was saved.
+    """
+    late.read()
+    state.check_finite()
     save(run, state, must=True)
-    return True
 
 
-def _interrupted(state: TrainState, stop: StopRequest, saved: bool) -> Interrupted:
+def _interrupted(run: Run, state: TrainState, late: Late, stop: StopRequest) -> Interrupted:
+    """Saves what may be saved, and says so."""
     assert stop.received is not None
-    what = "saved" if saved else "what was saved before stands"
+    try:
+        _keep(run, state, late)
+        what = "saved"
+    except Trouble as trouble:
+        what = f"not saved ({trouble}), what was saved before stands"
     message = f"stopped by {stop.received.name} at step {state.progress.step}, {what}; the same command goes on"
     return Interrupted(message, exit_signal(stop.received))
 
@@ -180,22 +176,21 @@ def _go_back(run: Run, state: TrainState, late: Late, trouble: Trouble) -> None:
         Diverged: it was done often enough.
     """
     late.forget()
-    there, every = trouble.progress, run.config.train.checkpoint_every
-    newest = there.anchor(every)
-    anchor = checkpoint.newest_valid(run.folder, run.listener.note, lambda step: step % every == 0 and step <= newest)
+    there, warn = trouble.progress, run.listener.note
+    regular = {step for step in regular_steps(run.folder) if step < there.trouble_began}
+    anchor = checkpoint.newest_valid(run.folder, warn, regular.__contains__)
     if anchor is None or there.rollbacks >= run.config.guard.max_rollbacks:
         tried = (
-            f"going back {there.rollbacks} time(s) did not help" if anchor else "no checkpoint to go back to is whole"
+            f"gone back {there.rollbacks} time(s), as often as it may" if anchor else "no checkpoint before it is whole"
         )
         hint = "what was saved before stands; try a lower --optim.lr in a new --out"
         raise Diverged(f"step {there.step}: {trouble}; {tried}; {hint}")
-    state.load(checkpoint.restore(anchor, *state.shapes()))
-    back = state.progress
+    restored = checkpoint.restore(anchor, *state.shapes())
+    set_aside_later(run.folder, checkpoint.step_of(anchor), run.listener)
     run.journal.rewind(read_state(anchor).records)
-    for later in [step for step in run.metrics if step > back.step]:
-        del run.metrics[later]
-    _set_aside_later(run.folder, back.step, run.listener)
+    state.load(restored)
+    back = state.progress
     left_out = there.position - back.position
     back.position, back.rollbacks, back.skips = there.position, there.rollbacks + 1, []
     what = {"kind": "rollback", "step": back.step, "from_step": there.step, "reason": str(trouble)}
-    record(run, what | {"rows_left_out": left_out})
+    record(run, what | {"rows_left_out": left_out, "skipped": there.skips})

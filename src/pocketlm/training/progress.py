@@ -26,10 +26,13 @@ class Progress(BaseModel):
     """Tokens of the steps done."""
     smoothed_loss: Finite | None = None
     """Exponential mean of the training loss."""
-    best_metric: Finite | None = None
-    """The lowest metric so far of what checkpoints are rated by (`train.best_metric`)."""
     evaluated_at: Natural = 0
     """The last step after which the validation loss was taken."""
+    validation_loss: Finite | None = None
+    """What it was."""
+    best_steps: list[int] = []
+    """The regular checkpoints with the lowest metric (`train.best_metric`), the best first; and their metrics."""
+    best_metrics: list[Finite] = []
     sampled_at: Natural = 0
     """The last step after which samples were drawn."""
     skips: list[int] = []
@@ -44,10 +47,16 @@ class Progress(BaseModel):
         """What tells two states of one run apart."""
         return self.step, self.evaluated_at, self.sampled_at, self.rollbacks
 
-    def anchor(self, every: int) -> int:
-        """The step to go back to: of the last checkpoint, made every so many steps, before the trouble began."""
-        begun = self.skips[0] if self.skips else self.step + 1
-        return (begun - 1) // every * every
+    @property
+    def trouble_began(self) -> int:
+        """The step before which a checkpoint must have been made to be one to go back to."""
+        return self.skips[0] if self.skips else self.step
+
+    def rate(self, metric: float, keep: int) -> None:
+        """Rates the checkpoint of this step; `keep` of the best are remembered."""
+        rated = dict(zip(self.best_steps, self.best_metrics, strict=True)) | {self.step: metric}
+        best = sorted(rated.items(), key=lambda pair: (pair[1], pair[0]))[:keep]
+        self.best_steps, self.best_metrics = [step for step, _ in best], [value for _, value in best]
 
     def smooth(self, loss: float) -> None:
         """Takes a step's loss into the smoothed loss."""

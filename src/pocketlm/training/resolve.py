@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from pocketlm.config import Config, Dtype
+from pocketlm.config import Config, Determinism, Dtype
 from pocketlm.distributed import Runtime, versions
 from pocketlm.training.precision import TORCH_DTYPES
 
@@ -35,12 +35,13 @@ class Resolved(BaseModel):
     micro_batch: Annotated[int, Field(ge=1)]
     threads: Annotated[int, Field(ge=1, le=1024)]
     device: str
+    determinism: Determinism
     peak_flops: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     reasons: dict[str, str]
 
     def to_toml(self, config: Config) -> str:
         """`resolved.toml`: the configuration as it ran, this table, and the versions of the libraries."""
-        ran = {"dtype": self.dtype, "micro_batch": self.micro_batch, "threads": self.threads}
+        ran = self.model_dump(include={"dtype", "micro_batch", "threads", "determinism"})
         tree = config.tree()
         tree["train"] = tree["train"] | ran
         return tomli_w.dumps(tree | {"resolved": self.model_dump(), "versions": versions()})
@@ -53,17 +54,20 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     rates = {dtype: matmul_rate(config, runtime.device, TORCH_DTYPES[dtype]) for dtype in candidates}
     dtype, dtype_reason = _dtype(config, rates)
     micro_batch, micro_reason = _micro_batch(config)
-    given = "auto" if config.train.threads == "auto" else "as given"
     return Resolved(
         dtype=dtype,
         micro_batch=micro_batch,
         threads=runtime.threads,
         device=runtime.device.type,
+        determinism=runtime.determinism,
         peak_flops=rates[dtype],
         reasons={
             "dtype": dtype_reason,
             "micro_batch": micro_reason,
-            "threads": given if given == "as given" else "every core that this process may use",
+            "threads": "every core that this process may use" if config.train.threads == "auto" else "as given",
+            "determinism": f"what a {runtime.device.type} does by itself"
+            if config.train.determinism == "auto"
+            else "as given",
         },
     )
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pocketlm import checkpoint, distributed
 from pocketlm.config import Config
@@ -14,7 +12,7 @@ from pocketlm.data.loader import Loader
 from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import Dataset, open_dataset, unigram_entropy
 from pocketlm.errors import ConfigError, DataError
-from pocketlm.files import Journal, write_file
+from pocketlm.files import Journal, set_aside, write_file
 from pocketlm.model import sizes
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.optimizer import Optimizer
@@ -37,8 +35,6 @@ class Run:
     loader: Loader
     journal: Journal
     listener: Listener
-    metrics: dict[int, float]
-    """What checkpoints are rated by, of every step that has it."""
 
     @property
     def last_step(self) -> int:
@@ -70,47 +66,64 @@ class Run:
 
 
 def begin(folder: Path, config: Config, start: Path | None, listener: Listener) -> tuple[Run, TrainState]:
-    """Data, model and state, at step 0 or at a checkpoint's step."""
+    """Data, model and state, at step 0 or at a checkpoint's step. Of the run nothing is changed until all fits."""
     dataset = open_dataset(prepare(config.data, progress=listener.note))
     _check_fits(config, dataset)
     stored = read_state(start) if start else None
     if stored and stored.data_fingerprint != dataset.fingerprint:
         raise DataError(f"{folder} was trained on other data than {dataset.path}; give the old data, or a new --out")
-    dataset.verify()  # every byte, before anything of the run is changed
-    runtime = distributed.start(config.train)
-    resolved = stored.resolved if stored else resolve(config, runtime)
-    runtime = _as_before(stored, distributed.keep_threads(runtime, resolved.threads), listener) if stored else runtime
+    dataset.verify()
+    runtime = distributed.start(config.train, stored.resolved.determinism if stored else None)
+    resolved = _as_before(stored, runtime, listener) if stored else resolve(config, runtime)
+    runtime = replace(distributed.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
     state = new_state(config, resolved, runtime)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
+    loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle)
+
+    set_aside_later(folder, checkpoint.step_of(start) if start else None, listener)
     write_file(folder / "config.toml", config.to_toml().encode())
     write_file(folder / "resolved.toml", resolved.to_toml(config).encode())
-    journal = Journal(folder / "metrics.jsonl", keep=stored.records if stored else 0)
-    if stored and journal.num_records < stored.records:
-        listener.note(
-            f"{journal.path} has lost {stored.records - journal.num_records} of its records; weights have not"
-        )
-    loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle)
-    metrics = metrics_of(Journal.read(journal.path), config)
-    return Run(folder, config, resolved, runtime, dataset, loader, journal, listener, metrics), state
+    journal = _open_journal(folder / "metrics.jsonl", stored, listener)
+    return Run(folder, config, resolved, runtime, dataset, loader, journal, listener), state
 
 
-def metrics_of(records: Iterable[Mapping[str, Any]], config: Config) -> dict[int, float]:
-    """By step, what `train.best_metric` rates checkpoints by: the journal knows it."""
-    kind, key = ("eval", "loss") if config.train.best_metric == "validation" else ("train", "smoothed_loss")
-    return {record["step"]: record[key] for record in records if record["kind"] == kind and key in record}
-
-
-def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener) -> distributed.Runtime:
-    """Says loudly what bit-exact arithmetic rests on and is not as it was; then less is promised."""
-    then = stored.versions | {"device": stored.resolved.device}
+def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener) -> Resolved:
+    """Says loudly what bit-exact arithmetic rests on and is not as it was; from then on less is promised."""
+    resolved = stored.resolved
+    then = stored.versions | {"device": resolved.device}
     now = distributed.versions() | {"device": runtime.device.type}
     if changes := [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]:
         listener.note(f"this run was begun elsewhere, its next steps may differ in the last bits: {'; '.join(changes)}")
-        runtime = replace(runtime, determinism="same-data") if runtime.determinism == "bitwise" else runtime
-    if runtime.threads > (cores := distributed.available_cores()):
-        listener.note(f"the run began with {runtime.threads} threads and keeps them; only {cores} cores are here")
-    return runtime
+        if resolved.determinism == "bitwise":
+            reasons = resolved.reasons | {"determinism": f"bitwise until {'; '.join(changes)}"}
+            resolved = resolved.model_copy(update={"determinism": "same-data", "reasons": reasons})
+    if resolved.threads > (cores := distributed.available_cores()) and resolved.determinism != "off":
+        listener.note(f"the run began with {resolved.threads} threads and keeps them; only {cores} cores are here")
+    return resolved
+
+
+def set_aside_later(folder: Path, step: int | None, listener: Listener) -> None:
+    """Checkpoints after the step that the run goes on from are damaged or of another future: they get another name.
+
+    The newest first, and before the journal is cut: whatever is the newest if this is killed, the journal knows it.
+    """
+    for later in reversed(checkpoint.list_checkpoints(folder)):
+        if step is None or checkpoint.step_of(later) > step:
+            begins = "begins afresh" if step is None else f"goes on from step {step}"
+            listener.note(f"set aside as {set_aside(later)}: the run {begins}")
+
+
+def _open_journal(path: Path, stored: Scalars | None, listener: Listener) -> Journal:
+    """The journal up to what the checkpoint knows. One that is not what it knows is set aside, and not believed."""
+    records, known = (stored.records, stored.journal_sha256) if stored else (0, Journal.sha256_of(path, 0))
+    whole = Journal.sha256_of(path, records) == known
+    if path.is_file() and path.stat().st_size and (not whole or not stored):
+        why = "the run begins afresh" if whole else f"its first {records} records are not those that were saved"
+        listener.note(f"set aside as {set_aside(path)}: {why}")
+    elif not whole:
+        listener.note(f"{path} is missing: what is recorded begins anew, weights have lost nothing")
+    return Journal(path, keep=records)
 
 
 def _check_fits(config: Config, dataset: Dataset) -> None:
@@ -154,7 +167,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {resolved.micro_batch}; "
         f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",
         f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
-        f"{resolved.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",
+        f"{run.runtime.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",
         f"determinism: {run.runtime.determinism}: {distributed.PROMISES[run.runtime.determinism]}",
         *going_on,
     )

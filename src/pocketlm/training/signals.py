@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from itertools import islice
 from types import FrameType
 from typing import Any
 
@@ -50,8 +52,36 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """While entered, signals ask for a stop; the handlers from before come back at the end."""
     request = StopRequest()
-    with _handled_by(request.note):
+    with _second_ends(), _handled_by(request.note):
         yield request
+
+
+@contextlib.contextmanager
+def _second_ends() -> Iterator[None]:
+    """A second signal ends the process also while the first waits for a long operation: handlers run in between only.
+
+    Python's own handler writes each signal's number to a socket at once, and a thread reads it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    threading.Thread(target=_leave_at_second, args=(reader,), daemon=True).start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()
+
+
+def _leave_at_second(reader: socket.socket) -> None:
+    with reader:
+        numbers = (number[0] for number in iter(lambda: reader.recv(1), b""))
+        asked = list(islice((number for number in numbers if number in WATCHED), 2))
+    if len(asked) == 2:
+        _leave(asked[1], None)
 
 
 @contextlib.contextmanager
@@ -76,13 +106,16 @@ def _handled_by(handler: Handler) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heeded = [number for number in WATCHED if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-    before = {number: signal.signal(number, handler) for number in heeded}
+    before = {number: signal.getsignal(number) for number in WATCHED}
     try:
+        for number, earlier in before.items():
+            if earlier not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP; None is a handler of another language
+                signal.signal(number, handler)
         yield
     finally:
         for number, earlier in before.items():
-            signal.signal(number, earlier)
+            if earlier is not None:
+                signal.signal(number, earlier)
 
 
 def exit_signal(received: signal.Signals) -> int:

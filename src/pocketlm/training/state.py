@@ -42,8 +42,12 @@ class Scalars(Progress):
     order_version: int = order.VERSION
     updates: Natural
     """Updates applied."""
+    regular: bool
+    """Whether the checkpoint was due at this step; one that a signal or `stop_at_step` made is not."""
     records: Natural
     """Lines of the journal."""
+    journal_sha256: str
+    """Of those lines."""
     random: dict[str, str]
     """States of the global generators."""
     versions: dict[str, str]
@@ -79,10 +83,9 @@ class TrainState:
         """The moments and the guard's history, by name; the tensors themselves."""
         return self.optimizer.tensors() | self.guard.tensors()
 
-    def scalars(self, *, records: int, data_fingerprint: str, resolved: Resolved) -> dict[str, Any]:
-        """The part that is no tensor."""
+    def scalars(self, **run: Any) -> dict[str, Any]:
+        """The part that is no tensor; `run` are the fields of `Scalars` that this value does not know."""
         counted = {"updates": self.optimizer.updates, "random": random_states(), "versions": versions()}
-        run = {"records": records, "data_fingerprint": data_fingerprint, "resolved": resolved}
         return Scalars.model_validate(self.progress.model_dump() | counted | run).model_dump(by_alias=True)
 
     def shapes(self) -> tuple[Shapes, Shapes]:
@@ -107,9 +110,15 @@ class TrainState:
         """Takes over a checkpoint whose shapes were checked.
 
         Raises:
-            FileError: a random state that is none.
+            FileError: tensors of another precision, or a random state that is none.
         """
         scalars = Scalars.model_validate(restored.state)
+        mine = dict(self.precision.model.named_parameters()) | self.tensors()
+        for name, tensor in (restored.weights | restored.optimizer).items():
+            if tensor.dtype != mine[name].dtype:
+                raise FileError(
+                    f"{name} is {tensor.dtype} in the checkpoint, {mine[name].dtype} here; give a new --out"
+                )
         for name, parameter in self.precision.model.named_parameters():
             parameter.copy_(restored.weights[name])
         self.precision.refresh()
