@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -28,15 +29,17 @@ import torch
 from torch import Tensor
 
 from pocketlm.config import Config, Dtype, ModelConfig, SampleConfig
-from pocketlm.errors import FileError, PocketError
+from pocketlm.errors import FileError, PocketError, Unreadable
 from pocketlm.files import commit_folder, remove_folder
 from pocketlm.formats import huggingface
 from pocketlm.model.transformer import Transformer
-from pocketlm.reading import MANIFEST, read_json, read_manifest, verify_folder
+from pocketlm.reading import MANIFEST, read_json, read_manifest, verify_file, verify_folder
 from pocketlm.tensors import FLOATS, Shapes, bytes_of, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
+HALF_WRITTEN = re.compile(r"step-\d{8}(\.old)?")
+"""What a stopped process may have left in `checkpoints/`, by the names that `files.sweep` asks for."""
 WEIGHTS, OPTIMIZER = "model.safetensors", "training/optimizer.safetensors"
 CONFIG, STATE = "training/config.toml", "training/state.json"
 SAVED = (
@@ -164,6 +167,9 @@ def newest_valid(run: Path, warn: Warn, accept: Callable[[int], bool] = lambda s
 
     Args:
         accept: which steps count.
+
+    Raises:
+        Unreadable: a newer one may be whole, and cannot be read now; to pass over it would lose what it holds.
     """
     strange: list[Path] = []
     newest_first = [path for path in reversed(list_checkpoints(run)) if accept(step_of(path))]
@@ -191,6 +197,7 @@ def verify(path: Path) -> None:
 
     Raises:
         FileError: naming the file that is damaged or missing.
+        Unreadable: naming the one that cannot be read now.
     """
     files = read_manifest(path)
     if missing := [name for name in SAVED if name not in files]:
@@ -201,9 +208,12 @@ def verify(path: Path) -> None:
 
 
 def _valid(checkpoints: Iterable[Path], warn: Warn) -> Iterator[Path]:
+    """Those that verify, with a warning of each that does not; one of which nothing can be said ends it."""
     for path in checkpoints:
         try:
             verify(path)
+        except Unreadable:
+            raise
         except FileError as error:
             warn(f"{error}; looking at the one before")
         else:
@@ -240,9 +250,10 @@ def prune(
 ) -> list[Path]:
     """Removes all but the newest `keep_last` checkpoints, the `keep_best` with the lowest metric, and those in `keep`.
 
-    Only whole ones count: each is read again before. While fewer than two are whole, nothing is removed. Nor is ever
-    what is newer than those kept, a link, or a folder without a readable manifest or with anything that its manifest
-    does not name. What the disk refuses to remove is warned of.
+    Only whole ones of this run count: each is read again before. While fewer than two are whole, nothing is removed.
+    Nor is ever what is newer than those kept, a link, what was brought there from another run, or a folder without a
+    readable manifest or with anything that its manifest does not name. What the disk refuses to read or remove is
+    warned of, and stops nothing.
 
     Args:
         metrics: a metric of some of the steps; a checkpoint without one is never a best one.
@@ -251,14 +262,57 @@ def prune(
     Returns:
         What was removed.
     """
-    checkpoints = [path for path in list_checkpoints(run) if not path.is_symlink()]
-    newest = list(islice(_valid(reversed(checkpoints), warn), max(keep_last, 2)))
-    if len(newest) < 2:
+    try:
+        spare = _spare(run, keep_last, keep_best, metrics, warn, keep)
+    except (Unreadable, OSError) as error:
+        warn(f"no checkpoint of {run} is removed: {error}")
         return []
+    return [path for path in spare if _removed(path, warn)]
+
+
+def _spare(
+    run: Path, keep_last: int, keep_best: int, metrics: Mapping[int, float], warn: Warn, keep: Collection[int]
+) -> list[Path]:
+    """What pruning removes."""
+    checkpoints = [path for path in list_checkpoints(run) if not path.is_symlink()]
+    own, foreign = _own(run, reversed(checkpoints), max(keep_last, 2), warn)
+    if len(own) < 2:
+        return []
+    believed = not differences(run, own[0])  # or all differ from `config.toml`, and it is the odd one
+    if believed:
+        foreign = {path for path in checkpoints if path in foreign or (path < own[-1] and _is_foreign(run, path))}
+        for path in sorted(foreign):
+            warn(f"{path} is kept: it is of another run")
     rated = sorted((metrics[step], step, path) for path in checkpoints if (step := step_of(path)) in metrics)
-    best = list(islice(_valid((path for _, _, path in rated), warn), keep_best))
-    older = [path for path in checkpoints if path < newest[-1] and path not in best and step_of(path) not in keep]
-    return [path for path in older if _is_ours(path, warn) and _removed(path, warn)]
+    best = list(islice(_valid((path for _, _, path in rated if path not in foreign), warn), keep_best))
+    stay = {*best, *foreign}
+    older = [path for path in checkpoints if path < own[-1] and path not in stay and step_of(path) not in keep]
+    return [path for path in older if _is_ours(path, warn)]
+
+
+def _own(run: Path, checkpoints: Iterable[Path], most: int, warn: Warn) -> tuple[list[Path], set[Path]]:
+    """The first whole ones of a run, and those of another run that stand between them.
+
+    As for `newest_valid`, none is of another run if all are.
+    """
+    own: list[Path] = []
+    strange: list[Path] = []
+    for path in _valid(checkpoints, warn):
+        (strange if differences(run, path) else own).append(path)
+        if len(own) == most:
+            break
+    return (own, set(strange)) if own else (strange[:most], set())
+
+
+def _is_foreign(run: Path, path: Path) -> bool:
+    """Whether a checkpoint's configuration is whole, and not the run's."""
+    try:
+        verify_file(path / CONFIG, read_manifest(path)[CONFIG])
+    except Unreadable:
+        raise
+    except (FileError, KeyError):
+        return False
+    return bool(differences(run, path))
 
 
 def _is_ours(path: Path, warn: Warn) -> bool:
@@ -269,12 +323,22 @@ def _is_ours(path: Path, warn: Warn) -> bool:
         warn(f"{path} is kept: {error}")
         return False
     folders = {str(folder) for name in names for folder in Path(name).parents}
-    for inside in sorted(path.rglob("*")):
+    for inside in _all_inside(path):
         mode, name = inside.lstat().st_mode, str(inside.relative_to(path))
         if name not in (folders if stat.S_ISDIR(mode) else names if stat.S_ISREG(mode) else ()):
             warn(f"{path} is kept: it holds {name}, which pocketlm did not write")
             return False
     return True
+
+
+def _all_inside(path: Path) -> list[Path]:
+    """Everything below a folder, or an OSError: `rglob` leaves out what it may not list."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    walk = os.walk(path, onerror=refuse)
+    return sorted(Path(folder, name) for folder, folders, files in walk for name in (*folders, *files))
 
 
 def _removed(path: Path, warn: Warn) -> bool:

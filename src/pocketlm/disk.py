@@ -7,7 +7,6 @@ any moment would have left.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -37,9 +36,12 @@ class Disk:
     def sync(self, descriptor: int) -> None:
         """Returns once the bytes are on the medium; on macOS fsync alone leaves them in the drive's cache."""
         if hasattr(fcntl, "F_FULLFSYNC"):
-            with contextlib.suppress(OSError):  # network volumes have only fsync
+            try:
                 fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
                 return
+            except OSError as error:  # network volumes have only fsync; any other error is the drive's
+                if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
+                    raise
         os.fsync(descriptor)
 
     def close(self, descriptor: int) -> None:

@@ -5,6 +5,7 @@
     |   +-- ConfigError  2      a configuration that cannot be run: every problem in it, one line each
     +-- DataError        3      a text source, tokenizer or data set that is refused
     +-- FileError        3      a model, checkpoint or run folder that is damaged, missing or in use
+    |   +-- Unreadable   3      one that may be whole, but cannot be read here and now
     +-- Diverged         4      training left the finite numbers and could not come back
     +-- Interrupted    143      a signal asked the run to stop (130 for Ctrl-C)
 
@@ -58,6 +59,11 @@ class FileError(PocketError):
     """A model, checkpoint or run folder that is damaged, missing or in use."""
 
     exit_code = 3
+
+
+class Unreadable(FileError):
+    """What may be whole, but cannot be read here and now: nothing may be concluded from it, least of all that it is
+    damaged."""
 
 
 class Diverged(PocketError):

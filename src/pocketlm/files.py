@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +28,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pocketlm.disk import Disk
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, Unreadable
 from pocketlm.reading import MANIFEST, PLAIN_NAME, Entry, manifest_bytes, verify_folder
 
 DISK = Disk()
@@ -145,11 +146,24 @@ def _undo(temporary: Path, final: Path, old: Path) -> None:
 
 
 def _take_back(old: Path, final: Path) -> None:
-    """What a process left that died while it replaced a folder: the old one stays if the new one is not there whole."""
+    """What a process left that died while it replaced a folder: the old one stays if the new one is not there whole.
+
+    Raises:
+        OSError: the disk refused, or one of them is no folder; then both stay.
+        Unreadable: nothing can be said of the new one now; both stay.
+    """
     if not os.path.lexists(old):
         return
+    if not os.path.lexists(final):
+        DISK.rename(old, final)
+        return
+    for path in (old, final):
+        if not _is_folder(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     try:
         verify_folder(final)
+    except Unreadable:
+        raise
     except FileError:
         _remove(final)
         DISK.rename(old, final)
@@ -195,8 +209,10 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
-def sweep(folder: Path) -> list[Path]:
+def sweep(folder: Path, names: re.Pattern[str]) -> list[Path]:
     """Removes what stopped processes left half-written in `folder`, and says what that was.
+
+    Only under `names`, which pocketlm writes there: `notes.tmp-2024` may be somebody's.
 
     The caller holds the folder's lock, so nobody is still writing. A folder that was about to be replaced comes back.
     What cannot be removed harms nothing: it stays, and is not said. Nothing is synced: what a power cut brings back is
@@ -205,12 +221,14 @@ def sweep(folder: Path) -> list[Path]:
     swept = []
     for path in leftovers(folder):
         name = path.name.rpartition(".tmp-")[0]
+        if not names.fullmatch(name):
+            continue
         try:
             if name.endswith(OLD):
                 _take_back(path, folder / name.removesuffix(OLD))
             else:
                 _remove(path)
-        except OSError:
+        except (OSError, Unreadable):
             continue
         swept.append(path)
     return swept
@@ -254,12 +272,17 @@ def _write_synced(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
 
 def _remove(path: Path) -> None:
     """Removes whatever stands at a path, a folder with all that is in it; links are not followed."""
-    if path.is_dir() and not path.is_symlink():
+    if _is_folder(path):
         for inside in sorted(path.iterdir()):
             _remove(inside)
         DISK.remove_folder(path)
     elif os.path.lexists(path):
         DISK.remove_file(path)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a folder itself stands at a path, not a link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _remove_if_possible(path: Path) -> None:

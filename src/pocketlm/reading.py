@@ -1,26 +1,31 @@
 """What is read from a disk, and believed only if it verifies. Nothing here changes anything.
 
+What does not verify is damaged; what cannot be read here and now (no rights, no descriptors, a server that is away,
+another format) is `Unreadable`, and may be whole.
+
 A folder that pocketlm wrote has a `manifest.json`: the size and SHA-256 of every other file, and of itself. Links are
 not followed: what a manifest speaks of lies in its folder.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import os
 import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, Unreadable
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 2
 TEXT_LIMIT_BYTES = 64 << 20  # a tokenizer.json may have 35 MB; nothing that we read as text is larger
 JSON_LIMIT_BYTES = 2 << 20  # a hostile JSON takes 24 bytes of memory a byte; ours are far smaller
+LASTING = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO}
+"""Errors that a second look would not change: nothing can be there, or the medium has lost it."""
 PLAIN_NAME = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9_.-]*/)*[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 Entry = dict[str, int | str]
@@ -32,31 +37,49 @@ Entry = dict[str, int | str]
 
 def manifest_bytes(files: Mapping[str, Entry]) -> bytes:
     """manifest.json: the files in the order of their names, and a SHA-256 of just that."""
+    return (json.dumps(_manifest(files), indent=1) + "\n").encode()
+
+
+def _manifest(files: Mapping[str, Entry]) -> dict[str, Any]:
     tree = {"schema": MANIFEST_SCHEMA, "files": dict(sorted(files.items()))}
-    own = hashlib.sha256(json.dumps(tree).encode()).hexdigest()
-    return (json.dumps(tree | {"sha256": own}, indent=1) + "\n").encode()
+    return tree | {"sha256": hashlib.sha256(json.dumps(tree).encode()).hexdigest()}
 
 
 def read_manifest(folder: Path) -> dict[str, Entry]:
     """The files of a folder, as its manifest has them. The manifest is verified, to the last byte, the files are not.
 
     Raises:
-        FileError: there is none, or it is damaged or of another version.
+        FileError: there is none, or it is damaged.
+        Unreadable: it cannot be read now, or is of another format.
     """
     path = folder / MANIFEST
-    if not os.path.lexists(path):
+    mode = _mode(path)
+    if mode is None:
         raise FileError(f"{folder} has no {MANIFEST}: it is damaged or was never finished")
-    if path.is_symlink():
+    if stat.S_ISLNK(mode):
         raise FileError(f"{path} is damaged: a link where a file should be")
     tree = read_json(path)
-    if tree.get("schema") != MANIFEST_SCHEMA and isinstance(tree.get("schema"), int):
-        raise FileError(f"{path} has format {tree['schema']}, this pocketlm reads {MANIFEST_SCHEMA}")
-    files = tree.get("files")
-    if not isinstance(files, dict) or not files or not all(map(_is_entry, files.items())):
+    files: Any = tree.get("files")
+    names_files = isinstance(files, dict) and files and all(map(_is_entry, files.items()))
+    _check_format(path, tree, _manifest(files) if names_files else {})
+    if not names_files:
         raise FileError(f"{path} is damaged: it names no files, or none that can be")
     if read_text(path).encode() != manifest_bytes(files):
         raise FileError(f"{path} is damaged: its own SHA-256 is not the one in it")
     return files
+
+
+def _check_format(path: Path, tree: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuses a manifest of another format; one of `ours`, in which only the number was flipped, is damaged."""
+    schema = tree.get("schema")
+    if type(schema) is not int or schema == MANIFEST_SCHEMA:
+        return
+    if ours and tree.get("sha256") == ours["sha256"]:
+        raise FileError(f"{path} is damaged: it has format {schema}, but was written in {MANIFEST_SCHEMA}")
+    raise Unreadable(
+        f"{path} has format {schema}, this pocketlm reads {MANIFEST_SCHEMA}; "
+        f"use the version of pocketlm that wrote it, or another folder"
+    )
 
 
 def _is_entry(item: tuple[str, Any]) -> bool:
@@ -74,10 +97,11 @@ def verify_folder(path: Path) -> None:
 
     Raises:
         FileError: no manifest, or the first file that is missing, of another size or of another hash.
+        Unreadable: one of them cannot be read now, or the manifest is of another format.
     """
     for name, entry in read_manifest(path).items():
         for folder in Path(name).parents[:-1]:
-            if (path / folder).is_symlink():
+            if stat.S_ISLNK(_mode(path / folder) or 0):
                 raise FileError(f"{path / folder} is damaged: a link where a folder should be")
         verify_file(path / name, entry)
 
@@ -87,6 +111,7 @@ def verify_file(path: Path, entry: Mapping[str, int | str]) -> None:
 
     Raises:
         FileError: missing, not a file (a link counts as none), of another size or of another hash.
+        Unreadable: it cannot be read now.
     """
     try:
         status = path.lstat()
@@ -99,7 +124,26 @@ def verify_file(path: Path, entry: Mapping[str, int | str]) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise FileError(f"{path} is missing") from None
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
+        raise _refusal(path, error) from None
+
+
+def _mode(path: Path) -> int | None:
+    """What stands at a path, a link as such; None if nothing can."""
+    try:
+        return path.lstat().st_mode
+    except OSError as error:
+        if error.errno in LASTING - {errno.EIO}:
+            return None
+        raise _refusal(path, error) from None
+
+
+def _refusal(path: Path, error: OSError) -> FileError:
+    """What an error of reading says of a file: that it is lost, or nothing."""
+    if error.errno in LASTING:
+        return FileError(f"cannot read {path}: {error.strerror}")
+    return Unreadable(
+        f"cannot read {path}: {error.strerror}; it may be whole: mend that, and run the same command again"
+    )
 
 
 # --- reading
@@ -109,7 +153,8 @@ def read_bytes(path: Path, limit_bytes: int) -> bytes:
     """A small file.
 
     Raises:
-        FileError: missing, unreadable, no file, or larger than the limit.
+        FileError: missing, no file, or larger than the limit.
+        Unreadable: it cannot be read now.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
@@ -117,7 +162,7 @@ def read_bytes(path: Path, limit_bytes: int) -> bytes:
         with path.open("rb") as file:
             data = file.read(limit_bytes + 1)
     except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
+        raise _refusal(path, error) from None
     if len(data) > limit_bytes:
         raise FileError(f"{path} is damaged: larger than {limit_bytes:,} bytes")
     return data

@@ -15,9 +15,10 @@ from pocketlm.text.tokenizer import load_tokenizer
 
 CONFIG = Config.preset("debug")
 TOKENIZER = load_tokenizer("byte")
+FOREIGN = Config.preset("debug", {"train.seed": CONFIG.train.seed + 1})
 
 
-def snapshot_of(step: int, size: int = 5) -> checkpoint.Snapshot:
+def snapshot_of(step: int, size: int = 5, config: Config = CONFIG) -> checkpoint.Snapshot:
     """A snapshot whose tensors have `size` elements, the optimizer's twice as many."""
     return checkpoint.Snapshot(
         step=step,
@@ -26,7 +27,7 @@ def snapshot_of(step: int, size: int = 5) -> checkpoint.Snapshot:
         tokenizer=TOKENIZER,
         weights={"model.weight": torch.arange(size) * 0.5 + step},
         optimizer={"model.weight.m": torch.ones(size), "model.weight.v": torch.full((size,), 1.0 * step)},
-        config_toml=CONFIG.to_toml(),
+        config_toml=config.to_toml(),
         state={"step": step, "records": 0},
     )
 
@@ -39,6 +40,9 @@ class Kind:
     whole: bool
     removable: bool
     """Whether pruning may take it for pocketlm's own."""
+
+    own: bool = True
+    """Whether it is of the run that it lies in."""
 
 
 KINDS = [
@@ -55,12 +59,14 @@ KINDS = [
     Kind("a strange link", True, False),
     Kind("a file replaced by a folder", False, False),
     Kind("another step", False, True),
+    Kind("foreign", True, True, own=False),
 ]
 
 
 def make(path: Path, kind: Kind, luck: random.Random) -> None:
     """A checkpoint of one kind under `path`."""
-    checkpoint.save(path.parent, snapshot_of(checkpoint.step_of(path)))
+    config = CONFIG if kind.own else FOREIGN
+    checkpoint.save(path.parent, snapshot_of(checkpoint.step_of(path), config=config))
     file = path / luck.choice(checkpoint.SAVED)
     if kind.name in ("bit flipped", "manifest flipped"):
         file = file if kind.name == "bit flipped" else path / "manifest.json"

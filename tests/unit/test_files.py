@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from pocketlm.errors import FileError
+from pocketlm.disk import Disk
+from pocketlm.errors import FileError, Unreadable
 from pocketlm.files import Journal, Lock, commit_folder, remove_folder, sweep, write_file
 from pocketlm.reading import read_json, verify_folder
+
+FOLDER = re.compile(r"folder(\.old)?")
 
 
 def committed(path: Path) -> Path:
@@ -100,12 +106,14 @@ def test_what_stopped_processes_left_is_swept_and_nothing_else(tmp_path: Path) -
     (litter[0] / "link").symlink_to(tmp_path)
     litter[1].write_text("x")
     os.mkfifo(litter[2])
-    strangers = [tmp_path / name for name in ("notes.tmp-final", "notes.tmp-", "tmp-3", "step.tmp-4.txt")]
+    strangers = [
+        tmp_path / name for name in ("notes.tmp-final", "notes.tmp-", "notes.tmp-2024", "tmp-3", "step.tmp-4.txt")
+    ]
     for stranger in strangers:
         stranger.write_text("x")
-    assert sweep(tmp_path) == sorted(litter)
+    assert sweep(tmp_path, re.compile("step|file|pipe")) == sorted(litter)
     assert sorted(tmp_path.iterdir()) == sorted(strangers)
-    assert sweep(tmp_path / "none") == []
+    assert sweep(tmp_path / "none", re.compile(".*")) == []
 
 
 @pytest.mark.parametrize("new", ["whole", "damaged", "missing"])
@@ -118,9 +126,80 @@ def test_a_folder_that_was_being_replaced_comes_back_unless_the_new_one_is_whole
         (final / "a.bin").unlink()
     elif new == "missing":
         remove_folder(final)
-    assert sweep(tmp_path) == [old]
+    assert sweep(tmp_path, FOLDER) == [old]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert ((final / "a.bin").read_bytes() == b"old") == (new != "whole")
+
+
+@pytest.mark.parametrize(("old", "final"), [("file", "folder"), ("folder", "file"), ("link", "folder")])
+def test_what_is_no_folder_never_replaces_or_makes_way_for_one(tmp_path: Path, old: str, final: str) -> None:
+    committed(tmp_path / "elsewhere")
+    for name, kind in (("folder.old.tmp-7", old), ("folder", final)):
+        if kind == "file":
+            (tmp_path / name).write_text("mine")
+        elif kind == "link":
+            (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+        else:
+            (committed(tmp_path / name) / "a.bin").write_bytes(b"damaged")
+    before = sorted((path, path.lstat().st_ino) for path in tmp_path.rglob("*"))
+    assert sweep(tmp_path, FOLDER) == []
+    assert sorted((path, path.lstat().st_ino) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_new_folder_that_cannot_be_read_now_is_not_given_up_for_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final, old = committed(tmp_path / "folder"), committed(tmp_path / "folder.old.tmp-7")
+    with monkeypatch.context() as patch:
+        refuse_opening(patch, final / "a.bin", errno.EMFILE)
+        assert sweep(tmp_path, FOLDER) == []
+    verify_folder(final)
+    assert sweep(tmp_path, FOLDER) == [old]
+
+
+def refuse_opening(patch: pytest.MonkeyPatch, path: Path, code: int) -> None:
+    """From now on, opening that file to read it fails."""
+    real = Path.open
+
+    def opening(self: Path, *args, **kwargs):
+        if self == path:
+            raise OSError(code, os.strerror(code), str(path))
+        return real(self, *args, **kwargs)
+
+    patch.setattr(Path, "open", opening)
+
+
+@pytest.mark.parametrize("name", ["a.bin", "manifest.json"])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ESTALE, errno.EACCES, errno.ENOMEM, errno.EIO])
+def test_what_cannot_be_read_now_is_not_called_damaged(
+    code: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = committed(tmp_path / "folder")
+    refuse_opening(monkeypatch, path / name, code)
+    with pytest.raises(FileError, match=f"cannot read {path / name}: {os.strerror(code)}") as caught:
+        verify_folder(path)
+    assert isinstance(caught.value, Unreadable) == (code != errno.EIO), "a bad sector stays bad"
+
+
+@pytest.mark.parametrize("code", [0, errno.ENOTSUP, errno.EINVAL, errno.ENOTTY, errno.EIO, errno.ENOSPC])
+def test_a_drive_that_fails_a_full_sync_is_not_asked_for_less(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS: only a volume that knows no full sync is synced with the plain one."""
+    plain: list[int] = []
+
+    def full_sync(descriptor: int, command: int) -> None:
+        assert (descriptor, command) == (3, 51)
+        if code:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full_sync)
+    monkeypatch.setattr(os, "fsync", plain.append)
+    if code in (errno.EIO, errno.ENOSPC):
+        with pytest.raises(OSError, match=os.strerror(code)):
+            Disk().sync(3)
+    else:
+        Disk().sync(3)
+    assert plain == ([3] if code in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY) else [])
 
 
 def test_a_process_of_the_same_pid_does_not_stumble_over_what_an_earlier_one_left(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -47,6 +48,7 @@ from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_t
 
 LOCK_FILE = "prepare.lock"
 PIECE_FILES = "piece-*.json"
+OWN_FILES = re.compile(r"(dataset|manifest|plan|tokenizer|piece-\d+)\.json|(train|val)-\d+\.tokens")
 
 
 def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data"), exact: bool = False) -> Path:
@@ -107,7 +109,7 @@ def _alone(folder: Path, progress: Progress) -> Iterator[None]:
     """The folder to oneself, without what stopped processes left half-written in it."""
     make_folder(folder)
     with Lock(folder, LOCK_FILE, lambda holder: progress(f"waiting for {holder}, which prepares {folder}")):
-        sweep(folder)
+        sweep(folder, OWN_FILES)
         try:
             yield
         finally:

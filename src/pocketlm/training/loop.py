@@ -9,6 +9,7 @@ A run that is killed anywhere is taken up from its newest whole checkpoint, and 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pocketlm import checkpoint
@@ -23,6 +24,8 @@ from pocketlm.training.run import Run, begin, info, set_aside_later
 from pocketlm.training.signals import Stopped, StopRequest, exit_signal, stop_on_signal
 from pocketlm.training.state import TrainState, read_state
 from pocketlm.training.step import train_step
+
+RUN_FILES = re.compile(r"config\.toml|resolved\.toml|metrics\.jsonl|report\.html")
 
 
 def train(config: Config, *, out: Path | None = None, resume: str = "auto", listener: Listener | None = None) -> Path:
@@ -51,7 +54,7 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
         raise FileError(f"{folder} is a file; give a folder as --out")
     make_folder(folder)
     with Lock(folder):
-        for path in (*sweep(folder), *sweep(folder / "checkpoints")):
+        for path in (*sweep(folder, RUN_FILES), *sweep(folder / "checkpoints", checkpoint.HALF_WRITTEN)):
             listener.note(f"removed what a stopped process had left: {path}")
         start = _find_start(folder, resume, listener)
         if start is not None:
