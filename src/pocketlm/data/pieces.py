@@ -1,7 +1,8 @@
 """The work on an unfinished data set: its plan, and the pieces that are written one after the other.
 
 plan.json and piece-*.json say how far the work is. Each carries a hash of itself, and the SHA-256 of what was written
-beside it: what a later run finds changed, it makes again.
+beside it: what a later run finds changed, it makes again. The hash tells damage, not malice: of what it vouches for,
+only what has the shape of our own is followed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pocketlm.data.shards import TOKENIZER_FILE, Tokens, shard_chunks, token_dtype
+from pocketlm.data.shards import COUNTS, TOKENIZER_FILE, Tokens, misfit, shard_chunks, token_dtype
 from pocketlm.data.split import Split, text_bytes
 from pocketlm.errors import FileError
 from pocketlm.files import remove_file, write_file
@@ -26,11 +27,31 @@ from pocketlm.text.sources import Document, Source
 from pocketlm.text.tokenizer import Tokenizer
 
 PLAN_FILE = "plan.json"
+MAX_PIECES = 4096  # dataset.json and manifest.json are then half as large as what files.py reads
 BATCH_CHARS = 1 << 21  # of text tokenized at once
 REPORT_EVERY_S = 5.0
 
 Progress = Callable[[str], None]
 Tree = dict[str, Any]
+
+ENTRY = {"bytes": int, "sha256": str}
+PLAN = {  # what plan.json has at least, and of what types
+    "inputs": {
+        "source": {"spec": str, "fingerprint": str},
+        "tokenizer": {"spec": str},
+        "val_fraction": float,
+        "piece_documents": int,
+    },
+    "documents": int,
+    "text_bytes": int,
+    "dropped": dict,
+    "tokenizer": ENTRY | {"fingerprint": str, "end_token": str},
+}
+SPLITS = {
+    "hash": {"kind": str, "val_fraction": float},
+    "block": {"kind": str, "val_fraction": float, "document": int, "byte": int},
+}
+SHARD = COUNTS | ENTRY | {"name": str}
 
 
 # --- the plan
@@ -60,7 +81,7 @@ class Plan:
 
 def read_plan(folder: Path, inputs: Tree) -> Plan | None:
     """The plan of an unfinished folder, if it is whole and was made from the same inputs."""
-    tree = unsealed(folder / PLAN_FILE)
+    tree = plan_tree(folder)
     if tree is None or tree["inputs"] != inputs:
         return None
     try:
@@ -68,6 +89,21 @@ def read_plan(folder: Path, inputs: Tree) -> Plan | None:
     except FileError:
         return None
     return Plan(folder, tree, Tokenizer(read_text(folder / TOKENIZER_FILE), tree["tokenizer"]["end_token"]))
+
+
+def plan_tree(folder: Path) -> Tree | None:
+    """plan.json, if it is whole and could be one of ours."""
+    tree = unsealed(folder / PLAN_FILE)
+    if tree is None or misfit(tree, PLAN) or not _is_split(tree.get("split")):
+        return None
+    return tree if tree["documents"] <= MAX_PIECES * tree["inputs"]["piece_documents"] else None
+
+
+def _is_split(tree: Any) -> bool:
+    return any(
+        not misfit(tree, shape) and tree["kind"] == kind and tree.keys() == shape.keys()
+        for kind, shape in SPLITS.items()
+    )
 
 
 # --- pieces
@@ -92,18 +128,25 @@ def _piece_file(plan: Plan, piece: int) -> Path:
     return plan.folder / f"piece-{piece:05d}.json"
 
 
+def _shard_name(split: str, piece: int) -> str:
+    return f"{split}-{piece:05d}.tokens"
+
+
 def _whole_piece(plan: Plan, piece: int) -> Tree | None:
     """What piece-*.json says of a piece, if it belongs to this plan and its shards are as they were written."""
     entry = unsealed(_piece_file(plan, piece))
-    if entry is None or entry["plan"] != plan.hash:
+    if entry is None or entry.get("plan") != plan.hash or misfit(entry, {"empty_documents": int}):
         return None
     try:
         for split in ("train", "val"):
-            if shard := entry[split]:
-                verify_file(plan.folder / shard["name"], shard)
+            if (shard := entry.get(split)) is None:
+                continue
+            if misfit(shard, SHARD) or shard["name"] != _shard_name(split, piece):
+                return None
+            verify_file(plan.folder / shard["name"], shard)
     except FileError:
         return None
-    return entry
+    return entry if entry.keys() >= {"train", "val"} else None
 
 
 def _write_piece(plan: Plan, piece: int, documents: Iterable[tuple[int, Document]], report: Report) -> Tree:
@@ -118,7 +161,7 @@ def _write_piece(plan: Plan, piece: int, documents: Iterable[tuple[int, Document
         report.add(sum(sizes))
     entry: Tree = {"plan": plan.hash, "empty_documents": empty}
     for name, collected in shards.items():
-        entry[name] = collected.write(plan.folder / f"{name}-{piece:05d}.tokens", tokenizer.vocab_size)
+        entry[name] = collected.write(plan.folder / _shard_name(name, piece), tokenizer.vocab_size)
     write_file(_piece_file(plan, piece), sealed(entry))
     return entry
 

@@ -24,15 +24,16 @@ from pathlib import Path
 
 from pocketlm.config import DataConfig
 from pocketlm.data.pieces import (
+    MAX_PIECES,
     PLAN_FILE,
     Plan,
     Progress,
     Tree,
     hash_of,
     json_bytes,
+    plan_tree,
     read_plan,
     sealed,
-    unsealed,
     write_pieces,
 )
 from pocketlm.data.shards import COUNTS, DATASET_FILE, SCHEMA, TOKENIZER_FILE, open_dataset, token_dtype
@@ -45,7 +46,6 @@ from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_t
 
 LOCK_FILE = "prepare.lock"
 PIECE_FILES = "piece-*.json"
-MAX_PIECES = 4096  # dataset.json and manifest.json are then half as large as what files.py reads
 
 
 def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data"), exact: bool = False) -> Path:
@@ -92,7 +92,7 @@ def is_finished(folder: Path) -> bool:
     """Whether a set was finished here, be it whole or not; only a folder that is not may be worked in."""
     if os.path.lexists(folder / MANIFEST):
         return True
-    return os.path.lexists(folder / DATASET_FILE) and unsealed(folder / PLAN_FILE) is None
+    return os.path.lexists(folder / DATASET_FILE) and plan_tree(folder) is None
 
 
 @contextlib.contextmanager
@@ -167,7 +167,7 @@ def _standing(folder: Path) -> Tree | None:
     if is_finished(folder):
         info = open_dataset(folder).info
         return info | {"val_fraction": info["split"]["val_fraction"]}
-    if (tree := unsealed(folder / PLAN_FILE)) is None:
+    if (tree := plan_tree(folder)) is None:
         return None
     inputs: Tree = tree["inputs"]
     return inputs | {

@@ -330,8 +330,8 @@ def _read_info(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
         info = read_json(path / DATASET_FILE)
     if info.get("schema") != SCHEMA:
         raise _other_format(path, info)
-    if misfit := _misfit(info, INFO):
-        raise _damaged(path / DATASET_FILE, f"{misfit} is missing or of another type")
+    if wrong := misfit(info, INFO):
+        raise _damaged(path / DATASET_FILE, f"{wrong} is missing or of another type")
     shards = {shard["name"] for split in ("train", "val") for shard in info[split]["shards"]}
     if files.keys() != shards | {DATASET_FILE, TOKENIZER_FILE}:
         raise _damaged(path / MANIFEST, f"its files are not those of {DATASET_FILE}")
@@ -356,7 +356,7 @@ def _other_format(path: Path, info: Mapping[str, Any]) -> DataError:
     return DataError(f"{given}, this pocketlm reads {SCHEMA}; delete the folder {path} and run the command again")
 
 
-def _misfit(value: Any, shape: Any, name: str = DATASET_FILE) -> str | None:
+def misfit(value: Any, shape: Any, name: str = DATASET_FILE) -> str | None:
     """The name of the first part of a JSON value that is missing or of another type than `shape` has there."""
     if isinstance(shape, dict):
         inner = [(value.get(key), shape[key], key) for key in shape] if isinstance(value, dict) else None
@@ -365,7 +365,7 @@ def _misfit(value: Any, shape: Any, name: str = DATASET_FILE) -> str | None:
     else:  # bool is an int for Python, a count is none
         fits = type(value) is shape and (shape is not int or 0 <= value < MAX_INTEGER)
         return None if fits else name
-    return name if inner is None else next(filter(None, (_misfit(*part) for part in inner)), None)
+    return name if inner is None else next(filter(None, (misfit(*part) for part in inner)), None)
 
 
 def _open_split(path: Path, split: str, info: Mapping[str, Any], files: Mapping[str, Entry]) -> TokenStream:
