@@ -120,7 +120,7 @@ def sentencepiece_like(normalizer: object) -> str:
 
 @pytest.mark.parametrize(("what", "normalizer"), [*growing()], ids=[what for what, _ in growing()])
 def test_a_tokenizer_that_makes_text_long_is_refused(what: str, normalizer: object) -> None:
-    with pytest.raises(DataError, match="^hostile.json (adds|changes|maps|can make) ") as refusal:
+    with pytest.raises(DataError, match=r"^hostile\.json (adds|changes|maps|can make) ") as refusal:
         Tokenizer(sentencepiece_like(normalizer), "</s>", "hostile.json")
     assert len(str(refusal.value).splitlines()) == 1, what
 
