@@ -1,7 +1,7 @@
 """Structure-aware fuzzing of every reader: what comes out is a value or one of our refusals, in little memory.
 
 Whole files of a small world are changed where their structure is (mutate.py), signed in where something vouches for
-them, and read by the functions that the commands call.
+them (a hash of a file's own in half of the cases), and read by the functions that the commands call.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus.attack import UNFINISHED, Peak
 from corpus.mutate import damaged, mutated_json, mutated_safetensors, mutated_shard, mutated_toml
-from corpus.places import DATA, NEWEST, sign, signers
+from corpus.places import DATA, NEWEST, resealed, sign, signers
 
-from conftest import UNFINISHED, Peak
 from pocketlm import checkpoint, files
 from pocketlm.config import Config
 from pocketlm.data.prepare import prepare
@@ -128,6 +128,8 @@ def replaced(file: Path, data: bytes) -> Iterator[None]:
 def attempt(target: Target, draw: random.Random) -> int:
     """One changed file, read; its size."""
     data = target.mutate(draw, target.whole)
+    if draw.random() < 0.5:
+        data = resealed(Path(target.file), data)
     with replaced(Path(target.file), data):
         try:
             target.read(Path(target.file))

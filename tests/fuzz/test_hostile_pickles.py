@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from corpus.attack import Attack
 from corpus.pickles import hostile_pickles
 from corpus.places import PLACES
-
-from conftest import Attack
 
 pytestmark = pytest.mark.goal("R22")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from pathlib import Path
 
 import pytest
 import tokenizers
+from corpus.malformed import growing
 
 from pocketlm.errors import DataError
 from pocketlm.text import cuts
@@ -102,6 +104,36 @@ def test_the_text_of_a_special_token_is_text(name: str, tokenizers_by_name: dict
         ids = tokenizer.encode(text)
         assert not tokenizer.special_ids & set(ids)
         assert tokenizer.decode(ids) == text
+
+
+# --- texts that a tokenizer makes longer
+
+
+def sentencepiece_like(normalizer: object) -> str:
+    """A tokenizer.json with byte fallback, as Llama 2's is."""
+    vocabulary = {token: number for number, token in enumerate(["</s>", "\u2581", *"ab"])}
+    vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    engine.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    return json.dumps(json.loads(engine.to_str()) | {"normalizer": normalizer})
+
+
+@pytest.mark.parametrize(("what", "normalizer"), [*growing()], ids=[what for what, _ in growing()])
+def test_a_tokenizer_that_makes_text_long_is_refused(what: str, normalizer: object) -> None:
+    with pytest.raises(DataError, match=r"^hostile\.json (adds|changes|maps|can make) ") as refusal:
+        Tokenizer(sentencepiece_like(normalizer), "</s>", "hostile.json")
+    assert len(str(refusal.value).splitlines()) == 1, what
+
+
+def test_what_known_tokenizers_do_to_a_text_is_not() -> None:
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    blanks = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
+    llama = [{"type": "Prepend", "prepend": "\u2581"}, blank]
+    quotes = [{"type": "Replace", "pattern": {"String": old}, "content": '"'} for old in ("``", "''")]
+    albert = [*quotes, {"type": "NFKD"}, {"type": "StripAccents"}, {"type": "Lowercase"}, blanks, blank]
+    for steps in (llama, albert):
+        tokenizer = Tokenizer(sentencepiece_like({"type": "Sequence", "normalizers": steps}), "</s>")
+        assert tokenizer.decode(tokenizer.encode("ab ba")) == "ab ba"
 
 
 # --- cuts inside runs: equal to the library's ids of the whole

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from corpus.attack import Attack, Peak
 from corpus.malformed import malformed_files
-from corpus.places import PLACES
-
-from conftest import Attack, Peak
+from corpus.places import PLACES, is_sealed, resealed
 
 pytestmark = pytest.mark.goal("R23")
 
@@ -45,11 +44,17 @@ def test_there_are_enough_of_them() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts a process's peak")
-@pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_file_is_refused(name: str, attack: Attack, template: Path, opened: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "reseal"),
+    [(name, reseal) for name, one in MALFORMED.items() for reseal in {False, is_sealed(Path(PLACES[one.place].file))}],
+)
+def test_a_malformed_file_is_refused(
+    name: str, reseal: bool, attack: Attack, template: Path, opened: list[str]
+) -> None:
     case = MALFORMED[name]
     place = PLACES[case.place]
     data = case.make((template / place.file).read_bytes() if (template / place.file).exists() else b"")
+    data = resealed(Path(place.file), data) if reseal else data
     Path("../outside.tokens").write_bytes((template / "set/train-00000.tokens").read_bytes())
     opened.clear()
     with Peak() as peak:

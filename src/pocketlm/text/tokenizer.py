@@ -36,6 +36,7 @@ from pocketlm.text.cuts import RUN_STEP, cut_at_lines, cut_in_runs
 from pocketlm.text.tokenizer_json import (
     END_OF_TEXT,
     byte_alphabet,
+    check_growth,
     check_ids,
     end_token_of,
     is_special,
@@ -92,6 +93,7 @@ class Tokenizer:
         end_token = end_token_of(vocabulary, end_token, origin)
         check_ids(vocabulary, origin)
         self._tree = without_cutting(json.loads(self._engine.to_str()))  # never of the file: it may hold anything
+        check_growth(self._tree, origin)
         if not is_special(self._tree, end_token):
             make_special(self._tree, end_token, vocabulary[end_token])
             self._engine = _engine(json.dumps(self._tree), origin)

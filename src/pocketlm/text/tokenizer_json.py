@@ -6,6 +6,8 @@ the text is cut before BPE. The format is the `tokenizers` library's; old and ne
 
 from __future__ import annotations
 
+import base64
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,13 @@ _QWEN2_PATTERN = (
 
 SPARE_IDS = 1 << 16
 
+# What known tokenizers stay far below: Llama 2 puts "\u2581" before a text, GPT-2 makes two bytes of one, and the
+# longest text for one character in SentencePiece's NFKC map has 33 bytes.
+MAX_STEPS = 64
+MAX_GROWTH = 32
+MAX_AFFIX_CHARS = 16
+MAX_MAPPED_BYTES = 64
+
 Tree = dict[str, Any]
 
 
@@ -35,6 +44,38 @@ def check_ids(vocabulary: dict[str, int], origin: str) -> None:
     limit = 2 * len(vocabulary) + SPARE_IDS
     if (largest := max(vocabulary.values(), default=0)) >= limit:
         raise DataError(f"{origin} has {len(vocabulary):,} tokens and an id {largest}; allowed are ids below {limit}")
+
+
+def check_growth(tree: Tree, origin: str) -> None:
+    """Refuses what makes a short text long before it is cut into tokens, or a step for each of many."""
+    steps = [*_steps(tree.get("normalizer")), *_steps(tree.get("pre_tokenizer"))]
+    affixes = [step["prepend"] for step in steps if step["type"] == "Prepend"]
+    affixes += [tree["model"].get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix")]
+    longest = max(map(len, affixes))
+    if longest > MAX_AFFIX_CHARS:
+        raise DataError(f"{origin} adds {longest:,} characters to a text; allowed are {MAX_AFFIX_CHARS}")
+    if len(steps) > MAX_STEPS:
+        raise DataError(f"{origin} changes a text in {len(steps):,} steps; allowed are {MAX_STEPS}")
+    if any(_longest_mapped(step) > MAX_MAPPED_BYTES for step in steps):
+        raise DataError(f"{origin} maps a character to more than {MAX_MAPPED_BYTES} bytes")
+    if (growth := math.prod(map(_growth, steps))) > MAX_GROWTH:
+        raise DataError(f"{origin} can make a text {growth:.3g} times as long; allowed is {MAX_GROWTH}")
+
+
+def _growth(step: Tree) -> float:
+    """How many times as long a step can make a text, as far as a step like it could go on from there."""
+    if step["type"] == "Replace":
+        pattern, content = step["pattern"].get("String"), step["content"]
+        return max(1.0, len(content) / len(pattern)) if pattern else 1.0 + len(content)  # a regex may match ""
+    return {"ByteLevel": 2.0, "Precompiled": 8.0}.get(step["type"], 1.0)
+
+
+def _longest_mapped(step: Tree) -> int:
+    """Bytes of the longest text in SentencePiece's map of characters: u32 size, trie of that size, texts ended by 0."""
+    if step["type"] != "Precompiled":
+        return 0
+    data = base64.b64decode(step["precompiled_charsmap"] or "")
+    return max(map(len, data[4 + int.from_bytes(data[:4], "little") :].split(b"\0")))
 
 
 def end_token_of(vocabulary: dict[str, int], wanted: str | None, origin: str) -> str:
@@ -60,7 +101,7 @@ def token_bytes(
     vocabulary: dict[str, int], tree: Tree, plain: dict[int, str], special: frozenset[int], origin: str
 ) -> list[bytes]:
     """Bytes of every id. plain: the added tokens that are text as they stand."""
-    kinds = set(_types(tree.get("decoder")))
+    kinds = {str(step["type"]) for step in _steps(tree.get("decoder"))}
     if "ByteLevel" in kinds:
         of_token = _byte_level_bytes
     elif kinds & {"ByteFallback", "Metaspace"}:
@@ -77,12 +118,12 @@ def token_bytes(
     return result
 
 
-def _types(part: Any) -> Iterator[str]:
-    """The types of a component of tokenizer.json, sequences unfolded."""
+def _steps(part: Any) -> Iterator[Tree]:
+    """A component of tokenizer.json and, of a sequence, all that is in it."""
     if part:
-        yield str(part["type"])
-        for inner in part.get("decoders") or part.get("pretokenizers") or ():
-            yield from _types(inner)
+        yield part
+        for inner in part.get("decoders") or part.get("pretokenizers") or part.get("normalizers") or ():
+            yield from _steps(inner)
 
 
 def byte_alphabet() -> list[str]:

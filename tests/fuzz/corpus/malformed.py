@@ -5,6 +5,7 @@ Each is made from the whole file that stands in its place, and says which place 
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import json
@@ -328,6 +329,14 @@ def tokenizers() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
         "a normalizer whose map lies about its length",
         put("normalizer", value={"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}),
     )
+    for name, normalizer in growing():
+        yield f"a normalizer that {name}", put("normalizer", value=normalizer)
+    yield (
+        "a pre-tokenizer of 40 byte levels",
+        put("pre_tokenizer", value=_sequence("pretokenizers", [_BYTE_LEVEL] * 40)),
+    )
+    yield "a prefix of a million characters", put("model", "continuing_subword_prefix", value="x" * 1_000_000)
+    yield "a suffix of a million characters", put("model", "end_of_word_suffix", value="x" * 1_000_000)
     yield "a model of an unknown type", put("model", "type", value="Pickle")
     yield "a model that is a list", put("model", value=[])
     yield "no end of text", lambda data: data.replace(b"<|endoftext|>", b"<|endofpage|>")
@@ -335,6 +344,30 @@ def tokenizers() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
     yield "8 MiB of lists instead", instead(b"[" + b"[]," * (8 * MEBI // 3) + b"[]]")
     yield "8 MiB of open lists", instead(b"[" * (8 * MEBI))
     yield "1 MiB of vocabulary", put("model", "vocab", value={f"t{n}": n for n in range(MEBI // 20)})
+
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def growing() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Normalizers under which a letter becomes a million, or takes a million steps."""
+    million = "b" * 1_000_000
+    charsmap = base64.b64encode(struct.pack("<I", 1024) + bytes(1024) + million.encode() + b"\0").decode()
+    yield "puts a million letters for one", _replace({"String": "a"}, million)
+    yield "puts a million letters between two", _replace({"Regex": ""}, million)
+    yield "doubles 30 times", _sequence("normalizers", [_replace({"String": "a"}, "aa")] * 30)
+    yield "fills gaps 30 times", _sequence("normalizers", [_replace({"Regex": "(?=.)"}, "a")] * 30)
+    yield "prepends a million letters", {"type": "Prepend", "prepend": million}
+    yield "prepends a letter 9,999 times", _sequence("normalizers", [{"type": "Prepend", "prepend": "a"}] * 9999)
+    yield "maps to a million letters", {"type": "Precompiled", "precompiled_charsmap": charsmap}
+
+
+def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def _sequence(name: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "Sequence", name: steps}
 
 
 def _pattern(regex: str) -> dict[str, Any]:

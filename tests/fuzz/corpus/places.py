@@ -1,7 +1,7 @@
 """Every place where pocketlm reads a file that someone else may have written, with the commands that read it.
 
 A manifest and a data set's hashes vouch for what stands there, so a hostile file signs itself in: `sign` makes them
-fit, as anyone can who hands out a folder.
+fit, as anyone can who hands out a folder; `resealed` does so for a file that carries a hash of itself.
 """
 
 from __future__ import annotations
@@ -72,6 +72,28 @@ def signers(file: Path) -> list[Path]:
     """The manifest that vouches for a file."""
     manifests = [folder / "manifest.json" for folder in (file.parent, file.parent.parent)]
     return [path for path in manifests if path.exists() and path != file]
+
+
+def is_sealed(file: Path) -> bool:
+    """Whether a file carries a hash of itself."""
+    return file.name in ("manifest.json", "plan.json") or file.name.startswith("piece-")
+
+
+def resealed(file: Path, data: bytes) -> bytes:
+    """What is to stand in a file, the hash that it may carry of itself made to fit; as it is if it is no object."""
+    if not is_sealed(file):
+        return data
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    if not isinstance(tree, dict):
+        return data
+    if file.name == "manifest.json":
+        tree.pop("sha256", None)
+        return (json.dumps(tree | {"sha256": sha256(json.dumps(tree).encode())}, indent=1) + "\n").encode()
+    tree.pop("hash", None)
+    return json.dumps(tree | {"hash": sha256(json.dumps(tree, sort_keys=True).encode())}).encode()
 
 
 def sign(file: Path) -> None:
