@@ -218,6 +218,8 @@ def test_a_sealed_checkpoint_that_holds_no_state_is_one_problem_of_the_report(
     lines = verify.lines(run, 3)
     assert problem in lines
     assert "run/config.toml: whole" in lines
+    taken = "goes on from {}" if step == 2 else "takes {}, and is refused"
+    assert lines[-1] == "a resume " + taken.format("run/checkpoints/step-00000004")
 
 
 def test_a_checkpoint_that_a_run_at_work_removes_is_no_damage(

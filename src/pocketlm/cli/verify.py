@@ -135,7 +135,10 @@ def _check_run(run: Path) -> Found:
         lost = f"{run / 'checkpoints'} has no whole checkpoint, {JOURNAL} tells of {last_step:,} steps: they are lost"
         checkpoints.append(Part(run / "checkpoints", lost))
     notes = ([torn] if torn else []) + list(_leftovers(run))
-    notes.append(f"a resume goes on from {start}" if start else "there is nothing to resume from: it begins afresh")
+    if start in {part.path for part in checkpoints if part.problem}:
+        notes.append(f"a resume takes {start}, and is refused")
+    else:
+        notes.append(f"a resume goes on from {start}" if start else "there is nothing to resume from: it begins afresh")
     return Found(files + checkpoints, notes, {"resume": str(start) if start else None})
 
 
