@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 from pocketlm import checkpoint
 from pocketlm.cli.main import main
 from pocketlm.config import Config
-from pocketlm.files import Journal
+from pocketlm.files import Journal, write_manifest
+from pocketlm.reading import sha256_of
 from pocketlm.training.loop import train
 
 FIELDS = {"train.total_steps": 4, "train.checkpoint_every": 2, "train.eval_every": 2, "train.eval_tokens": 320}
@@ -93,7 +96,8 @@ def test_a_damaged_file_of_a_run(name: str, content: bytes | None, run: Path, ve
         return
     (problem,) = verify.problems(run)
     assert f"run/{name}" in problem
-    assert ("missing" in problem or "cannot read" in problem) if content is None else ("damaged" in problem)
+    words = ("missing", "cannot read") if content is None else ("damaged", "is no TOML")
+    assert any(word in problem for word in words)
 
 
 def test_a_torn_line_is_said_and_is_damage_only_where_a_resume_needs_it(run: Path, verify: Verify) -> None:
@@ -125,3 +129,131 @@ def test_a_run_that_was_stopped_before_its_first_checkpoint(tmp_path: Path, veri
     (tmp_path / "config.toml").write_text("")
     assert verify.lines(tmp_path, 0)[-1] == "there is nothing to resume from: it begins afresh"
     assert verify.tree(tmp_path, 0)["resume"] is None
+
+
+@pytest.mark.parametrize("name", ["config.toml", "resolved.toml"])
+@pytest.mark.parametrize("text", ["a" + ".a" * 200 + " = 1", "#" * 70_000, "a = " + "9" * 5_000])
+def test_a_hostile_toml_costs_no_memory_and_is_the_problem_of_its_file(
+    name: str, text: str, run: Path, verify: Verify
+) -> None:
+    (run / name).write_text(text)
+    (problem,) = verify.problems(run)
+    assert problem.startswith(f"run/{name} ")
+
+
+def test_records_without_a_whole_checkpoint_are_damage(run: Path, verify: Verify) -> None:
+    lost = "run/checkpoints has no whole checkpoint, metrics.jsonl tells of 4 steps: they are lost"
+    for path in checkpoint.list_checkpoints(run):
+        (path / "manifest.json").unlink()
+    *_, last = verify.problems(run)
+    assert last == lost
+    shutil.rmtree(run / "checkpoints")
+    assert verify.problems(run) == [lost]
+    (run / "checkpoints").mkdir()
+    assert verify.problems(run) == [lost]
+    assert lost in verify.lines(run, 3)
+
+
+def test_records_of_step_0_are_lost_without_loss(run: Path, verify: Verify) -> None:
+    """A run may be stopped before its first checkpoint: what it says of its beginning it says again."""
+    shutil.rmtree(run / "checkpoints")
+    journal = run / "metrics.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] == 0))
+    assert verify.lines(run, 0)[-1] == "there is nothing to resume from: it begins afresh"
+
+
+@pytest.mark.parametrize("name", ["prepare.lock", "plan.json"])
+def test_an_unfinished_data_set(name: str, tmp_path: Path, verify: Verify) -> None:
+    (tmp_path / name).write_text("")
+    (tmp_path / "train-00000.tokens").write_bytes(b"half")
+    problem = f"{tmp_path} is an unfinished data set; run the command that made it again"
+    assert verify.problems(tmp_path) == [problem]
+    assert verify.lines(tmp_path, 3) == [problem]
+
+
+@pytest.mark.parametrize("path", ["n" * 5_000, "/".join(["n" * 200] * 20 + ["n" * 70])])
+def test_a_path_that_is_too_long(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", path]) == 3
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"pocketlm: cannot read {path}: File name too long\n"
+
+
+def sealed_again(path: Path) -> None:
+    """Gives a checkpoint that was changed a manifest that knows of it."""
+    files = {name: path / name for name in checkpoint.SAVED}
+    write_manifest(
+        path, {name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for name, file in files.items()}
+    )
+
+
+def no_tensors(path: Path) -> None:
+    (path / checkpoint.OPTIMIZER).write_bytes(b"\xff" * 100)
+
+
+def no_text(path: Path) -> None:
+    _change_state(path, {"\ud800": 1})
+
+
+def no_number(path: Path) -> None:
+    _change_state(path, {"records": "many"})
+
+
+def _change_state(path: Path, change: dict[str, Any]) -> None:
+    (path / checkpoint.STATE).write_text(json.dumps(checkpoint.read_state(path) | change))
+
+
+@pytest.mark.parametrize("change", [no_tensors, no_text, no_number])
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_sealed_checkpoint_that_holds_no_state_is_one_problem_of_the_report(
+    step: int, change: Callable[[Path], None], run: Path, verify: Verify
+) -> None:
+    path = run / f"checkpoints/step-{step:08d}"
+    change(path)
+    sealed_again(path)
+    checkpoint.verify(path)
+    (problem,) = verify.problems(run)
+    assert problem.startswith(f"{path}")
+    lines = verify.lines(run, 3)
+    assert problem in lines
+    assert "run/config.toml: whole" in lines
+    taken = "goes on from {}" if step == 2 else "takes {}, and is refused"
+    assert lines[-1] == "a resume " + taken.format("run/checkpoints/step-00000004")
+
+
+def test_a_checkpoint_that_a_run_at_work_removes_is_no_damage(
+    run: Path, verify: Verify, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its name was read, its files go before they are."""
+    oldest, *kept = checkpoint.list_checkpoints(run)
+    whole = checkpoint.verify
+
+    def verify_late(path: Path) -> None:
+        if path == oldest and path.exists():
+            shutil.rmtree(path)
+        whole(path)
+
+    monkeypatch.setattr(checkpoint, "verify", verify_late)
+    parts = verify.tree(run, 0)["parts"]
+    assert [part["path"] for part in parts[3:]] == [str(path) for path in kept]
+
+
+def test_the_records_are_those_that_the_checkpoint_knows(run: Path, verify: Verify) -> None:
+    journal, newest = run / "metrics.jsonl", checkpoint.list_checkpoints(run)[-1]
+    lines = journal.read_bytes().splitlines(keepends=True)
+    state = checkpoint.read_state(newest)
+    known = lines[: state["records"]]
+    _change_state(newest, {"journal_sha256": hashlib.sha256(b"".join(known)).hexdigest()})
+    sealed_again(newest)
+    assert verify.tree(run, 0)["whole"]
+    journal.write_bytes(b"".join([*lines, lines[-1]]))  # what comes after them is not compared
+    assert verify.tree(run, 0)["whole"]
+    journal.write_bytes(b"".join([*lines[:1], lines[1].replace(b"0", b"1", 1), *lines[2:]]))
+    (problem,) = verify.problems(run)
+    assert problem == (
+        f"run/metrics.jsonl is damaged: its first {len(known)} records are not those that the checkpoint knows"
+    )
+    (newest / checkpoint.STATE).write_text(json.dumps(state | {"journal_sha256": None}))
+    sealed_again(newest)
+    assert verify.tree(run, 0)["whole"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Callable, Iterator
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pocketlm.cli.arguments import Parser, print_json
 from pocketlm.errors import FileError, PocketError
+
+JOURNAL = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object, with each checkpoint's state hash")
     arguments = parser.parse_args(argv)
 
-    found = check(Path(arguments.path), hashes=arguments.json)
+    found = check(Path(arguments.path))
     whole = all(part.problem is None for part in found.parts)
     if arguments.json:
         parts = [
@@ -56,25 +59,42 @@ def run(argv: list[str]) -> int:
     return 0 if whole else FileError.exit_code
 
 
-def check(path: Path, *, hashes: bool = False) -> Found:
-    """Each part of what stands at `path`; with `hashes`, each checkpoint with the hash of its state.
+def check(path: Path) -> Found:
+    """Each part of what stands at `path`.
 
     Raises:
-        FileError: nothing there that pocketlm knows.
+        FileError: nothing there that pocketlm knows, or it cannot be looked at.
     """
+    try:
+        return _check(path)
+    except OSError as error:  # a path that is too long, a folder that must not be listed
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _check(path: Path) -> Found:
+    if _is_unfinished_dataset(path):
+        return Found([Part(path, f"{path} is an unfinished data set; run the command that made it again")])
     if (path / "dataset.json").exists() or _names_dataset(path):
         return Found([Part(*result) for result in _check_dataset(path)])
-    if (path / "checkpoints").is_dir():
-        return _check_run(path, hashes)
+    if (path / "checkpoints").is_dir() or (path / JOURNAL).is_file():
+        return _check_run(path)
     from pocketlm.reading import MANIFEST
 
     if (path / MANIFEST).exists() or (path / "training").is_dir():
-        return Found([_check_checkpoint(path, hashes)])
+        return Found([_check_checkpoint(path)])
     if (path / "config.json").is_file():
         problem = f"{path} is a model folder but no checkpoint: it has no {MANIFEST}, so nothing to check it against"
         return Found([Part(path, problem)])
     what = "is none of them" if path.exists() else "does not exist"
     raise FileError(f"{path} {what}; give a run, a checkpoint or a data set")
+
+
+def _is_unfinished_dataset(path: Path) -> bool:
+    """Whether a `prepare` is at work there, or was stopped."""
+    from pocketlm.data.pieces import PLAN_FILE
+    from pocketlm.data.prepare import LOCK_FILE, is_finished
+
+    return any((path / name).is_file() for name in (LOCK_FILE, PLAN_FILE)) and not is_finished(path)
 
 
 def _names_dataset(path: Path) -> bool:
@@ -90,11 +110,12 @@ def _names_dataset(path: Path) -> bool:
 # --- runs and checkpoints
 
 
-def _check_run(run: Path, hashes: bool) -> Found:
+def _check_run(run: Path) -> Found:
     """A run's files, its checkpoints, and which of them a resume would take."""
     from pocketlm import checkpoint
 
-    checkpoints = [_check_checkpoint(path, hashes) for path in checkpoint.list_checkpoints(run)]
+    checkpoints = [_check_checkpoint(path) for path in checkpoint.list_checkpoints(run)]
+    checkpoints = [part for part in checkpoints if os.path.lexists(part.path)]  # a run at work removes old ones
     start = checkpoint.newest_valid(run, warn=lambda _: None)
     whole = [part.path for part in checkpoints if part.problem is None]
     strange = {path: found[0] for path in whole if (found := checkpoint.differences(run, path))}
@@ -105,24 +126,52 @@ def _check_run(run: Path, hashes: bool) -> Found:
         checkpoints = [
             _of_another_run(part, strange[part.path]) if part.path in strange else part for part in checkpoints
         ]
-    journal = _check_journal(run / "metrics.jsonl", checkpoint.read_state(start).get("records", 0) if start else 0)
+    journal = _check_journal(run / JOURNAL, _state(start) if start in whole else {})
     files = [config, _check_toml(run / "resolved.toml"), journal]
     if not checkpoints:  # a process may have been stopped before it wrote them
         files = [part for part in files if part.path.exists()]
-    torn = journal.facts.pop("torn", None)
+    torn, last_step = journal.facts.pop("torn", None), journal.facts.pop("last_step", 0)
+    if not start and last_step:
+        lost = f"{run / 'checkpoints'} has no whole checkpoint, {JOURNAL} tells of {last_step:,} steps: they are lost"
+        checkpoints.append(Part(run / "checkpoints", lost))
     notes = ([torn] if torn else []) + list(_leftovers(run))
-    notes.append(f"a resume goes on from {start}" if start else "there is nothing to resume from: it begins afresh")
+    if start in {part.path for part in checkpoints if part.problem}:
+        notes.append(f"a resume takes {start}, and is refused")
+    else:
+        notes.append(f"a resume goes on from {start}" if start else "there is nothing to resume from: it begins afresh")
     return Found(files + checkpoints, notes, {"resume": str(start) if start else None})
 
 
-def _check_checkpoint(path: Path, hashes: bool) -> Part:
+def _check_checkpoint(path: Path) -> Part:
+    """Its files against its manifest, then what they hold: written bytes may still be no state."""
     from pocketlm import checkpoint
 
-    step = checkpoint.step_of(path) if checkpoint.STEP_FOLDER.fullmatch(path.name) else None
-    problem = _problem(lambda: checkpoint.verify(path))
-    whole = problem is None
-    facts = {"step": step, "state_hash": checkpoint.state_hash(path) if whole else None} if hashes else {}
-    return Part(path, problem, facts)
+    facts: dict[str, Any] = {
+        "step": checkpoint.step_of(path) if checkpoint.STEP_FOLDER.fullmatch(path.name) else None,
+        "state_hash": None,
+    }
+
+    def read() -> None:
+        checkpoint.verify(path)
+        records = checkpoint.read_state(path).get("records", 0)
+        if not isinstance(records, int) or records < 0:
+            raise FileError(f"{path / checkpoint.STATE} is damaged: records is no number of them")
+        try:
+            facts["state_hash"] = checkpoint.state_hash(path)
+        except (ValueError, RecursionError) as error:  # a name that is no text, a tree that is too deep
+            raise FileError(f"{path} is damaged: it holds no state ({error})") from None
+
+    return Part(path, _problem(read), facts)
+
+
+def _state(path: Path) -> Mapping[str, Any]:
+    """A whole checkpoint's state; nothing if a run at work has just removed it."""
+    from pocketlm import checkpoint
+
+    try:
+        return checkpoint.read_state(path)
+    except FileError:
+        return {}
 
 
 def _of_another_run(part: Part, difference: str) -> Part:
@@ -132,32 +181,38 @@ def _of_another_run(part: Part, difference: str) -> Part:
 
 
 def _check_toml(path: Path) -> Part:
-    from pocketlm.reading import read_text
+    from pocketlm.toml_trees import read_toml
 
-    def read() -> None:
-        try:
-            tomllib.loads(read_text(path))
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise FileError(f"{path} is damaged: it is no TOML ({error})") from None
-
-    return Part(path, _problem(read))
+    return Part(path, _problem(lambda: read_toml(path)))
 
 
-def _check_journal(path: Path, needed: int) -> Part:
-    """Whole if it has the records that a resume keeps; a line that a crash tore after them is only said."""
-    from pocketlm.files import Journal
+def _check_journal(path: Path, state: Mapping[str, Any]) -> Part:
+    """Whole if it has the records that a resume keeps; a line that a crash tore after them is only said.
 
+    Args:
+        state: of the checkpoint that a resume takes.
+    """
     if not path.is_file():
         return Part(path, f"{path} is missing")
-    records = len(Journal.read(path))
-    facts: dict[str, Any] = {"records": records}
+    facts: dict[str, Any] = {}
+    return Part(path, _problem(lambda: _read_journal(path, state, facts)), facts)
+
+
+def _read_journal(path: Path, state: Mapping[str, Any], facts: dict[str, Any]) -> None:
+    from pocketlm.files import Journal
+
+    found = Journal.read(path)
+    records, needed = len(found), state.get("records", 0)
+    facts |= {"records": records, "last_step": max((record["step"] for record in found), default=0)}
     with path.open("rb") as file:
-        torn = sum(1 for _ in file) > records
-    if torn:
+        lines = list(file)
+    if len(lines) > records:
         facts["torn"] = f"{path}: line {records + 1} is no record; a resume cuts the file there"
     if records < needed:
-        return Part(path, f"{path} is damaged: {records:,} whole records, its newest checkpoint has {needed:,}", facts)
-    return Part(path, None, facts)
+        raise FileError(f"{path} is damaged: {records:,} whole records, its newest checkpoint has {needed:,}")
+    kept = hashlib.sha256(b"".join(lines[:needed])).hexdigest()
+    if state.get("journal_sha256") not in (None, kept):  # None: written before there was one
+        raise FileError(f"{path} is damaged: its first {needed:,} records are not those that the checkpoint knows")
 
 
 def _leftovers(run: Path) -> Iterator[str]:
@@ -191,4 +246,6 @@ def _problem(check_it: Callable[..., object]) -> str | None:
         check_it()
     except PocketError as error:
         return str(error)
+    except OSError as error:
+        return str(FileError(f"cannot read {error.filename}: {error.strerror or error}"))
     return None
