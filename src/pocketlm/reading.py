@@ -66,7 +66,8 @@ def read_manifest(folder: Path) -> dict[str, Entry]:
         raise FileError(f"{path} is damaged: it names no files, or none that can be")
     if read_text(path).encode() != manifest_bytes(files):
         raise FileError(f"{path} is damaged: its own SHA-256 is not the one in it")
-    return files
+    verified: dict[str, Entry] = files
+    return verified
 
 
 def _check_format(path: Path, tree: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

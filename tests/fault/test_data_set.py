@@ -18,6 +18,7 @@ from pocketlm import files
 from pocketlm.cli.main import main
 from pocketlm.data.shards import HEADER, describe, open_dataset, sample_documents
 from pocketlm.errors import DataError, PocketError
+from pocketlm.reading import MANIFEST, sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +226,8 @@ def test_a_run_does_not_go_on_with_other_data(
 
 def reseal(folder: Path) -> None:
     """A manifest that fits, as whoever made the set by hand would give it."""
-    paths = [path for path in folder.iterdir() if path.is_file() and path.name != files.MANIFEST]
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)} for path in paths}
+    paths = [path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST]
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}
     files.write_manifest(folder, entries)
 
 
