@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from children import config_of, outcome
 
 from pocketlm import checkpoint
 from pocketlm.cli.main import main
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, Unreadable
 from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
 
@@ -269,3 +270,42 @@ def test_a_flipped_configuration_of_the_run_takes_no_checkpoint_from_it(run: Pat
     assert (found and found.name, told) == (NEWEST, [])
     assert main(["verify", str(run)]) == 3
     assert "config.toml is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.goal("R10")
+def test_a_run_whose_checkpoints_cannot_be_read_now_is_not_begun_afresh(
+    world: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    real = Path.open
+
+    def refusing(self: Path, *args, **kwargs):
+        if self.name == "model.safetensors":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(self))
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refusing)
+        with pytest.raises(Unreadable, match=f"{NEWEST}/model.safetensors: Too many open files; .* again") as caught:
+            train(config_of(world), out=run)
+    assert caught.value.exit_code == 3
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names, "nothing is set aside"
+    train(config_of(world), out=run)
+    assert outcome(run) == outcome(world / "run")
+
+
+@pytest.mark.goal("R21")
+def test_a_start_sweeps_what_is_the_runs_and_nothing_of_its_users(world: Path, run: Path) -> None:
+    mine = [run / "notes.tmp-2024", run / "checkpoints" / "best.tmp-1", run / "metrics.jsonl.old.tmp-1"]
+    left = [run / f"{name}.tmp-1" for name in ("config.toml", "resolved.toml", "metrics.jsonl", "report.html")]
+    left += [run / "checkpoints" / f"step-00000009{old}.tmp-1" for old in ("", ".old")]
+    for path in (*mine, *left):
+        path.mkdir()
+        (path / "text").write_text("mine")
+    left[-1].rename(left[-1].with_name("step-00000008.old.tmp-1"))  # the new one is whole
+    notes = Notes()
+    train(config_of(world), out=run, listener=notes)
+    assert [path for path in run.rglob("*.tmp-*") if path not in mine] == []
+    assert sum("removed what a stopped process had left" in line for line in notes.lines) == len(left)
+    assert [(path / "text").read_text() for path in mine] == ["mine"] * len(mine)
+    assert outcome(run) == outcome(world / "run")
