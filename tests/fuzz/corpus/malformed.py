@@ -321,10 +321,8 @@ def tokenizers() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
     yield "a pattern that never ends", put("pre_tokenizer", value=_pattern("(?<a>a|\\g<a>b"))
     yield "no decoder", put("decoder", value=None)
     yield "a decoder of decoders, deep", put("decoder", value=_sequences(2000))
-    yield (
-        "a normalizer whose map is cut",
-        put("normalizer", value={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
-    )
+    cut = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    yield "a normalizer whose map is cut", put("normalizer", value=cut)
     yield (
         "a normalizer whose map lies about its length",
         put("normalizer", value={"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}),
