@@ -188,6 +188,8 @@ def differences(run: Path, path: Path) -> list[str]:
         return []
     try:
         return Config.from_toml(path / CONFIG).differences(Config.from_toml(run / "config.toml"))
+    except Unreadable:
+        raise
     except PocketError:  # nothing to hold it against: whoever trains with it holds it against what was asked for
         return []
 

@@ -293,7 +293,7 @@ class Config(Section):
         try:
             tree = read_toml(path)
         except FileError as error:
-            raise FileError(f"{error}; give a preset ({preset_names()}) or a .toml file") from None
+            raise type(error)(f"{error}; give a preset ({preset_names()}) or a .toml file") from None
         base = preset_tree(str(tree.pop("preset"))) if "preset" in tree else {}
         tree.setdefault("name", path.stem)
         return cls.build(merged(base, tree), overrides)

@@ -193,13 +193,13 @@ def test_a_record_that_the_disk_refused_is_written_later(tmp_path: Path, use: Us
     for after_bytes in range(12):
         path.unlink(missing_ok=True)
         journal = Journal(path)
-        journal.append({"step": 1})
+        journal.append({"kind": "train", "step": 1})
         use(Failing(errno.ENOSPC, 0, after_bytes=after_bytes, only=frozenset({"write"})))
         files.DISK.open[journal._file] = path  # type: ignore[attr-defined]
         with pytest.raises(OSError, match="No space"):
-            journal.append({"step": 2})
-        assert path.read_bytes() == b'{"step": 1}\n', "no part of a line stays"
-        journal.append({"step": 3})
+            journal.append({"kind": "train", "step": 2})
+        assert path.read_bytes() == b'{"kind": "train", "step": 1}\n', "no part of a line stays"
+        journal.append({"kind": "train", "step": 3})
         journal.close()
         use(REAL)
         assert [record["step"] for record in Journal.read(path)] == [1, 2, 3]
@@ -241,7 +241,7 @@ def test_no_record_of_a_journal_is_lost_whatever_the_disk_refuses(proof, tmp_pat
         journal, given = Journal(path), []
         disk.often = 0.3
         for step in range(30):
-            given.append({"step": step, "text": "x" * luck.randrange(30)})
+            given.append({"kind": "train", "step": step, "text": "x" * luck.randrange(30)})
             try:
                 journal.append(given[-1])
                 if luck.random() < 0.3:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 ALLOWED_MODULES = {
-    *("__future__", "argparse", "array", "bisect", "codecs", "collections", "contextlib", "copy", "ctypes"),
+    *("__future__", "argparse", "array", "base64", "bisect", "codecs", "collections", "contextlib", "copy", "ctypes"),
     *("dataclasses", "difflib", "errno", "fcntl", "functools", "glob", "hashlib", "html", "importlib", "io"),
     *("itertools", "json", "math", "os", "pathlib", "platform", "random", "re", "readline", "secrets", "shlex"),
     *("shutil", "signal", "socket", "stat", "struct", "sys", "sysconfig", "threading", "time", "tokenize", "tomllib"),
@@ -42,7 +42,17 @@ FROM_JINJA2 = {
 }
 OS_READS = {
     *("PathLike", "close", "cpu_count", "devnull", "environ", "fsdecode", "fstat", "getpid", "name", "open", "path"),
-    *("pread", "sched_getaffinity", "set_inheritable", "O_RDONLY", "O_WRONLY", "O_RDWR", "O_DIRECTORY", "O_CLOEXEC"),
+    *(
+        "pread",
+        "sched_getaffinity",
+        "set_inheritable",
+        "walk",
+        "O_RDONLY",
+        "O_WRONLY",
+        "O_RDWR",
+        "O_DIRECTORY",
+        "O_CLOEXEC",
+    ),
 }
 """Of os, what is used today and changes nothing; the rest writes, or may."""
 WRITERS = {

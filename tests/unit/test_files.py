@@ -219,7 +219,7 @@ def test_a_folder_is_removed_at_once(tmp_path: Path) -> None:
 
 def test_a_journal_forgets_a_torn_line_and_what_comes_after_its_first_records(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    records = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
+    records = [{"kind": "train", "step": step, "loss": 1 / step} for step in range(1, 6)]
     journal = Journal(path)
     for record in records:
         journal.append(record)
@@ -231,9 +231,9 @@ def test_a_journal_forgets_a_torn_line_and_what_comes_after_its_first_records(tm
     assert path.read_bytes().endswith(b'"lo'), "reading changes nothing"
     journal = Journal(path, keep=3)
     assert journal.num_records == 3
-    journal.append({"step": 4})
+    journal.append({"kind": "train", "step": 4})
     journal.close()
-    assert Journal.read(path) == [*records[:3], {"step": 4}]
+    assert Journal.read(path) == [*records[:3], {"kind": "train", "step": 4}]
     assert path.read_bytes().count(b"\n") == 4
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.cli.arguments import Parser, print_json
-from pocketlm.errors import FileError, PocketError
+from pocketlm.errors import FileError, PocketError, Unreadable
 
 JOURNAL = "metrics.jsonl"
 
@@ -116,7 +116,7 @@ def _check_run(run: Path) -> Found:
 
     checkpoints = [_check_checkpoint(path) for path in checkpoint.list_checkpoints(run)]
     checkpoints = [part for part in checkpoints if os.path.lexists(part.path)]  # a run at work removes old ones
-    start = checkpoint.newest_valid(run, warn=lambda _: None)
+    start, refusal = _newest(run)
     whole = [part.path for part in checkpoints if part.problem is None]
     strange = {path: found[0] for path in whole if (found := checkpoint.differences(run, path))}
     config = _check_toml(run / "config.toml")
@@ -131,15 +131,27 @@ def _check_run(run: Path) -> Found:
     if not checkpoints:  # a process may have been stopped before it wrote them
         files = [part for part in files if part.path.exists()]
     torn, last_step = journal.facts.pop("torn", None), journal.facts.pop("last_step", 0)
-    if not start and last_step:
+    if not start and not refusal and last_step:
         lost = f"{run / 'checkpoints'} has no whole checkpoint, {JOURNAL} tells of {last_step:,} steps: they are lost"
         checkpoints.append(Part(run / "checkpoints", lost))
     notes = ([torn] if torn else []) + list(_leftovers(run))
-    if start in {part.path for part in checkpoints if part.problem}:
+    if refusal:
+        notes.append(f"a resume is refused: {refusal}")
+    elif start in {part.path for part in checkpoints if part.problem}:
         notes.append(f"a resume takes {start}, and is refused")
     else:
         notes.append(f"a resume goes on from {start}" if start else "there is nothing to resume from: it begins afresh")
     return Found(files + checkpoints, notes, {"resume": str(start) if start else None})
+
+
+def _newest(run: Path) -> tuple[Path | None, str | None]:
+    """The checkpoint that a resume would take, or why it would be refused."""
+    from pocketlm import checkpoint
+
+    try:
+        return checkpoint.newest_valid(run, warn=lambda _: None), None
+    except Unreadable as error:
+        return None, str(error)
 
 
 def _check_checkpoint(path: Path) -> Part:
