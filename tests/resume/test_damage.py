@@ -64,7 +64,7 @@ def test_all_damaged_begins_afresh_and_ends_with_whole_checkpoints(run: Path) ->
         damage(folder)
     notes = Notes()
     train(config_of(train__keep_last=2), out=run, listener=notes)
-    assert sum("begins afresh" in line for line in notes.lines) == 5
+    assert sum("begins afresh" in line and "step-" in line for line in notes.lines) == 5
     assert losses(run) == whole
     assert 20 in steps(run)
     for folder in checkpoint.list_checkpoints(run):
@@ -148,7 +148,7 @@ def test_numbers_that_are_none_are_never_saved(due: str, tmp_path: Path, monkeyp
 
 def test_losses_that_are_none_are_skipped_and_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Diverged, match=r"9 of the last 128 steps were skipped; going back 3 time\(s\) did not help"):
+    with pytest.raises(Diverged, match="9 of the last 128 steps were skipped; gone back 3 time"):
         train(config_of(train__eval_every=0, train__checkpoint_every=90, optim__lr=1e30), out=Path("run"))
     assert steps(Path("run")) == [0]
 
