@@ -39,8 +39,8 @@ test: $(VENV)/.ready-dev
 	@$(BIN)/python -m pytest
 
 prove: $(VENV)/.ready-dev
-	@$(BIN)/python -m pytest --prove -m goal --scoreboard docs/reliability-scoreboard.json \
-		$(if $(GOALS),--goals "$(GOALS)") $(if $(SEED),--proof-seed $(SEED))
+	@$(BIN)/python -m pytest --prove -m goal --scoreboard=docs/reliability-scoreboard.json \
+		$(if $(GOALS),"--goals=$(GOALS)") $(if $(SEED),--proof-seed=$(SEED))
 
 check: lint test
 
