@@ -6,8 +6,11 @@ Interpreters are shell scripts that write down what they were asked, so nothing 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,11 +110,23 @@ def test_a_demo_over_another_run_names_another_folder(home: Path, code: int, hin
 
 @pytest.mark.parametrize(
     ("words", "options"),
-    [((), ""), (("GOALS=R1 R9",), "--goals R1 R9"), (("GOALS=R7", "SEED=5"), "--goals R7 --proof-seed 5")],
+    [((), ""), (("GOALS=R1 R9",), "--goals=R1 R9"), (("GOALS=R7", "SEED=5"), "--goals=R7 --proof-seed=5")],
 )
 def test_a_proof_is_whole_or_of_the_goals_named(home: Path, words: tuple[str, ...], options: str) -> None:
     make(".venv/.ready-dev", "PYTHON=python3.99")
     code, asked, said = make("prove", *words)
     assert code == 0, said
-    scoreboard = "-m pytest --prove -m goal --scoreboard docs/reliability-scoreboard.json"
+    scoreboard = "-m pytest --prove -m goal --scoreboard=docs/reliability-scoreboard.json"
     assert [line.strip() for line in asked if "pytest" in line] == [f"{scoreboard} {options}".strip()]
+
+
+def test_pytest_knows_the_options_of_a_proof(tmp_path: Path) -> None:
+    """Without an equals sign pytest takes their values for folders of tests, and looks for its plugins there."""
+    recipe = re.search(r"/python (-m pytest --prove .*) \\$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    words = shlex.split(recipe[1].replace("docs/reliability-scoreboard.json", str(tmp_path / "board.json")))
+    assert f"--scoreboard={tmp_path}/board.json" in words
+    asked = [sys.executable, *words, "--goals=R7", "--proof-seed=5", "--collect-only", "-q"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests/unit/test_order_properties.py::" in done.stdout
