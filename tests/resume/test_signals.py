@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -149,3 +151,22 @@ def test_who_reads_what_it_says_may_leave(command: str, rig: Rig, whole: Whole) 
     assert (rig.folder / "code").read_text() == "0\n"
     assert child.stdout == ""
     oracle.assert_equal(rig.folder / "run", whole.run)
+
+
+IN_A_LONG_OPERATION = """
+import hashlib
+from pocketlm.training.signals import stop_on_signal
+with stop_on_signal():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # hours, and no handler of Python's runs before its end
+"""
+
+
+def test_a_second_signal_ends_what_is_inside_a_long_operation() -> None:
+    """The second is another one: two of a kind that wait together are one for the system."""
+    with subprocess.Popen([sys.executable, "-c", IN_A_LONG_OPERATION], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) in (143, -signal.SIGUSR1), "by the thread, or by the system between the two lines"
