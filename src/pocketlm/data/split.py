@@ -86,9 +86,7 @@ def cut_at_line(text: str, byte: int) -> tuple[str, str]:
     line_start = 1 + data.find(b"\n", max(0, byte - 1), byte + (len(data) - byte) // 2)
     if byte == 0:
         return "", text
-    cut = line_start or next(
-        at for at in range(min(byte, len(data)), -1, -1) if at == len(data) or data[at] & 0xC0 != 0x80
-    )
+    cut = line_start or next(at for at in range(byte, -1, -1) if at == len(data) or data[at] & 0xC0 != 0x80)
     return data[:cut].decode(), data[cut:].decode()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pocketlm.checkpoint import STATE, read_state
+from pocketlm.checkpoint import CONFIG, STATE, read_state
 from pocketlm.config import Config, DataConfig
 from pocketlm.data.loader import Stream
 from pocketlm.data.shards import DATASET_FILE, Dataset, open_dataset
@@ -110,7 +110,7 @@ def _source_of(dataset: Path) -> str | None:
 
 def _data_settings(checkpoint: Path) -> DataConfig:
     """The table [data] of a verified checkpoint's configuration."""
-    return Config.from_toml(checkpoint / "training" / "config.toml").data
+    return Config.from_toml(checkpoint / CONFIG).data
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:

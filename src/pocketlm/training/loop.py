@@ -102,7 +102,7 @@ def _report(run: Run) -> None:
 
 
 def _check_same_config(folder: Path, start: Path, config: Config) -> None:
-    stored = Config.from_toml(start / "training" / "config.toml")
+    stored = Config.from_toml(start / checkpoint.CONFIG)
     if changed := config.differences(stored):
         raise ConfigError(
             f"{folder} was begun with another configuration (given, there): {'; '.join(changed)}; "

@@ -116,8 +116,8 @@ def set_aside_later(folder: Path, step: int | None, listener: Listener) -> None:
 
 def _open_journal(path: Path, stored: Scalars | None, listener: Listener) -> Journal:
     """The journal up to what the checkpoint knows. One that is not what it knows is set aside, and not believed."""
-    records, known = (stored.records, stored.journal_sha256) if stored else (0, Journal.sha256_of(path, 0))
-    whole = Journal.sha256_of(path, records) == known
+    records = stored.records if stored else 0
+    whole = not stored or Journal.sha256_of(path, records) == stored.journal_sha256
     if path.is_file() and path.stat().st_size and (not whole or not stored):
         why = "the run begins afresh" if whole else f"its first {records} records are not those that were saved"
         listener.note(f"set aside as {set_aside(path)}: {why}")
