@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketlm.config import Config, Dtype, ModelConfig, SampleConfig
+from pocketlm.config import AttentionKernel, Config, Dtype, ModelConfig, SampleConfig
 from pocketlm.errors import FileError, PocketError, Unreadable
 from pocketlm.files import commit_folder, remove_folder
 from pocketlm.formats import huggingface
@@ -139,10 +139,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_json(path / STATE)
 
 
-def trained_dtype(path: Path) -> Dtype:
-    """The precision that a checkpoint was trained in; fp32 for a folder that does not say."""
+def trained_with(path: Path) -> tuple[Dtype, AttentionKernel]:
+    """The precision and attention that a checkpoint was trained with; fp32 and PyTorch's where nothing says so."""
     resolved = read_state(path).get("resolved") if (path / STATE).is_file() else None
-    return "bf16" if isinstance(resolved, dict) and resolved.get("dtype") == "bf16" else "fp32"
+    said = resolved if isinstance(resolved, dict) else {}
+    return (
+        "bf16" if said.get("dtype") == "bf16" else "fp32",
+        "folded" if said.get("attention") == "folded" else "sdpa",
+    )
 
 
 def step_of(path: Path) -> int:

@@ -37,6 +37,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["fp32", "bf16"]
 Determinism = Literal["bitwise", "same-data", "off"]
+AttentionKernel = Literal["sdpa", "folded"]
 
 
 class Section(BaseModel):
@@ -197,6 +198,8 @@ class TrainConfig(Section):
     """Rows that go through the model at once."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the computation; weights, gradient sums and moments are fp32 always. `auto` probes."""
+    attention: Literal["auto"] | AttentionKernel = "auto"
+    """PyTorch's kernel, or batched products folded by key-value head (model/attention.py). `auto` probes."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Weights, order and samples follow from it."""
     determinism: Literal["auto", "bitwise", "same-data", "off"] = "auto"

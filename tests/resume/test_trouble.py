@@ -32,6 +32,7 @@ from pocketlm.errors import Diverged, FileError, Interrupted
 from pocketlm.files import Journal
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import allocate
+from pocketlm.optim.clip import clip_coefficient, global_norm
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.training import boundary, loop, step
 from pocketlm.training.guard import APPLIED, Guard
@@ -368,15 +369,15 @@ def test_the_host_does_not_wait_between_loss_and_update() -> None:
             assert "local_scalar" not in str(op), "the host reads a number"
             return op(*arguments, **(options or {}))
 
-    guard, loss, norm = Guard(GuardConfig(), torch.device("cpu")), torch.tensor(3.0), torch.tensor(1.0)
+    guard, loss = Guard(GuardConfig(), torch.device("cpu")), torch.tensor(3.0)
     model = allocate(Config.preset("debug").model)
     init_weights(model, Config.preset("debug").init, 0)
     optimizer = Optimizer(model, OptimConfig(kind="muon"))
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+    gradients = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
     with NoWaiting():
+        norm = global_norm(gradients.values())
         verdict = guard.verdict(loss, norm)
-        optimizer.step(1.0, 0, 10, skip=verdict != APPLIED)
+        optimizer.step(gradients, 1.0, 0, 10, skip=verdict != APPLIED, clip=clip_coefficient(norm, 1.0))
     assert int(verdict) == APPLIED
 
 

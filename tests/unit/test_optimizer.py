@@ -9,6 +9,8 @@ from torch import nn
 from pocketlm.config import Config, OptimConfig
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import Transformer, allocate
+from pocketlm.optim import adamw
+from pocketlm.optim.clip import clip_coefficient, global_norm
 from pocketlm.optim.groups import split
 from pocketlm.optim.muon import Muon, orthogonalize
 from pocketlm.optim.optimizer import Optimizer
@@ -23,10 +25,9 @@ def small_model(**fields: object) -> tuple[Transformer, Config]:
     return model, config
 
 
-def fill_gradients(model: nn.Module, seed: int) -> None:
+def random_gradients(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
 
 
 def test_groups_cover_the_model_once() -> None:
@@ -63,19 +64,15 @@ def adamw_in_float64(
 def test_adamw_is_the_papers(decay: str) -> None:
     model, config = small_model(weight_decay=0.3, decay=decay)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in start}
     factors = [1.0, 0.5, 0.8, 0.1, 0.3]
+    gradients = [random_gradients(model, step) for step in range(len(factors))]
     ours = Optimizer(model, config.optim)
     for step, factor in enumerate(factors):
-        fill_gradients(model, step)
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            gradients[name].append(parameter.grad.clone())
-        ours.step(factor, step, 10, GO)
+        ours.step(gradients[step], factor, step, 10, skip=GO)
     rates = [config.optim.lr * factor for factor in factors]
     for name, parameter in model.named_parameters():
         rate = 0.3 if decay == "all" or "norm" not in name else 0.0
-        truth = adamw_in_float64(start[name], gradients[name], rates, rate, config.optim)
+        truth = adamw_in_float64(start[name], [g[name] for g in gradients], rates, rate, config.optim)
         torch.testing.assert_close(parameter.double(), truth, rtol=1e-6, atol=1e-8)
 
 
@@ -104,10 +101,10 @@ def test_muon_is_as_near_to_float64_as_pytorchs(shape: tuple[int, int]) -> None:
     truth = muon_in_float64(start, gradients, 0.02, 0.95, 0.1)
     mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, ns_steps=5)
-    ours = Muon({"w": mine}, num_steps=5, weight_decay=0.1)
+    ours = Muon({"w": mine}, {}, num_steps=5, weight_decay=0.1)
     for gradient in gradients:
-        mine.grad, theirs.grad = gradient.clone(), gradient.clone()
-        ours.step(0.02, 0.95, GO)
+        theirs.grad = gradient.clone()
+        ours.step({"w": gradient}, 0.02, 0.95, None, GO)
         reference.step()
     moved = (truth - start).norm()
     error, their_error = ((w.detach() - truth).norm() / moved for w in (mine, theirs))
@@ -127,8 +124,7 @@ def test_orthogonalize_pushes_singular_values_towards_one() -> None:
 def test_an_optimizer_taken_up_again_goes_on_bit_for_bit(kind: str) -> None:
     model, config = small_model(kind=kind)
     whole = Optimizer(model, config.optim)
-    fill_gradients(model, 0)
-    whole.step(1.0, 0, 10, GO)
+    whole.step(random_gradients(model, 0), 1.0, 0, 10, skip=GO)
     other, _ = small_model(kind=kind)
     resumed = Optimizer(other, config.optim)
     names = set(resumed.tensors())
@@ -138,8 +134,7 @@ def test_an_optimizer_taken_up_again_goes_on_bit_for_bit(kind: str) -> None:
     resumed.load({name: tensor.clone() for name, tensor in whole.tensors().items()}, whole.updates)
     for step in range(1, 5):
         for m, o in ((model, whole), (other, resumed)):
-            fill_gradients(m, step)
-            o.step(0.7, step, 10, GO)
+            o.step(random_gradients(m, step), 0.7, step, 10, skip=GO)
     assert set(whole.tensors()) == names
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, resumed.tensors()[name]), name
@@ -153,17 +148,56 @@ def test_an_optimizer_taken_up_again_goes_on_bit_for_bit(kind: str) -> None:
 def test_a_skipped_update_changes_nothing_whatever_the_gradients_are(kind: str, value: float) -> None:
     model, config = small_model(kind=kind)
     optimizer = Optimizer(model, config.optim)
-    fill_gradients(model, 0)
-    optimizer.step(1.0, 0, 10, GO)
+    optimizer.step(random_gradients(model, 0), 1.0, 0, 10, skip=GO)
     everything = dict(model.named_parameters()) | optimizer.tensors()
     before = {name: tensor.detach().clone() for name, tensor in everything.items()}
-    for parameter in model.parameters():
-        assert parameter.grad is not None
-        parameter.grad.fill_(value)
-    optimizer.step(1.0, 1, 10, SKIP)
+    broken = {name: torch.full_like(p, value) for name, p in model.named_parameters()}
+    optimizer.step(broken, 1.0, 1, 10, skip=SKIP)
     assert optimizer.updates == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in everything.items())
-    fill_gradients(model, 1)
-    optimizer.step(1.0, 2, 10, GO)
+    optimizer.step(random_gradients(model, 1), 1.0, 2, 10, skip=GO)
     assert optimizer.updates == 2
     assert all(not torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_an_update_in_small_passes_has_the_bits_of_one_in_one_pass(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle is PyTorch's kernel over whole tensors, by way of passes that hold the largest of them."""
+    runs = []
+    for most in (2**30, 1000, 64):
+        monkeypatch.setattr(adamw, "CACHED_VALUES", most)
+        model, config = small_model(kind=kind, weight_decay=0.3)
+        optimizer = Optimizer(model, config.optim)
+        for step in range(3):
+            clip = torch.tensor(0.25) if step == 1 else None
+            optimizer.step(random_gradients(model, step), 1.0, step, 10, skip=GO, clip=clip)
+        runs.append(dict(model.named_parameters()) | optimizer.tensors())
+    for other in runs[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in runs[0].items())
+
+
+def test_what_is_clipped_is_what_pytorch_clips() -> None:
+    model, config = small_model(clip=0.5)
+    gradients = random_gradients(model, 0)
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name].clone()
+    their_norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    norm = global_norm(gradients.values())
+    assert torch.equal(norm, their_norm)
+    coefficient = clip_coefficient(norm, 0.5)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(gradients[name] * coefficient, parameter.grad)
+    assert clip_coefficient(torch.tensor(0.4), 0.5) == 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("skip", [GO, SKIP])
+def test_a_bf16_copy_is_what_the_parameters_round_to(kind: str, skip: torch.Tensor) -> None:
+    model, config = small_model(kind=kind)
+    copies = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+    gradients = {name: g.bfloat16() for name, g in random_gradients(model, 0).items()}
+    before = {name: gradient.clone() for name, gradient in gradients.items()}
+    Optimizer(model, config.optim, copies).step(gradients, 1.0, 0, 10, skip=skip, clip=torch.tensor(0.5))
+    assert all(torch.equal(copies[name], p.bfloat16()) for name, p in model.named_parameters())
+    assert all(torch.equal(gradient, before[name]) for name, gradient in gradients.items())

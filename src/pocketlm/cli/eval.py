@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
     from pocketlm import checkpoint, distributed
     from pocketlm.evaluate.loss import evaluate_stream
     from pocketlm.evaluate.source import open_stream, own_dataset, own_source
-    from pocketlm.training.precision import TORCH_DTYPES
+    from pocketlm.training.precision import computing
 
     path = Path(arguments.model) if arguments.model else checkpoint.newest_run()
     folder = checkpoint.find_checkpoint(path, say)
@@ -43,12 +43,13 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"--stride {stride} is not in 1..{context}, the context")
     if arguments.limit < 0:
         raise UsageError(f"--limit {arguments.limit} is below 0, which scores all")
-    dtype = arguments.dtype if arguments.dtype != "auto" else checkpoint.trained_dtype(folder)
+    trained_dtype, attention = checkpoint.trained_with(folder)
+    dtype = trained_dtype if arguments.dtype == "auto" else arguments.dtype
     data = str(own_dataset(folder).path) if arguments.data is None else arguments.data
     stream = open_stream(data, tokenizer, folder)
     if data == own_source(folder):
         say(f"{folder} was trained on {data}: this is how it remembers; without --data, what was held out is scored")
-    model = model.to(distributed.default_device(), TORCH_DTYPES[dtype])
+    model = computing(model.to(distributed.default_device()), dtype, attention)
     report = evaluate_stream(model, stream, tokenizer, context=context, stride=stride, limit=arguments.limit)
     if arguments.json:
         print_json({"model": str(folder), "data": data, "dtype": dtype, "context": context, **report.tree()})

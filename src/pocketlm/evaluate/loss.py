@@ -129,7 +129,14 @@ def _score(model: Transformer, stream: Stream, batch: list[Window]) -> tuple[np.
     rows = rows.to(model.head.device)
     inputs, targets = rows[:, :-1], rows[:, 1:]  # (B, T)
     hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, D)
-    losses = token_losses(hidden, model.head, targets.flatten(), chunk=1024, softcap=model.config.logit_softcap)
+    losses = token_losses(
+        hidden,
+        model.head,
+        targets.flatten(),
+        chunk=1024,
+        softcap=model.config.logit_softcap,
+        num_ids=model.config.vocab_size,
+    )
     position = torch.arange(inputs.shape[1])
     counted = torch.stack([position >= window.skip for window in batch]).flatten()
     return targets.flatten().cpu()[counted].numpy(), losses.cpu()[counted].double().numpy()

@@ -17,6 +17,7 @@ x; all that is between them, and the sum of dW over chunks, is fp32 (fp64 for fp
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,10 @@ def token_losses(
     return _token_losses(hidden, head, targets, options)
 
 
+CACHED_VALUES = 2**19
+"""fp32 logits worked on at once on a CPU: 2 MiB."""
+
+
 class _Options(NamedTuple):
     chunk: int
     softcap: float | None
@@ -85,15 +90,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         losses = []
         dx = torch.empty_like(hidden)
-        dW = torch.zeros_like(head, dtype=_wide(head))
+        dW: Tensor | None = None
         chunks = (torch.split(rows, options.chunk) for rows in (hidden, targets, dx))
         for x, t, dx_rows in zip(*chunks, strict=True):
             nats, D, s = _softmax(x, head, t, options)
             losses.append(nats)
             w_s = (t != options.ignore)[:, None] * (scale / s)  # (n, 1)
-            D = D.to(x.dtype)
             dx_rows.copy_((D @ head) * w_s)
-            dW += D.t() @ (x * w_s).to(x.dtype)
+            product = D.t() @ (x * w_s).to(x.dtype)
+            dW = product if dW is None else dW.to(_wide(head)).add_(product)
+        assert dW is not None
         ctx.save_for_backward(dx, dW.to(head.dtype))
         return torch.cat(losses).sum() * scale
 
@@ -112,27 +118,40 @@ def _token_losses(hidden: Tensor, head: Tensor, targets: Tensor, options: _Optio
 
 class _Softmax(NamedTuple):
     nats: Tensor  # (n,), zero where ignored
-    D: Tensor  # (n, V), times the slope of the soft-cap
+    D: Tensor  # (n, V) in the dtype of x, times the slope of the soft-cap
     s: Tensor  # (n, 1)
 
 
 def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options) -> _Softmax:
-    """One chunk of n rows, with the names of the formulas above."""
-    z = (x @ head.t()).to(_wide(x))  # (n, V)
+    """One chunk of n rows, with the names of the formulas above.
+
+    The logits are one product, and D takes their place. Between the two a few rows at a time are worked on, which stay
+    in a CPU's cache: whole passes over n x V values of fp32 would cost as much again as a product.
+    """
+    z = x @ head.t()  # (n, V)
     column = t.clamp(min=0)[:, None]  # what an ignored target reads does not matter
+    rows = max(1, CACHED_VALUES // z.shape[1]) if z.device.type == "cpu" else max(1, len(z))
+    parts = [_to_D(z_rows, c, options) for z_rows, c in zip(z.split(rows), column.split(rows), strict=True)]
+    nats, s = (torch.cat(column) for column in zip(*parts, strict=True))
+    return _Softmax(torch.where(t != options.ignore, nats.squeeze(1), 0.0), z, s)
+
+
+def _to_D(logits: Tensor, column: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
+    """Writes D over logits (r, V); returns log s - z_t and s, both (r, 1)."""
+    z = logits.to(_wide(logits))
     slopes: Tensor | None = None
     if options.softcap is not None:
         tanh = torch.tanh(z / options.softcap)
         z, slopes = options.softcap * tanh, 1 - tanh.square()
     if options.num_ids is not None:
-        z[:, options.num_ids :] = float("-inf")
-    z -= z.amax(1, keepdim=True)  # in place: z is ours, and a second n x V matrix would double the memory
+        z[:, options.num_ids :] = -math.inf
+    z -= z.amax(1, keepdim=True)
     z_t, E = z.gather(1, column), z.exp_()
     others = E.scatter_(1, column, 0).sum(1, keepdim=True)
     s = z_t.exp() + others
-    nats = torch.where(t != options.ignore, (s.log() - z_t).squeeze(1), 0.0)
     D = E.scatter_(1, column, -others)
-    return _Softmax(nats, D if slopes is None else D.mul_(slopes), s)
+    logits.copy_(D if slopes is None else D.mul_(slopes))
+    return s.log() - z_t, s
 
 
 def _wide(x: Tensor) -> torch.dtype:

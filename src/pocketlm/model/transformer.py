@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pocketlm.config import ModelConfig
+from pocketlm.config import AttentionKernel, ModelConfig
+from pocketlm.model.attention import folded_attention
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -42,20 +43,35 @@ class KVCache(Protocol):
 
 
 class Transformer(nn.Module):
-    """The language model. Make one with `allocate`; `init_weights` or a file fills it."""
+    """The language model. Make one with `allocate`; `init_weights` or a file fills it.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        vocab_rows: rows of the embedding and the head, by default V; those from V on are padding, and have no logits.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_rows: int | None = None) -> None:
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.model = Decoder(config)
+        rows = vocab_rows or config.vocab_size
+        self.model = Decoder(config, rows)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, rows, bias=False)
 
     @property
     def head(self) -> Tensor:
-        """The output matrix (V, C): the embedding itself when tied."""
+        """The output matrix (V or more, C): the embedding itself when tied."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def use_attention(self, kernel: AttentionKernel) -> None:
+        """Chooses what computes attention: PyTorch's kernel, or `attention.py`. They differ in rounding and speed."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.kernel = kernel
+
+    def compile_blocks(self) -> None:
+        """Lets PyTorch fuse what is between the products of a block, where gradients are wanted."""
+        self.model.run_block = torch.compile(run_block, dynamic=False)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) int64 -> (B, T, C) after the final norm: what the head, or `loss.py`, multiplies.
@@ -68,7 +84,7 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) int64 -> logits (B, T, V) in the weights' dtype. Training never makes them: see `loss.py`."""
-        logits = F.linear(self.hidden(ids, cache), self.head)
+        logits = F.linear(self.hidden(ids, cache), self.head[: self.config.vocab_size])
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -76,14 +92,15 @@ class Transformer(nn.Module):
 class Decoder(nn.Module):
     """Everything but the head."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, vocab_rows: int) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(vocab_rows, config.hidden_size)
         if config.position == "learned":
             self.embed_positions = embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
+        self.run_block = run_block
 
     def forward(self, ids: Tensor, cache: KVCache | None, recompute: bool) -> Tensor:
         T = ids.shape[1]
@@ -97,12 +114,22 @@ class Decoder(nn.Module):
             x = x + self.embed_positions(positions)
         else:
             rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        run = run_block if cache is not None or not torch.is_grad_enabled() else self.run_block
         for block in self.layers:
-            x = checkpoint(block, x, rotary, use_reentrant=False) if recompute else block(x, rotary, cache)
+            if recompute:
+                x = checkpoint(run, block, x, rotary, use_reentrant=False)
+            else:
+                x = run(block, x, rotary, cache)
         if cache is not None:
             cache.advance(T)
         x = self.norm(x)
         return x
+
+
+def run_block(block: nn.Module, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
+    """One layer as a function of its module, so that compiling it once compiles all of them."""
+    y: Tensor = block(x, rotary, cache)
+    return y
 
 
 class Block(nn.Module):
@@ -132,6 +159,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.kernel: AttentionKernel = "sdpa"
         self.head_dim = D = config.head_dim
         self.qk_norm = config.qk_norm
         C, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
@@ -155,9 +183,12 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, K, T, D) twice
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # is_causal aligns the triangle to the first key: right when queries and keys are the same tokens. One new
-        # token after cached ones sees every key, and would with is_causal see only the first.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)  # (B, H, T, D)
+        if self.kernel == "folded" and T > 1:
+            y = folded_attention(q, k, v)  # (B, H, T, D)
+        else:
+            # is_causal aligns the triangle to the first key: right when queries and keys are the same tokens. One new
+            # token after cached ones sees every key, and would with is_causal see only the first.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
         return out
 

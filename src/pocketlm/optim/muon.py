@@ -25,8 +25,15 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Muon:
     """The update of some named matrices, and their momentum."""
 
-    def __init__(self, matrices: Mapping[str, Tensor], *, num_steps: int, weight_decay: float) -> None:
+    def __init__(
+        self, matrices: Mapping[str, Tensor], copies: Mapping[str, Tensor], *, num_steps: int, weight_decay: float
+    ) -> None:
+        """
+        Args:
+            copies: of some matrices, by name, in their shape; written after each update.
+        """
         self.matrices = dict(matrices)
+        self.copies = {name: copies[name] for name in matrices if name in copies}
         self.momentum = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
         self.num_steps = num_steps
         self.weight_decay = weight_decay
@@ -35,13 +42,20 @@ class Muon:
             self._by_shape[matrix.shape].append(name)
 
     @torch.no_grad()
-    def step(self, lr: float, mu: float, skip: Tensor) -> None:
-        """Updates every matrix in place from its `.grad`; where `skip`, () bool, is true nothing changes."""
+    def step(self, gradients: Mapping[str, Tensor], lr: float, mu: float, clip: Tensor | None, skip: Tensor) -> None:
+        """Updates every matrix in place; where `skip`, () bool, is true nothing changes.
+
+        Args:
+            gradients: in any float dtype; left as they are.
+            clip: () fp32, multiplies them all.
+        """
         for (rows, columns), names in self._by_shape.items():
-            gradients = [self._gradient(name) for name in names]
+            clipped = [gradients[name].float() for name in names]
+            if clip is not None:
+                clipped = torch._foreach_mul(clipped, clip)
             momenta = [self.momentum[name] for name in names]
-            moved = torch._foreach_lerp(momenta, gradients, 1 - mu)
-            ahead = torch._foreach_lerp(gradients, moved, mu)
+            moved = torch._foreach_lerp(momenta, clipped, 1 - mu)
+            ahead = torch._foreach_lerp(clipped, moved, mu)
             update = orthogonalize(torch.stack(ahead), self.num_steps)  # (matrices, m, n)
             scale = max(1, rows / columns) ** 0.5
             for name, new, direction in zip(names, moved, update.unbind(), strict=True):
@@ -49,11 +63,8 @@ class Muon:
                 updated = (matrix * (1 - lr * self.weight_decay)).sub_(direction, alpha=lr * scale)
                 torch.where(skip, matrix, updated, out=matrix)
                 torch.where(skip, momentum, new, out=momentum)
-
-    def _gradient(self, name: str) -> Tensor:
-        gradient = self.matrices[name].grad
-        assert gradient is not None, name
-        return gradient
+        if self.copies:
+            torch._foreach_copy_(list(self.copies.values()), [self.matrices[name] for name in self.copies])
 
 
 def orthogonalize(matrices: Tensor, num_steps: int) -> Tensor:

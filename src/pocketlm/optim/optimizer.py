@@ -21,14 +21,16 @@ from pocketlm.optim.schedule import muon_momentum
 
 
 class Optimizer:
-    """Updates a model's fp32 parameters in place from their `.grad`."""
+    """Updates a model's fp32 parameters in place, and the copies that compute in another precision."""
 
-    def __init__(self, model: Module, config: OptimConfig) -> None:
+    def __init__(self, model: Module, config: OptimConfig, copies: Mapping[str, Tensor] | None = None) -> None:
         self.config = config
         parameters = dict(model.named_parameters())
+        copies = copies or {}
         groups = split(parameters, config)
         self.muon = Muon(
             {name: parameters[name] for name in groups.muon},
+            copies,
             num_steps=config.muon_steps,
             weight_decay=config.muon_weight_decay,
         )
@@ -36,24 +38,35 @@ class Optimizer:
         by_decay = (
             {config.weight_decay: decayed, 0.0: not_decayed} if config.weight_decay else {0.0: decayed | not_decayed}
         )
-        self.adamw = AdamW(by_decay, betas=config.betas, eps=config.eps)
+        self.adamw = AdamW(by_decay, copies, betas=config.betas, eps=config.eps)
 
     @property
     def updates(self) -> int:
         """Updates applied, which AdamW's bias correction needs; not the schedule's step. Waits for a GPU."""
         return int(self.adamw.updates.item())
 
-    def step(self, factor: float, step: int, total_steps: int, skip: Tensor) -> None:
+    def step(
+        self,
+        gradients: Mapping[str, Tensor],
+        factor: float,
+        step: int,
+        total_steps: int,
+        *,
+        skip: Tensor,
+        clip: Tensor | None = None,
+    ) -> None:
         """One update, or none.
 
         Args:
+            gradients: by name, in the shape of the parameter and any float dtype; left as they are.
             factor: the schedule's factor on every peak rate.
             step: updates scheduled so far, of `total_steps` (for Muon's momentum).
             skip: () bool; where it is true nothing changes, whatever the gradients are.
+            clip: () fp32, multiplies all gradients.
         """
-        self.adamw.step(self.config.lr * factor, skip)
+        self.adamw.step(gradients, self.config.lr * factor, clip, skip)
         momentum = muon_momentum(self.config.muon_momentum_start, self.config.muon_momentum, step, total_steps)
-        self.muon.step(self.config.muon_lr * factor, momentum, skip)
+        self.muon.step(gradients, self.config.muon_lr * factor, momentum, clip, skip)
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by name; the tensors themselves, not copies."""

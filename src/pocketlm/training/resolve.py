@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from pocketlm.config import Config, Determinism, Dtype
+from pocketlm.config import AttentionKernel, Config, Determinism, Dtype
 from pocketlm.distributed import Runtime, versions
+from pocketlm.model.transformer import Attention
 from pocketlm.training.precision import TORCH_DTYPES
 
 MICRO_BATCH_TOKENS = 8192
@@ -32,6 +33,7 @@ class Resolved(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     dtype: Dtype
+    attention: AttentionKernel
     micro_batch: Annotated[int, Field(ge=1)]
     threads: Annotated[int, Field(ge=1, le=1024)]
     device: str
@@ -41,7 +43,7 @@ class Resolved(BaseModel):
 
     def to_toml(self, config: Config) -> str:
         """`resolved.toml`: the configuration as it ran, this table, and the versions of the libraries."""
-        ran = self.model_dump(include={"dtype", "micro_batch", "threads", "determinism"})
+        ran = self.model_dump(include={"dtype", "attention", "micro_batch", "threads", "determinism"})
         tree = config.tree()
         tree["train"] = tree["train"] | ran
         return tomli_w.dumps(tree | {"resolved": self.model_dump(), "versions": versions()})
@@ -53,9 +55,11 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     candidates: tuple[Dtype, ...] = ("fp32", "bf16") if wanted == "auto" else (wanted,)
     rates = {dtype: matmul_rate(config, runtime.device, TORCH_DTYPES[dtype]) for dtype in candidates}
     dtype, dtype_reason = _dtype(config, rates)
+    attention, attention_reason = _attention(config, runtime.device, dtype)
     micro_batch, micro_reason = _micro_batch(config)
     return Resolved(
         dtype=dtype,
+        attention=attention,
         micro_batch=micro_batch,
         threads=runtime.threads,
         device=runtime.device.type,
@@ -63,6 +67,7 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
         peak_flops=rates[dtype],
         reasons={
             "dtype": dtype_reason,
+            "attention": attention_reason,
             "micro_batch": micro_reason,
             "threads": "every core that this process may use" if config.train.threads == "auto" else "as given",
             "determinism": f"what a {runtime.device.type} does by itself"
@@ -78,6 +83,30 @@ def _dtype(config: Config, rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
     gain = rates["bf16"] / rates["fp32"]
     reason = f"bf16 products run at {gain:.1f} times the rate of fp32 here"
     return ("bf16" if gain >= BF16_MUST_GAIN else "fp32"), reason
+
+
+def _attention(config: Config, device: torch.device, dtype: Dtype) -> tuple[AttentionKernel, str]:
+    if config.train.attention != "auto":
+        return config.train.attention, "as given"
+    if device.type != "cpu":
+        return "sdpa", f"PyTorch's kernel is made for a {device.type}"
+    seconds = {kernel: _attention_s(config, TORCH_DTYPES[dtype], kernel) for kernel in get_args(AttentionKernel)}
+    gain = seconds["sdpa"] / seconds["folded"]
+    reason = f"folded by key-value head it runs at {gain:.1f} times the rate of PyTorch's kernel here"
+    return ("folded" if gain > 1 else "sdpa"), reason
+
+
+def _attention_s(config: Config, dtype: torch.dtype, kernel: AttentionKernel) -> float:
+    """Seconds of one row's attention forward and backward in one layer: the best of a few."""
+    attention = Attention(config.model, layer=0).to(dtype)
+    attention.kernel = kernel
+    x = torch.ones(1, config.data.context, config.model.hidden_size, dtype=dtype)
+    best_s, until = math.inf, time.perf_counter() + PROBE_S / 2
+    while time.perf_counter() < until:
+        started_at = time.perf_counter()
+        attention(x, None, None).sum().backward()
+        best_s = min(best_s, time.perf_counter() - started_at)
+    return best_s
 
 
 def _micro_batch(config: Config) -> tuple[int, str]:

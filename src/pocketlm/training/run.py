@@ -140,8 +140,9 @@ def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime) 
     model = allocate(config.model)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.to(runtime.device)
-    guard = Guard(config.guard, runtime.device)
-    state = TrainState(Precision(model, resolved.dtype), Optimizer(model, config.optim), guard)
+    precision = Precision(model, resolved.dtype, resolved.attention)
+    optimizer = Optimizer(model, config.optim, precision.copies)
+    state = TrainState(precision, optimizer, Guard(config.guard, runtime.device))
     state.begin(config)
     return state
 

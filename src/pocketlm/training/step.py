@@ -7,7 +7,6 @@ GPU: its figures stay on the device until the loop reads them, one step later.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor
 from pocketlm.config import Config
 from pocketlm.data.loader import Loader
 from pocketlm.model.loss import linear_cross_entropy
+from pocketlm.optim.clip import clip_coefficient, global_norm
 from pocketlm.optim.schedule import factor
 from pocketlm.training.guard import APPLIED
 from pocketlm.training.progress import Progress
@@ -52,7 +52,8 @@ def train_step(
     batch = loader.read(state.progress.position, rows).to(model.head.device)  # (rows, T + 1)
     scale = 1.0 / (rows * config.data.context)  # every target of the step weighs the same, whatever the micro-batch
     loss = torch.zeros((), device=batch.device)
-    for part in torch.split(batch, micro_batch):
+    parts = torch.split(batch, micro_batch)
+    for part in parts:
         check()
         inputs, targets = part[:, :-1], part[:, 1:]
         hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
@@ -63,17 +64,26 @@ def train_step(
             scale=scale,
             chunk=config.train.loss_chunk,
             softcap=config.model.logit_softcap,
+            num_ids=config.model.vocab_size,
         )
         part_loss.backward()  # type: ignore[no-untyped-call]
-        state.precision.collect_gradients()
+        if len(parts) > 1:
+            state.precision.collect_gradients()
         loss += part_loss.detach()
 
-    parameters = list(state.precision.model.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip or math.inf)
+    gradients = state.precision.gradients()
+    norm = global_norm(gradients.values())
     verdict = state.guard.verdict(loss, norm)
     now, total = state.progress, config.train.total_steps
-    state.optimizer.step(factor(config.schedule, now.step, total), now.step, total, skip=verdict != APPLIED)
-    state.precision.refresh()
+    state.optimizer.step(
+        gradients,
+        factor(config.schedule, now.step, total),
+        now.step,
+        total,
+        clip=clip_coefficient(norm, config.optim.clip) if config.optim.clip else None,
+        skip=verdict != APPLIED,
+    )
+    state.precision.drop_gradients()
     now.step += 1
     now.position += rows
     now.tokens += rows * config.data.context

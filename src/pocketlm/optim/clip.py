@@ -1,0 +1,24 @@
+"""The size of a gradient, and what it is multiplied by where it is too large.
+
+The product is left to the optimizer, which reads every gradient once anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def global_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients as one vector: () fp32, whatever their dtype."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
+
+
+def clip_coefficient(norm: Tensor, limit: float) -> Tensor:
+    """What brings gradients of this norm down to `limit`, and leaves smaller ones as they are: () fp32, at most 1.
+
+    Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, algorithm 1; the 1e-6 is PyTorch's.
+    """
+    return (limit / (norm + 1e-6)).clamp(max=1.0)
