@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pocketlm.config import AttentionKernel, Config, Dtype, ModelConfig, SampleConfig
+from pocketlm.config import Config, ModelConfig, SampleConfig
 from pocketlm.errors import FileError, PocketError, Unreadable
 from pocketlm.files import commit_folder, remove_folder
 from pocketlm.formats import huggingface
+from pocketlm.model.arithmetic import Arithmetic
 from pocketlm.model.transformer import Transformer
 from pocketlm.reading import MANIFEST, read_json, read_manifest, verify_file, verify_folder
 from pocketlm.tensors import FLOATS, Shapes, bytes_of, read_tensors, serialize
@@ -139,13 +140,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_json(path / STATE)
 
 
-def trained_with(path: Path) -> tuple[Dtype, AttentionKernel]:
-    """The precision and attention that a checkpoint was trained with; fp32 and PyTorch's where nothing says so."""
+def trained_with(path: Path) -> Arithmetic:
+    """How a checkpoint's model computed in training; PyTorch's defaults where nothing says so."""
     resolved = read_state(path).get("resolved") if (path / STATE).is_file() else None
     said = resolved if isinstance(resolved, dict) else {}
-    return (
-        "bf16" if said.get("dtype") == "bf16" else "fp32",
-        "folded" if said.get("attention") == "folded" else "sdpa",
+    return Arithmetic(
+        dtype="bf16" if said.get("dtype") == "bf16" else "fp32",
+        attention="folded" if said.get("attention") == "folded" else "sdpa",
+        fp32_matmul="medium" if said.get("fp32_matmul") == "medium" else "highest",
     )
 
 

@@ -38,6 +38,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["fp32", "bf16"]
 Determinism = Literal["bitwise", "same-data", "off"]
 AttentionKernel = Literal["sdpa", "folded"]
+FP32Matmul = Literal["highest", "medium"]
 
 
 class Section(BaseModel):
@@ -200,6 +201,10 @@ class TrainConfig(Section):
     """Precision of the computation; weights, gradient sums and moments are fp32 always. `auto` probes."""
     attention: Literal["auto"] | AttentionKernel = "auto"
     """PyTorch's kernel, or batched products folded by key-value head (model/attention.py). `auto` probes."""
+    fp32_matmul: Literal["auto"] | FP32Matmul = "auto"
+    """PyTorch's precision of fp32 products. `auto` takes medium on a CPU where it is faster and still real fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the blocks. `auto`: where a compiler is there and the run is long enough to pay for it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Weights, order and samples follow from it."""
     determinism: Literal["auto", "bitwise", "same-data", "off"] = "auto"

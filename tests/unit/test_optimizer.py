@@ -177,7 +177,7 @@ def test_an_update_in_small_passes_has_the_bits_of_one_in_one_pass(kind: str, mo
 
 
 def test_what_is_clipped_is_what_pytorch_clips() -> None:
-    model, config = small_model(clip=0.5)
+    model, _ = small_model(clip=0.5)
     gradients = random_gradients(model, 0)
     for name, parameter in model.named_parameters():
         parameter.grad = gradients[name].clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from pocketlm.cli.arguments import Parser, print_json, print_table, say
@@ -28,7 +29,7 @@ def run(argv: list[str]) -> int:
     from pocketlm import checkpoint, distributed
     from pocketlm.evaluate.loss import evaluate_stream
     from pocketlm.evaluate.source import open_stream, own_dataset, own_source
-    from pocketlm.training.precision import computing
+    from pocketlm.model.arithmetic import computing
 
     path = Path(arguments.model) if arguments.model else checkpoint.newest_run()
     folder = checkpoint.find_checkpoint(path, say)
@@ -43,16 +44,17 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"--stride {stride} is not in 1..{context}, the context")
     if arguments.limit < 0:
         raise UsageError(f"--limit {arguments.limit} is below 0, which scores all")
-    trained_dtype, attention = checkpoint.trained_with(folder)
-    dtype = trained_dtype if arguments.dtype == "auto" else arguments.dtype
+    arithmetic = checkpoint.trained_with(folder)
+    if arguments.dtype != "auto":
+        arithmetic = replace(arithmetic, dtype=arguments.dtype)
     data = str(own_dataset(folder).path) if arguments.data is None else arguments.data
     stream = open_stream(data, tokenizer, folder)
     if data == own_source(folder):
         say(f"{folder} was trained on {data}: this is how it remembers; without --data, what was held out is scored")
-    model = computing(model.to(distributed.default_device()), dtype, attention)
+    model = computing(model.to(distributed.default_device()), arithmetic)
     report = evaluate_stream(model, stream, tokenizer, context=context, stride=stride, limit=arguments.limit)
     if arguments.json:
-        print_json({"model": str(folder), "data": data, "dtype": dtype, "context": context, **report.tree()})
+        print_json({"model": str(folder), "data": data, "dtype": arithmetic.dtype, "context": context, **report.tree()})
         return 0
     rows: list[tuple[str, ...]] = [
         ("loss (nats/token)", f"{report.loss:.4f}"),
@@ -63,5 +65,5 @@ def run(argv: list[str]) -> int:
         ("bytes", f"{report.bytes:,}"),
     ]
     print_table(rows)
-    say(f"{folder} on {data} in {dtype}, windows of {context} tokens, stride {stride}")
+    say(f"{folder} on {data} in {arithmetic.dtype}, windows of {context} tokens, stride {stride}")
     return 0

@@ -8,10 +8,10 @@ not computed, but for the upper triangle of the last square of each block:
 
     dV = P^T dY      dP = dY V^T      dS = P (dP - rowsum(P dP))      dQ = dS K / sqrt(D)      dK = dS^T Q / sqrt(D)
 
-All five steps are products, or one pass over a block that is still in the cache. A kernel that never writes S down
-(FlashAttention, arXiv:2205.14135) wins where memory is far slower than arithmetic, as on a GPU; on a CPU its small tiles
-run at a tenth of the rate of a whole product in bf16. Short rows keep P for the backward pass; long ones, where it
-would outgrow everything else, make it again.
+All of it is products, or one pass over a block that is still in the cache. A kernel that never writes S down
+(FlashAttention, arXiv:2205.14135) wins where memory is far slower than arithmetic, as on a GPU; on a CPU its small
+tiles run at a tenth of the rate of a whole product in bf16. Short rows keep P for the backward pass; long ones, where
+it would outgrow everything else, make it again.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _FoldedAttention(torch.autograd.Function):
         kept = []
         for start, end in _blocks(q):
             P = _weights(_rows(q, start, end), k[:, :end], start)
-            y[:, :, start:end] = torch.bmm(P, v[:, :end]).unflatten(1, (-1, end - start))
+            y[:, :, start:end] = _heads(torch.bmm(P, v[:, :end]), end - start)
             if q.shape[2] <= KEPT_UP_TO and any(ctx.needs_input_grad):
                 kept.append(P)
         ctx.save_for_backward(q, k, v, *kept)
@@ -72,7 +72,7 @@ class _FoldedAttention(torch.autograd.Function):
             dP = torch.bmm(dY, v[:, :end].mT)
             dS = torch._softmax_backward_data(dP, P, -1, P.dtype)
             dv[:, :end] += torch.bmm(P.mT, dY)
-            dq[:, :, start:end] = torch.bmm(dS, keys).unflatten(1, (-1, end - start))
+            dq[:, :, start:end] = _heads(torch.bmm(dS, keys), end - start)
             dk[:, :end] += torch.bmm(dS.mT, Q)
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
@@ -87,10 +87,15 @@ def _rows(x: Tensor, start: int, end: int) -> Tensor:
     return x[:, :, start:end].flatten(1, 2)
 
 
+def _heads(rows: Tensor, b: int) -> Tensor:
+    """The reverse, as a view: (N, g * b, X) -> (N, g, b, X)."""
+    return rows.view(rows.shape[0], -1, b, rows.shape[2])
+
+
 def _weights(Q: Tensor, keys: Tensor, start: int) -> Tensor:
     """P of one block: Q (N, g * b, D) over keys (N, start + b, D) -> (N, g * b, start + b)."""
     S = torch.bmm(Q, keys.mT)
     b = keys.shape[1] - start
     above = torch.full((b, b), -math.inf, dtype=S.dtype, device=S.device).triu(1)
-    S.unflatten(1, (-1, b))[..., start:] += above
+    _heads(S, b)[..., start:] += above
     return torch.softmax(S, -1)

@@ -131,7 +131,7 @@ def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options) -> _Softmax:
     z = x @ head.t()  # (n, V)
     column = t.clamp(min=0)[:, None]  # what an ignored target reads does not matter
     rows = max(1, CACHED_VALUES // z.shape[1]) if z.device.type == "cpu" else max(1, len(z))
-    parts = [_to_D(z_rows, c, options) for z_rows, c in zip(z.split(rows), column.split(rows), strict=True)]
+    parts = [_to_D(*part, options) for part in zip(torch.split(z, rows), torch.split(column, rows), strict=True)]
     nats, s = (torch.cat(column) for column in zip(*parts, strict=True))
     return _Softmax(torch.where(t != options.ignore, nats.squeeze(1), 0.0), z, s)
 

@@ -70,7 +70,8 @@ class Transformer(nn.Module):
                 module.kernel = kernel
 
     def compile_blocks(self) -> None:
-        """Lets PyTorch fuse what is between the products of a block, where gradients are wanted."""
+        """Lets PyTorch's compiler fuse what is between the products of a block, where gradients are wanted."""
+        torch._dynamo.disallow_in_graph(folded_attention)  # it has its own order of passes
         self.model.run_block = torch.compile(run_block, dynamic=False)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -116,10 +117,7 @@ class Decoder(nn.Module):
             rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         run = run_block if cache is not None or not torch.is_grad_enabled() else self.run_block
         for block in self.layers:
-            if recompute:
-                x = checkpoint(run, block, x, rotary, use_reentrant=False)
-            else:
-                x = run(block, x, rotary, cache)
+            x = checkpoint(run, block, x, rotary, use_reentrant=False) if recompute else run(block, x, rotary, cache)
         if cache is not None:
             cache.advance(T)
         x = self.norm(x)

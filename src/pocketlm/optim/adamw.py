@@ -9,8 +9,8 @@ algorithm 2):
 
 The arithmetic is PyTorch's fused kernel. Its class around it, torch.optim.AdamW, would make the state at the first
 step only, takes a second to come up, and passes over all parameters again for each of what surrounds an update: the
-gradient in fp32, its clipping, the bf16 copy. Here a CPU does all four for some values before it turns to the next ones,
-while they are in its cache; the order changes no bit.
+gradient in fp32, its clipping, the bf16 copy. Here a CPU does all four for some values before it turns to the next
+ones, while they are in its cache; the order changes no bit.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class AdamW:
         for part in self._passes:
             clipped = [piece.of(gradients).float() for piece in part.slices]
             if clip is not None:
-                clipped = torch._foreach_mul(clipped, clip)
+                clipped = list(torch._foreach_mul(clipped, clip))
             torch._fused_adamw_(
                 part.parameters,
                 clipped,

@@ -13,7 +13,9 @@ from torch import Tensor
 
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     """The Euclidean norm of all gradients as one vector: () fp32, whatever their dtype."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
+    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 def clip_coefficient(norm: Tensor, limit: float) -> Tensor:

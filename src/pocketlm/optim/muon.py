@@ -52,7 +52,7 @@ class Muon:
         for (rows, columns), names in self._by_shape.items():
             clipped = [gradients[name].float() for name in names]
             if clip is not None:
-                clipped = torch._foreach_mul(clipped, clip)
+                clipped = list(torch._foreach_mul(clipped, clip))
             momenta = [self.momentum[name] for name in names]
             moved = torch._foreach_lerp(momenta, clipped, 1 - mu)
             ahead = torch._foreach_lerp(clipped, moved, mu)

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, get_args
 
 import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from pocketlm.config import AttentionKernel, Config, Determinism, Dtype
+from pocketlm.config import AttentionKernel, Config, Determinism, Dtype, FP32Matmul
 from pocketlm.distributed import Runtime, versions
+from pocketlm.errors import UsageError
+from pocketlm.model.arithmetic import TORCH_DTYPES, Arithmetic
+from pocketlm.model.sizes import flops_per_token
 from pocketlm.model.transformer import Attention
-from pocketlm.training.precision import TORCH_DTYPES
 
 MICRO_BATCH_TOKENS = 8192
 BF16_MUST_GAIN = 1.2
+FP32_ERROR = 1e-5
+"""Relative; fp32 products are below 1e-6, those of TF32 or bf16 above 1e-4."""
+COMPILE_S, COMPILE_GAIN, RATE = 30.0, 0.05, 0.5
+"""What compiling costs once, what it saves of a run, and the share of the matmul rate that a run reaches: measured in
+docs/performance-log.md, and good enough to tell minutes from hours."""
 PROBE_ROWS = 2048
 PROBE_S = 0.25
 
@@ -34,6 +40,8 @@ class Resolved(BaseModel):
 
     dtype: Dtype
     attention: AttentionKernel
+    fp32_matmul: FP32Matmul
+    compile: bool
     micro_batch: Annotated[int, Field(ge=1)]
     threads: Annotated[int, Field(ge=1, le=1024)]
     device: str
@@ -41,40 +49,78 @@ class Resolved(BaseModel):
     peak_flops: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     reasons: dict[str, str]
 
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic(self.dtype, self.attention, self.fp32_matmul)
+
     def to_toml(self, config: Config) -> str:
         """`resolved.toml`: the configuration as it ran, this table, and the versions of the libraries."""
-        ran = self.model_dump(include={"dtype", "attention", "micro_batch", "threads", "determinism"})
+        ran = self.model_dump(include={"dtype", "attention", "fp32_matmul", "micro_batch", "threads", "determinism"})
         tree = config.tree()
-        tree["train"] = tree["train"] | ran
+        tree["train"] = tree["train"] | ran | {"compile": "on" if self.compile else "off"}
         return tomli_w.dumps(tree | {"resolved": self.model_dump(), "versions": versions()})
 
 
 def resolve(config: Config, runtime: Runtime) -> Resolved:
-    """Probes what is left to `auto`. The probe takes about a second."""
-    wanted = config.train.dtype
+    """Probes what is left to `auto`. The probe takes about a second, and some more where compiling may pay.
+
+    Raises:
+        UsageError: `train.compile = "on"`, and nothing compiles here.
+    """
+    device, wanted = runtime.device, config.train.dtype
+    fp32_matmul, fp32_reason = _fp32_matmul(config, device)
+    torch.set_float32_matmul_precision(fp32_matmul)
     candidates: tuple[Dtype, ...] = ("fp32", "bf16") if wanted == "auto" else (wanted,)
-    rates = {dtype: matmul_rate(config, runtime.device, TORCH_DTYPES[dtype]) for dtype in candidates}
+    rates = {dtype: matmul_rate(config, device, TORCH_DTYPES[dtype]) for dtype in candidates}
     dtype, dtype_reason = _dtype(config, rates)
-    attention, attention_reason = _attention(config, runtime.device, dtype)
+    attention, attention_reason = _attention(config, device, dtype)
+    compiled, compile_reason = _compile(config, device, rates[dtype])
     micro_batch, micro_reason = _micro_batch(config)
     return Resolved(
         dtype=dtype,
         attention=attention,
+        fp32_matmul=fp32_matmul,
+        compile=compiled,
         micro_batch=micro_batch,
         threads=runtime.threads,
-        device=runtime.device.type,
+        device=device.type,
         determinism=runtime.determinism,
         peak_flops=rates[dtype],
         reasons={
             "dtype": dtype_reason,
             "attention": attention_reason,
+            "fp32_matmul": fp32_reason,
+            "compile": compile_reason,
             "micro_batch": micro_reason,
             "threads": "every core that this process may use" if config.train.threads == "auto" else "as given",
-            "determinism": f"what a {runtime.device.type} does by itself"
-            if config.train.determinism == "auto"
-            else "as given",
+            "determinism": f"what a {device.type} does by itself" if config.train.determinism == "auto" else "as given",
         },
     )
+
+
+def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str]:
+    """On a CPU without fp32 units in its matrix engine, medium chooses another library, and rounds nothing."""
+    if config.train.fp32_matmul != "auto":
+        return config.train.fp32_matmul, "as given"
+    if device.type != "cpu":
+        return "highest", f"medium rounds on a {device.type}"
+    rates = {}
+    for precision in get_args(FP32Matmul):
+        torch.set_float32_matmul_precision(precision)
+        rates[precision] = matmul_rate(config, device, torch.float32)
+    if (error := _fp32_error()) > FP32_ERROR:  # with medium, the last one set
+        return "highest", f"medium rounds here: a relative error of {error:.0e}"
+    gain = rates["medium"] / rates["highest"]
+    reason = f"medium runs at {gain:.1f} times the rate of highest here, and is fp32: a relative error of {error:.0e}"
+    return ("medium" if gain > 1 else "highest"), reason
+
+
+def _fp32_error() -> float:
+    """Of an fp32 product against fp64, norm of the difference over norm."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    truth = left.double() @ right.double()
+    return float(((left @ right).double() - truth).norm() / truth.norm())
 
 
 def _dtype(config: Config, rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
@@ -92,21 +138,40 @@ def _attention(config: Config, device: torch.device, dtype: Dtype) -> tuple[Atte
         return "sdpa", f"PyTorch's kernel is made for a {device.type}"
     seconds = {kernel: _attention_s(config, TORCH_DTYPES[dtype], kernel) for kernel in get_args(AttentionKernel)}
     gain = seconds["sdpa"] / seconds["folded"]
-    reason = f"folded by key-value head it runs at {gain:.1f} times the rate of PyTorch's kernel here"
+    reason = f"the folded kernel runs at {gain:.1f} times the rate of PyTorch's here"
     return ("folded" if gain > 1 else "sdpa"), reason
 
 
 def _attention_s(config: Config, dtype: torch.dtype, kernel: AttentionKernel) -> float:
-    """Seconds of one row's attention forward and backward in one layer: the best of a few."""
+    """Seconds of one row's attention forward and backward in one layer."""
     attention = Attention(config.model, layer=0).to(dtype)
     attention.kernel = kernel
     x = torch.ones(1, config.data.context, config.model.hidden_size, dtype=dtype)
-    best_s, until = math.inf, time.perf_counter() + PROBE_S / 2
-    while time.perf_counter() < until:
-        started_at = time.perf_counter()
-        attention(x, None, None).sum().backward()
-        best_s = min(best_s, time.perf_counter() - started_at)
-    return best_s
+    return _best_s(lambda: attention(x, None, None).sum().backward())
+
+
+def _compile(config: Config, device: torch.device, peak_flops: float) -> tuple[bool, str]:
+    """Whether to compile; tried on a small function first, as it takes a compiler and much else."""
+    if config.train.compile == "off":
+        return False, "as given"
+    flops = flops_per_token(config.model, config.data.context)
+    run_s = config.train.total_steps * config.train.tokens_per_step * flops / (RATE * peak_flops)
+    if config.train.compile == "auto" and run_s * COMPILE_GAIN < 2 * COMPILE_S:
+        return False, f"about {run_s / 60:.0f} min of training do not pay for compiling"
+    if refusal := why_not_compile(device):
+        if config.train.compile == "on":
+            raise UsageError(f"train.compile: given on, but nothing compiles here: {refusal}; take auto or off")
+        return False, f"nothing compiles here: {refusal}"
+    return True, "as given" if config.train.compile == "on" else f"about {run_s / 3600:.1f} h of training pay for it"
+
+
+def why_not_compile(device: torch.device) -> str:
+    """Why PyTorch's compiler does not work on this machine; empty where it does. Takes some seconds."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(64, device=device))
+    except Exception as error:  # whatever it is: training goes on without it
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ""
 
 
 def _micro_batch(config: Config) -> tuple[int, str]:
@@ -118,18 +183,23 @@ def _micro_batch(config: Config) -> tuple[int, str]:
 
 
 def matmul_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the MLP's product in `dtype`: the best of a few samples, for other work can only make one slower."""
+    """FLOP/s of the MLP's product in `dtype`."""
     left = torch.ones(PROBE_ROWS, config.model.hidden_size, dtype=dtype, device=device)
     right = torch.ones(config.model.hidden_size, config.model.intermediate_size, dtype=dtype, device=device)
+
+    def products() -> None:
+        for _ in range(2):
+            product = left @ right
+        product[0, 0].item()  # waits for a GPU
+
+    return 4 * left.numel() * right.shape[1] / _best_s(products)
+
+
+def _best_s(work: Callable[[], object]) -> float:
+    """Seconds that `work` takes: the best of a few, for other work on the machine can only make it slower."""
     best_s, until = math.inf, time.perf_counter() + PROBE_S
     while time.perf_counter() < until:
-        best_s = min(best_s, _product_s(left, right))
-    return 2 * left.numel() * right.shape[1] / best_s
-
-
-def _product_s(left: Tensor, right: Tensor) -> float:
-    started_at = time.perf_counter()
-    for _ in range(2):
-        product = left @ right
-    product[0, 0].item()  # waits for a GPU
-    return (time.perf_counter() - started_at) / 2
+        started_at = time.perf_counter()
+        work()
+        best_s = min(best_s, time.perf_counter() - started_at)
+    return best_s

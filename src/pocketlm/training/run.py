@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from pocketlm import checkpoint, distributed
 from pocketlm.config import Config
@@ -19,7 +22,7 @@ from pocketlm.optim.optimizer import Optimizer
 from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
-from pocketlm.training.resolve import Resolved, resolve
+from pocketlm.training.resolve import Resolved, resolve, why_not_compile
 from pocketlm.training.state import Scalars, TrainState, read_state
 
 
@@ -79,6 +82,8 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
     state = new_state(config, resolved, runtime)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
+    if resolved.compile:
+        _compile(state, config, resolved, listener)
     loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle)
 
     set_aside_later(folder, checkpoint.step_of(start) if start else None, listener)
@@ -91,6 +96,11 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
 def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener) -> Resolved:
     """Says loudly what bit-exact arithmetic rests on and is not as it was; from then on less is promised."""
     resolved = stored.resolved
+    if resolved.compile and (refusal := why_not_compile(runtime.device)):
+        listener.note(f"the run began with compiled blocks, and goes on without: nothing compiles here: {refusal}")
+        reasons = resolved.reasons | {"compile": f"on until nothing compiled here: {refusal}"}
+        level = "same-data" if resolved.determinism == "bitwise" else resolved.determinism
+        resolved = resolved.model_copy(update={"compile": False, "determinism": level, "reasons": reasons})
     then = stored.versions | {"device": resolved.device}
     now = distributed.versions() | {"device": runtime.device.type}
     if changes := [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]:
@@ -101,6 +111,19 @@ def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener
     if resolved.threads > (cores := distributed.available_cores()) and resolved.determinism != "off":
         listener.note(f"the run began with {resolved.threads} threads and keeps them; only {cores} cores are here")
     return resolved
+
+
+def _compile(state: TrainState, config: Config, resolved: Resolved, listener: Listener) -> None:
+    """Compiles the blocks before the first step, for both sizes of micro-batch; weights stay as they are."""
+    listener.note("compiling the blocks: about half a minute, once on this machine")
+    started_at = time.perf_counter()
+    model, rows = state.precision.compute, config.rows_per_step
+    model.compile_blocks()
+    for size in {min(resolved.micro_batch, rows), rows % resolved.micro_batch} - {0}:
+        ids = torch.zeros(size, config.data.context, dtype=torch.int64, device=model.head.device)
+        model.hidden(ids).sum().backward()  # type: ignore[no-untyped-call]
+    state.precision.drop_gradients()
+    listener.note(f"compiled in {time.perf_counter() - started_at:.0f} s")
 
 
 def set_aside_later(folder: Path, step: int | None, listener: Listener) -> None:
@@ -140,7 +163,7 @@ def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime) 
     model = allocate(config.model)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.to(runtime.device)
-    precision = Precision(model, resolved.dtype, resolved.attention)
+    precision = Precision(model, resolved.arithmetic)
     optimizer = Optimizer(model, config.optim, precision.copies)
     state = TrainState(precision, optimizer, Guard(config.guard, runtime.device))
     state.begin(config)
@@ -169,6 +192,8 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",
         f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
         f"{run.runtime.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",
+        f"attention: {resolved.attention} ({resolved.reasons['attention']}); "
+        f"blocks {'compiled' if resolved.compile else 'not compiled'} ({resolved.reasons['compile']})",
         f"determinism: {run.runtime.determinism}: {distributed.PROMISES[run.runtime.determinism]}",
         *going_on,
     )
