@@ -70,8 +70,14 @@ class Transformer(nn.Module):
                 module.kernel = kernel
 
     def compile_blocks(self) -> None:
-        """Lets PyTorch's compiler fuse what is between the products of a block, where gradients are wanted."""
-        torch._dynamo.disallow_in_graph(folded_attention)  # it has its own order of passes
+        """Lets PyTorch's compiler fuse what is between the products of a block, where gradients are wanted.
+
+        Folded attention stays as it is: its order of passes is better than what the compiler makes of it.
+        """
+        as_it_is = torch.compiler.disable(folded_attention)  # type: ignore[no-untyped-call]
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.folded = as_it_is
         self.model.run_block = torch.compile(run_block, dynamic=False)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -158,6 +164,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.kernel: AttentionKernel = "sdpa"
+        self.folded = folded_attention
         self.head_dim = D = config.head_dim
         self.qk_norm = config.qk_norm
         C, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
@@ -182,7 +189,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if self.kernel == "folded" and T > 1:
-            y = folded_attention(q, k, v)  # (B, H, T, D)
+            y = self.folded(q, k, v)  # (B, H, T, D)
         else:
             # is_causal aligns the triangle to the first key: right when queries and keys are the same tokens. One new
             # token after cached ones sees every key, and would with is_causal see only the first.
