@@ -1,13 +1,13 @@
 """Who is measured, each in the loop that its own documentation shows. A contestant is named by its peer and flags:
 
-    pocketlm                     what `pocketlm train` does; flags are in OURS
+    pocketlm                     what `pocketlm train` does; its flags are in OUR_FLAGS
     transformers                 the Trainer's loop: fused AdamW, clipping by PyTorch
     litgpt                       the loop of `litgpt pretrain` over Fabric
     lightning                    a LightningModule around transformers' model, in Lightning's Trainer
 
     +bf16       autocast: Trainer(bf16=True), Fabric and Lightning's precision="bf16-mixed"
     +compile    torch.compile(model); `litgpt pretrain` does it always, the others on request
-    +fused      fused AdamW where the peer does not take it by itself
+    +fused      litgpt: the fused AdamW, which its script asks for on CUDA only
     +malloc     the allocator's setting that pocketlm makes for itself (worker.py)
 
 Without a flag a peer computes as it does when nothing is asked for, in fp32. All have the same architecture (GPT-2
@@ -17,7 +17,7 @@ where transformers has none like it), rows, threads, AdamW with one rate, decay 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from worker import Boundary, Task
 LR, BETAS, EPS, DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 SEED = 0
 
-OURS: Mapping[str, Mapping[str, Any]] = {
+OUR_FLAGS: Mapping[str, Mapping[str, Any]] = {
     "fp32": {"train.dtype": "fp32"},
     "bf16": {"train.dtype": "bf16"},
 }
@@ -47,7 +47,7 @@ OURS: Mapping[str, Mapping[str, Any]] = {
 Batch = tuple[Tensor, Tensor]
 
 
-def config_of(task: Task, flags: set[str] = frozenset()) -> Config:
+def config_of(task: Task, flags: Set[str] = frozenset()) -> Config:
     """The task as pocketlm's configuration."""
     fields: dict[str, Any] = {
         "data.context": task.context,
@@ -63,11 +63,11 @@ def config_of(task: Task, flags: set[str] = frozenset()) -> Config:
     optim = {"kind": "adamw", "lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY, "decay": "all", "clip": CLIP}
     fields |= {f"optim.{name}": value for name, value in optim.items()}
     for flag in sorted(flags):
-        fields |= OURS[flag]
+        fields |= OUR_FLAGS[flag]
     return Config.preset(task.preset, fields)
 
 
-def pocketlm(task: Task, flags: set[str], boundary: Boundary) -> None:
+def pocketlm(task: Task, flags: Set[str], boundary: Boundary) -> None:
     config = config_of(task, flags)
     runtime = distributed.start(config.train)
     resolved = resolve(config, runtime)
@@ -79,7 +79,7 @@ def pocketlm(task: Task, flags: set[str], boundary: Boundary) -> None:
         boundary(train_step(state, loader, config, resolved.micro_batch).loss.item())
 
 
-def transformers(task: Task, flags: set[str], boundary: Boundary) -> None:
+def transformers(task: Task, flags: Set[str], boundary: Boundary) -> None:
     model = transformers_model(config_of(task).model)
     made = counts(model, task)
     model = torch.compile(model) if "compile" in flags else model
@@ -95,7 +95,7 @@ def transformers(task: Task, flags: set[str], boundary: Boundary) -> None:
         boundary(loss.item())
 
 
-def litgpt(task: Task, flags: set[str], boundary: Boundary) -> None:
+def litgpt(task: Task, flags: Set[str], boundary: Boundary) -> None:
     from lightning.fabric import Fabric
     from litgpt.utils import chunked_cross_entropy
 
@@ -104,7 +104,6 @@ def litgpt(task: Task, flags: set[str], boundary: Boundary) -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if "bf16" in flags else "32-true")
     fabric.launch()
     model = fabric.setup(torch.compile(model) if "compile" in flags else model)
-    # `litgpt pretrain` asks for the fused kernel on CUDA only
     optimizer = fabric.setup_optimizers(adamw(model, fused="fused" in flags))
     boundary.ready(*made)
     for inputs, targets in batches(task):
@@ -116,7 +115,7 @@ def litgpt(task: Task, flags: set[str], boundary: Boundary) -> None:
         boundary(loss.item())
 
 
-def lightning(task: Task, flags: set[str], boundary: Boundary) -> None:
+def lightning(task: Task, flags: Set[str], boundary: Boundary) -> None:
     import lightning as L
 
     class Module(L.LightningModule):
@@ -130,7 +129,7 @@ def lightning(task: Task, flags: set[str], boundary: Boundary) -> None:
             return loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return adamw(self, fused="fused" in flags)
+            return adamw(self, fused=False)  # with autocast, Lightning refuses to clip for the fused one
 
     class Stepped(L.Callback):
         """Lightning has the loop; it waits where a batch begins. The time of a step ends where the next begins."""
@@ -164,7 +163,7 @@ def lightning(task: Task, flags: set[str], boundary: Boundary) -> None:
     trainer.fit(Module(torch.compile(model) if "compile" in flags else model), batches(task))
 
 
-PEERS: Mapping[str, Callable[[Task, set[str], Boundary], None]] = {
+PEERS: Mapping[str, Callable[[Task, Set[str], Boundary], None]] = {
     "pocketlm": pocketlm,
     "transformers": transformers,
     "litgpt": litgpt,

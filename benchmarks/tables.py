@@ -50,7 +50,7 @@ TABLES: Mapping[str, Table] = {
             *("transformers+bf16", "litgpt+bf16", "transformers+bf16+malloc", "litgpt+bf16+malloc"),
             *("lightning+bf16", "lightning+bf16+malloc", "transformers", "litgpt"),
             *("transformers+bf16+compile+malloc", "litgpt+bf16+compile+fused+malloc"),
-            *("litgpt+bf16+compile", "lightning+bf16+compile+fused+malloc"),
+            *("litgpt+bf16+compile", "lightning+bf16+compile+malloc"),
         ),
         goals={
             "transformers+bf16": Goal(2.0, 2.6),

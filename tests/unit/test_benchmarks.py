@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,19 +12,17 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("worker", "tables", "rounds", "report", "training")
+MODULES = ("worker", "peak", "tables", "rounds", "report", "training")
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The modules of benchmarks/, which find each other by their folder, and are forgotten afterwards."""
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The modules of benchmarks/, which find each other by their folder; forgotten afterwards, for their names."""
+    assert not set(MODULES) & set(sys.modules)
     monkeypatch.syspath_prepend(FOLDER)
-    for name in (*MODULES, "peak"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    loaded = {name: importlib.import_module(name) for name in MODULES}
-    for name in (*MODULES, "peak"):
-        monkeypatch.delitem(sys.modules, name)
-    return SimpleNamespace(**loaded)
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        del sys.modules[name]
 
 
 def contestant(bench: Any, name: str, steps: list[tuple[float, float]], *, mib: float = 100.0) -> Any:
