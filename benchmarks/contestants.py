@@ -170,6 +170,22 @@ PEERS: Mapping[str, Callable[[Task, Set[str], Boundary], None]] = {
     "lightning": lightning,
 }
 
+FLAGS: Mapping[str, Set[str]] = {
+    "pocketlm": set(OUR_FLAGS),
+    "transformers": {"bf16", "compile", "malloc"},
+    "litgpt": {"bf16", "compile", "fused", "malloc"},
+    "lightning": {"bf16", "compile", "malloc"},
+}
+
+
+def unknown(name: str) -> str | None:
+    """What is wrong with a contestant's name, if anything is: a flag that nobody reads must not stand in a table."""
+    peer, *flags = name.split("+")
+    if peer not in FLAGS:
+        return f"{name}: no contestant {peer!r}; allowed are {', '.join(FLAGS)}"
+    allowed = ", ".join(sorted(FLAGS[peer]))
+    return None if set(flags) <= FLAGS[peer] else f"{name}: the flags of {peer} are {allowed}"
+
 
 def adamw(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
     """PyTorch's, with None where its own choice is left to it."""

@@ -41,17 +41,17 @@ def figures(contestants: Sequence[Contestant], task: Task, measure: Measure, pea
     head = ["contestant", "parameters", f"tokens/{second}, median (spread)", "clean", "GFLOP/s", "of the peak"]
     rows = [[*head, "peak RSS, MiB", "first step, s", "loss: step 1, last"]]
     for c in contestants:
-        rate = summary([task.tokens / seconds for seconds in clean_times(c, measure)])
-        flops = rate.median * c.ready.flops_per_token
-        clean = sum(measure.clean(step) for step in c.rounds)
+        times = clean_times(c, measure)
+        rate = summary([task.tokens / seconds for seconds in times]) if times else None
+        flops = rate.median * c.ready.flops_per_token if rate else None
         rows.append(
             [
                 c.name,
                 f"{c.ready.parameters:,}",
                 spread(rate, 0),
-                f"{clean} of {len(c.rounds)}",
-                f"{flops / 1e9:.0f}",
-                f"{flops / max(peak.values()):.0%}",
+                f"{len(times)} of {len(c.rounds)}",
+                f"{flops / 1e9:.0f}" if flops else "-",
+                f"{flops / max(peak.values()):.0%}" if flops else "-",
                 f"{c.peak_mib:,.0f}",
                 f"{c.warm_up[0].seconds:.1f}",
                 f"{c.warm_up[0].loss:.3f}, {c.rounds[-1].loss:.3f}",
@@ -68,7 +68,7 @@ def comparisons(contestants: Sequence[Contestant], table: Table, measure: Measur
         goal = table.goals.get(peer.name)
         memory = ours.peak_mib / peer.peak_mib
         ratio = summary(values) if values else None
-        cells = [ours.name, peer.name, spread(ratio, 2) if ratio else "-", str(len(values))]
+        cells = [ours.name, peer.name, spread(ratio, 2), str(len(values))]
         rows.append([*cells, verdict(goal, ratio.median if ratio else None), memory_cell(goal, memory)])
     return markdown(rows) if len(rows) > 1 else []
 
@@ -96,7 +96,9 @@ def own_memory(contestants: Sequence[Contestant], table: Table) -> list[str]:
     return [f"Memory, at most {table.most_mib * 2**20 / 1e9:.1f} GB: {'; '.join(cells)}.", ""]
 
 
-def spread(value: Summary, digits: int) -> str:
+def spread(value: Summary | None, digits: int) -> str:
+    if value is None:
+        return "-"
     return f"{value.median:.{digits}f} ({value.least:.{digits}f} to {value.most:.{digits}f})"
 
 

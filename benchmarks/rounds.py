@@ -80,9 +80,8 @@ def summary(values: Sequence[float]) -> Summary:
 
 
 def clean_times(contestant: Contestant, measure: Measure) -> list[float]:
-    """Seconds of the clean steps; of all, if none was."""
-    steps = [step for step in contestant.rounds if measure.clean(step)] or contestant.rounds
-    return [measure.seconds(step) for step in steps]
+    """Seconds of the clean steps."""
+    return [measure.seconds(step) for step in contestant.rounds if measure.clean(step)]
 
 
 def ratios(ours: Contestant, peer: Contestant, measure: Measure) -> list[float]:

@@ -46,13 +46,15 @@ def main() -> None:
     given = arguments()
     table = TABLES[given.table]
     measure = Measure(by_cpu=given.by == "cpu" if given.by else given.threads == 1)
+    names = given.contestants or table.contestants
+    check(names)
     task, vocab_size = prepare(table, given.threads, given.text, given.tokenizer)
     say("measuring the peak of bf16 products")
     with spawned(measure_peak, task.threads, measure.by_cpu) as pipe:
         assert pipe.poll(START_S)
         peak = pipe.recv()
 
-    groups = packed(given.contestants or table.contestants, table, given.gib)
+    groups = packed(names, table, given.gib)
     measured = []
     for number, names in enumerate(groups, 1):
         say(f"group {number} of {len(groups)}: {', '.join(names)}")
@@ -89,6 +91,13 @@ def prepare(table: Table, threads: int, text: str, tokenizer: str | None) -> tup
     task.batches.parent.mkdir(parents=True, exist_ok=True)
     np.save(task.batches, rows.reshape(NUM_BATCHES, task.rows, task.context + 1))
     return task, plain.model.vocab_size
+
+
+def check(names: Sequence[str]) -> None:
+    from contestants import unknown
+
+    if wrong := [line for line in map(unknown, names) if line]:
+        raise SystemExit("\n".join(wrong))
 
 
 def packed(names: Sequence[str], table: Table, gib: float) -> list[list[str]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("worker", "peak", "tables", "rounds", "report", "training")
+MODULES = ("worker", "peak", "tables", "rounds", "report", "contestants", "training")
 
 
 @pytest.fixture
@@ -78,6 +78,16 @@ def test_the_tables_say_what_was_reached(bench: Any) -> None:
     assert cells == ["pocketlm", "1,000", "2048 (2048 to 2048)", "1 of 1", "0", "50%", "600", "9.0", "5.500, 5.000"]
 
 
+def test_what_was_never_clean_has_no_rate_and_no_ratio(bench: Any) -> None:
+    table = bench.tables.TABLES["smollm2-512"]
+    task = bench.worker.Task("smollm2-135m", 2, 512, 2, Path("set"), Path("batches"))
+    ours, peer = (contestant(bench, name, [(1.0, 0.5)]) for name in ("pocketlm", "litgpt+bf16"))
+    measure = bench.rounds.Measure(by_cpu=False)
+    cells = bench.report.figures([ours], task, measure, {(1, 1, 1): 1.0})[2].split(" | ")
+    assert cells[2:6] == ["-", "0 of 1", "-", "-"]
+    assert "| - | 0 | 1.7, 2.2: not measured |" in bench.report.comparisons([ours, peer], table, measure)[2]
+
+
 @pytest.mark.parametrize(("ratio", "word"), [(1.1, "floor missed"), (1.2, "floor reached"), (1.5, "goal reached")])
 def test_floor_and_goal(bench: Any, ratio: float, word: str) -> None:
     assert bench.report.verdict(bench.tables.Goal(1.2, 1.5), ratio) == f"1.2, 1.5: {word}"
@@ -113,6 +123,13 @@ def test_every_contestant_of_a_table_has_a_size_and_every_goal_a_contestant(benc
     for table in bench.tables.TABLES.values():
         assert all(table.gib_of(name) > 0 for name in table.contestants)
         assert set(table.goals) <= set(table.contestants)
+        assert [bench.contestants.unknown(name) for name in table.contestants if bench.contestants.unknown(name)] == []
+
+
+def test_a_flag_that_nobody_reads_is_refused(bench: Any) -> None:
+    assert bench.contestants.unknown("litgpt+bf16+fused") is None
+    assert "flags of transformers" in bench.contestants.unknown("transformers+bf16+fused")
+    assert "no contestant 'nobody'" in bench.contestants.unknown("nobody+bf16")
 
 
 def test_a_section_replaces_the_one_of_its_heading(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
