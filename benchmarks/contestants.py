@@ -197,6 +197,7 @@ def adamw(model: nn.Module, *, fused: bool) -> torch.optim.Optimizer:
 def batches(task: Task) -> Iterator[Batch]:
     """Inputs and targets, each (rows, context) int64, for ever."""
     rows = np.load(task.batches, mmap_mode="r")
+    assert rows.shape[1:] == (task.rows, task.context + 1)
     while True:
         for batch in rows:
             tokens = torch.from_numpy(batch.astype(np.int64))

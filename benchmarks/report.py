@@ -18,6 +18,7 @@ LIBRARIES = ("torch", "transformers", "litgpt", "lightning")
 FIRST_LOSS_WITHIN = 1.0  # nats of ln V; tied heads of a wide model begin half a nat above
 
 Peak = Mapping[tuple[int, int, int], float]
+Groups = Sequence[Sequence[Contestant]]
 
 
 def problems(contestants: Sequence[Contestant], table: Table, vocab_size: int) -> list[str]:
@@ -35,17 +36,18 @@ def problems(contestants: Sequence[Contestant], table: Table, vocab_size: int) -
     return found
 
 
-def figures(contestants: Sequence[Contestant], task: Task, measure: Measure, peak: Peak) -> list[str]:
-    """The table of what each contestant did."""
+def figures(groups: Groups, task: Task, measure: Measure, peak: Peak) -> list[str]:
+    """The table of what each contestant did; pocketlm stands in every group."""
     second = "CPU s" if measure.by_cpu else "s"
-    head = ["contestant", "parameters", f"tokens/{second}, median (spread)", "clean", "GFLOP/s", "of the peak"]
+    head = ["group", "contestant", "parameters", f"tokens/{second}, median (spread)", "clean", "GFLOP/s", "of the peak"]
     rows = [[*head, "peak RSS, MiB", "first step, s", "loss: step 1, last"]]
-    for c in contestants:
+    for number, c in [(number, c) for number, group in enumerate(groups, 1) for c in group]:
         times = clean_times(c, measure)
         rate = summary([task.tokens / seconds for seconds in times]) if times else None
         flops = rate.median * c.ready.flops_per_token if rate else None
         rows.append(
             [
+                str(number),
                 c.name,
                 f"{c.ready.parameters:,}",
                 spread(rate, 0),
@@ -60,10 +62,10 @@ def figures(contestants: Sequence[Contestant], task: Task, measure: Measure, pea
     return markdown(rows)
 
 
-def comparisons(contestants: Sequence[Contestant], table: Table, measure: Measure) -> list[str]:
-    """The table of how many times as fast each of ours was."""
+def comparisons(groups: Groups, table: Table, measure: Measure) -> list[str]:
+    """The table of how many times as fast each of ours was as the others of its group."""
     rows = [["faster", "than", "times, median (spread)", "clean pairs", "floor, goal", "memory"]]
-    for ours, peer in pairs_of(contestants):
+    for ours, peer in [pair for group in groups for pair in pairs_of(group)]:
         values = ratios(ours, peer, measure)
         goal = table.goals.get(peer.name)
         memory = ours.peak_mib / peer.peak_mib
@@ -87,12 +89,15 @@ def memory_cell(goal: Goal | None, share: float) -> str:
     return f"{share:.0%}, at most {goal.memory:.0%}: {'reached' if share <= goal.memory else 'missed'}"
 
 
-def own_memory(contestants: Sequence[Contestant], table: Table) -> list[str]:
+def own_memory(groups: Groups, table: Table) -> list[str]:
+    """Whether ours stayed below the table's limit, in the group where each took most."""
     if table.most_mib is None:
         return []
-    ours = [c for c in contestants if c.is_ours]
+    peaks: dict[str, float] = {}
+    for c in [c for group in groups for c in group if c.is_ours]:
+        peaks[c.name] = max(c.peak_mib, peaks.get(c.name, 0.0))
     word = {True: "reached", False: "missed"}
-    cells = [f"{c.name} {c.peak_mib * 2**20 / 1e9:.2f} GB, {word[c.peak_mib <= table.most_mib]}" for c in ours]
+    cells = [f"{name} {mib * 2**20 / 1e9:.2f} GB, {word[mib <= table.most_mib]}" for name, mib in peaks.items()]
     return [f"Memory, at most {table.most_mib * 2**20 / 1e9:.1f} GB: {'; '.join(cells)}.", ""]
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,12 +20,11 @@ import numpy as np
 
 from peak import measure as measure_peak
 from report import comparisons, figures, heading, introduction, own_memory, problems, write
-from rounds import START_S, Measure, run, spawned
+from rounds import Measure, receive, run, spawned
 from tables import TABLES, Table
 from worker import Task
 
 NUM_BATCHES = 64
-WORK = Path("runs") / "benchmarks"
 
 
 def arguments() -> argparse.Namespace:
@@ -44,36 +44,36 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        measure_table(given, Path(folder) / "batches.npy")
+
+
+def measure_table(given: argparse.Namespace, batches: Path) -> None:
     table = TABLES[given.table]
     measure = Measure(by_cpu=given.by == "cpu" if given.by else given.threads == 1)
     names = given.contestants or table.contestants
     check(names)
-    task, vocab_size = prepare(table, given.threads, given.text, given.tokenizer)
-    say("measuring the peak of bf16 products")
+    task, vocab_size = prepare(table, given.threads, given.text, given.tokenizer, batches)
+    groups = []
+    for together in packed(names, table, given.gib):
+        say(f"group {len(groups) + 1}: {', '.join(together)}")
+        groups.append(run(together, task, measure, given.pairs, given.rounds, say))
+
+    say("the rate of bf16 products")
     with spawned(measure_peak, task.threads, measure.by_cpu) as pipe:
-        assert pipe.poll(START_S)
-        peak = pipe.recv()
-
-    groups = packed(names, table, given.gib)
-    measured = []
-    for number, names in enumerate(groups, 1):
-        say(f"group {number} of {len(groups)}: {', '.join(names)}")
-        measured.append(run(names, task, measure, given.pairs, given.rounds, say))
-
-    everyone = [contestant for group in measured for contestant in group]
-    loads = [step.foreign for contestant in everyone for step in contestant.rounds]
+        peak = receive("peak", pipe, dict)
+    loads = [step.foreign for group in groups for contestant in group for step in contestant.rounds]
     section = [heading(given.table, task, measure), "", *introduction(table, task, peak, loads)]
-    for group in measured:
-        section += figures(group, task, measure, peak)
-        section += [*comparisons(group, table, measure), *own_memory(group, table)]
+    section += [*comparisons(groups, table, measure), *own_memory(groups, table)]
+    section += figures(groups, task, measure, peak)
     print("\n".join(section))
-    if void := [problem for group in measured for problem in problems(group, table, vocab_size)]:
+    if void := [problem for group in groups for problem in problems(group, table, vocab_size)]:
         raise SystemExit("not a fair comparison: " + "; ".join(void))
     if given.write:
         write(section)
 
 
-def prepare(table: Table, threads: int, text: str, tokenizer: str | None) -> tuple[Task, int]:
+def prepare(table: Table, threads: int, text: str, tokenizer: str | None, batches: Path) -> tuple[Task, int]:
     """The data set, and the rows that pocketlm's loader takes from it in a file that any contestant can read."""
     from contestants import SEED, config_of
     from pocketlm.config import Config
@@ -85,10 +85,9 @@ def prepare(table: Table, threads: int, text: str, tokenizer: str | None) -> tup
     changes = {"source": text, "tokenizer": tokenizer or plain.data.tokenizer}
     changes |= {"source": "synthetic"} if plain.data.source == "synthetic" else {}
     folder = prepare_data(plain.data.model_copy(update=changes), progress=say)
-    task = Task(table.preset, table.rows, table.context, threads, folder, WORK / "batches.npy")
+    task = Task(table.preset, table.rows, table.context, threads, folder, batches)
     loader = Loader(open_dataset(folder).train, task.context, SEED, config_of(task).data.shuffle)
     rows = loader.read(0, NUM_BATCHES * task.rows).numpy().astype(np.int32)
-    task.batches.parent.mkdir(parents=True, exist_ok=True)
     np.save(task.batches, rows.reshape(NUM_BATCHES, task.rows, task.context + 1))
     return task, plain.model.vocab_size
 

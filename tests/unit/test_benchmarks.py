@@ -67,15 +67,26 @@ def test_the_tables_say_what_was_reached(bench: Any) -> None:
     ours = contestant(bench, "pocketlm", [(2.0, 0.0)], mib=600)
     peer = contestant(bench, "transformers+bf16", [(2.6, 0.0)], mib=1000)
     measure = bench.rounds.Measure(by_cpu=False)
-    row = bench.report.comparisons([ours, peer], table, measure)[2]
+    row = bench.report.comparisons([[ours, peer]], table, measure)[2]
     assert row == (
         "| pocketlm | transformers+bf16 | 1.30 (1.30 to 1.30) | 1 | 1.2, 1.5: floor reached "
         "| 60%, at most 65%: reached |"
     )
-    row = bench.report.figures([ours], task, measure, {(1, 1, 1): 24_576_000.0})[2]
+    row = bench.report.figures([[ours]], task, measure, {(1, 1, 1): 24_576_000.0})[2]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # 4,096 tokens in 2 s at 6,000 FLOPs each: 12.3 MFLOP/s
-    assert cells == ["pocketlm", "1,000", "2048 (2048 to 2048)", "1 of 1", "0", "50%", "600", "9.0", "5.500, 5.000"]
+    assert cells == [
+        "1",
+        "pocketlm",
+        "1,000",
+        "2048 (2048 to 2048)",
+        "1 of 1",
+        "0",
+        "50%",
+        "600",
+        "9.0",
+        "5.500, 5.000",
+    ]
 
 
 def test_what_was_never_clean_has_no_rate_and_no_ratio(bench: Any) -> None:
@@ -83,9 +94,18 @@ def test_what_was_never_clean_has_no_rate_and_no_ratio(bench: Any) -> None:
     task = bench.worker.Task("smollm2-135m", 2, 512, 2, Path("set"), Path("batches"))
     ours, peer = (contestant(bench, name, [(1.0, 0.5)]) for name in ("pocketlm", "litgpt+bf16"))
     measure = bench.rounds.Measure(by_cpu=False)
-    cells = bench.report.figures([ours], task, measure, {(1, 1, 1): 1.0})[2].split(" | ")
-    assert cells[2:6] == ["-", "0 of 1", "-", "-"]
-    assert "| - | 0 | 1.7, 2.2: not measured |" in bench.report.comparisons([ours, peer], table, measure)[2]
+    cells = bench.report.figures([[ours]], task, measure, {(1, 1, 1): 1.0})[2].split(" | ")
+    assert cells[3:7] == ["-", "0 of 1", "-", "-"]
+    assert "| - | 0 | 1.7, 2.2: not measured |" in bench.report.comparisons([[ours, peer]], table, measure)[2]
+
+
+def test_our_memory_is_that_of_the_group_where_it_was_largest(bench: Any) -> None:
+    table = bench.tables.TABLES["smallm"]  # at most 2.5 GB, 2,384 MiB
+    groups = [[contestant(bench, "pocketlm", [(1.0, 0.0)], mib=mib)] for mib in (2000, 2384, 1000)]
+    assert bench.report.own_memory(groups, table)[0] == "Memory, at most 2.5 GB: pocketlm 2.50 GB, reached."
+    groups.append([contestant(bench, "pocketlm", [(1.0, 0.0)], mib=2385)])
+    assert bench.report.own_memory(groups, table)[0].endswith("missed.")
+    assert bench.report.own_memory(groups, bench.tables.TABLES["debug"]) == []
 
 
 @pytest.mark.parametrize(("ratio", "word"), [(1.1, "floor missed"), (1.2, "floor reached"), (1.5, "goal reached")])
