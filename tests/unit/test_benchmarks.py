@@ -1,0 +1,162 @@
+"""The arithmetic of benchmarks/: hand-computed medians and ratios, groups, and the page of results."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+MODULES = ("worker", "peak", "tables", "rounds", "report", "contestants", "training")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The modules of benchmarks/, which find each other by their folder; forgotten afterwards, for their names."""
+    assert not set(MODULES) & set(sys.modules)
+    monkeypatch.syspath_prepend(FOLDER)
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
+        del sys.modules[name]
+
+
+def contestant(bench: Any, name: str, steps: list[tuple[float, float]], *, mib: float = 100.0) -> Any:
+    """One whose steps took (seconds, foreign CPUs)."""
+    ready = bench.worker.Ready(parameters=1000, flops_per_token=6000.0)
+    made = [bench.worker.Step(seconds, 2 * seconds, foreign, 5.0, mib) for seconds, foreign in steps]
+    warm_up = [bench.worker.Step(9.0, 9.0, 0.0, 5.5, mib)]
+    return bench.rounds.Contestant(name, None, ready, warm_up, made)
+
+
+def test_no_script_has_the_name_of_a_module_of_python() -> None:
+    """Python puts a script's folder before its own library: `tokenize.py` would be everybody's `import tokenize`."""
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    assert names
+    assert not names & sys.stdlib_module_names
+
+
+def test_a_ratio_counts_the_rounds_in_which_both_were_clean(bench: Any) -> None:
+    ours = contestant(bench, "pocketlm", [(1.0, 0.0), (1.0, 0.9), (2.0, 0.1), (1.0, 0.0)])
+    peer = contestant(bench, "litgpt+bf16", [(2.0, 0.0), (9.0, 0.0), (3.0, 0.1), (9.0, 0.2)])
+    by_wall, by_cpu = bench.rounds.Measure(by_cpu=False), bench.rounds.Measure(by_cpu=True)
+    assert bench.rounds.ratios(ours, peer, by_wall) == [2.0, 1.5]
+    assert bench.rounds.ratios(ours, peer, by_cpu) == [2.0, 9.0, 1.5, 9.0]
+    assert bench.rounds.clean_times(ours, by_wall) == [1.0, 2.0, 1.0]
+    assert bench.rounds.clean_times(ours, by_cpu) == [2.0, 2.0, 4.0, 2.0]
+    assert bench.rounds.summary([2.0, 1.5, 9.0]) == bench.rounds.Summary(2.0, 1.5, 9.0, 3)
+
+
+def test_each_of_ours_is_compared_with_every_other_once(bench: Any) -> None:
+    names = ("pocketlm", "pocketlm+fp32", "litgpt")
+    pairs = bench.rounds.pairs_of([contestant(bench, name, []) for name in names])
+    assert {(ours.name, peer.name) for ours, peer in pairs} == {
+        ("pocketlm", "litgpt"),
+        ("pocketlm+fp32", "litgpt"),
+        ("pocketlm+fp32", "pocketlm"),
+    }
+
+
+def test_the_tables_say_what_was_reached(bench: Any) -> None:
+    table = bench.tables.TABLES["smollm2-2048"]
+    task = bench.worker.Task("smollm2-135m", 2, 2048, 2, Path("set"), Path("batches"))
+    ours = contestant(bench, "pocketlm", [(2.0, 0.0)], mib=600)
+    peer = contestant(bench, "transformers+bf16", [(2.6, 0.0)], mib=1000)
+    measure = bench.rounds.Measure(by_cpu=False)
+    row = bench.report.comparisons([[ours, peer]], table, measure)[2]
+    assert row == (
+        "| pocketlm | transformers+bf16 | 1.30 (1.30 to 1.30) | 1 | 1.2, 1.5: floor reached "
+        "| 60%, at most 65%: reached |"
+    )
+    row = bench.report.figures([[ours]], task, measure, {(1, 1, 1): 24_576_000.0})[2]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    # 4,096 tokens in 2 s at 6,000 FLOPs each: 12.3 MFLOP/s
+    assert cells == [
+        "1",
+        "pocketlm",
+        "1,000",
+        "2048 (2048 to 2048)",
+        "1 of 1",
+        "0",
+        "50%",
+        "600",
+        "9.0",
+        "5.500, 5.000",
+    ]
+
+
+def test_what_was_never_clean_has_no_rate_and_no_ratio(bench: Any) -> None:
+    table = bench.tables.TABLES["smollm2-512"]
+    task = bench.worker.Task("smollm2-135m", 2, 512, 2, Path("set"), Path("batches"))
+    ours, peer = (contestant(bench, name, [(1.0, 0.5)]) for name in ("pocketlm", "litgpt+bf16"))
+    measure = bench.rounds.Measure(by_cpu=False)
+    cells = bench.report.figures([[ours]], task, measure, {(1, 1, 1): 1.0})[2].split(" | ")
+    assert cells[3:7] == ["-", "0 of 1", "-", "-"]
+    assert "| - | 0 | 1.7, 2.2: not measured |" in bench.report.comparisons([[ours, peer]], table, measure)[2]
+
+
+def test_our_memory_is_that_of_the_group_where_it_was_largest(bench: Any) -> None:
+    table = bench.tables.TABLES["smallm"]  # at most 2.5 GB, 2,384 MiB
+    groups = [[contestant(bench, "pocketlm", [(1.0, 0.0)], mib=mib)] for mib in (2000, 2384, 1000)]
+    assert bench.report.own_memory(groups, table)[0] == "Memory, at most 2.5 GB: pocketlm 2.50 GB, reached."
+    groups.append([contestant(bench, "pocketlm", [(1.0, 0.0)], mib=2385)])
+    assert bench.report.own_memory(groups, table)[0].endswith("missed.")
+    assert bench.report.own_memory(groups, bench.tables.TABLES["debug"]) == []
+
+
+@pytest.mark.parametrize(("ratio", "word"), [(1.1, "floor missed"), (1.2, "floor reached"), (1.5, "goal reached")])
+def test_floor_and_goal(bench: Any, ratio: float, word: str) -> None:
+    assert bench.report.verdict(bench.tables.Goal(1.2, 1.5), ratio) == f"1.2, 1.5: {word}"
+
+
+def test_a_comparison_of_unequal_models_is_void(bench: Any) -> None:
+    ours, peer = (contestant(bench, name, [(1.0, 0.0)]) for name in ("pocketlm", "litgpt"))
+    table = bench.tables.TABLES["smollm2-512"]
+    assert bench.report.problems([ours, peer], table, 245) == []  # ln 245 = 5.50
+    peer.ready = bench.worker.Ready(1001, 6000.0)
+    peer.rounds[0] = bench.worker.Step(1.0, 1.0, 0.0, float("nan"), 100)
+    size, loss = bench.report.problems([ours, peer], table, 245)
+    assert "1,001 parameters" in size
+    assert "goes from 5.500 to nan" in loss
+    assert len(bench.report.problems([ours], table, 900)) == 1  # ln 900 = 6.80
+
+
+def test_groups_fit_and_hold_ours(bench: Any) -> None:
+    table = bench.tables.TABLES["smollm2-512"]  # 4 GiB for ours, 5 for a peer
+    packed = bench.training.packed
+    assert packed(["pocketlm", "litgpt", "lightning", "transformers"], table, 14.0) == [
+        ["pocketlm", "litgpt", "lightning"],
+        ["pocketlm", "transformers"],
+    ]
+    assert packed(["pocketlm"], table, 14.0) == [["pocketlm"]]
+    with pytest.raises(SystemExit, match="may not fit"):
+        packed(["pocketlm", "litgpt"], table, 8.0)
+    with pytest.raises(SystemExit, match="name pocketlm"):
+        packed(["litgpt"], table, 8.0)
+
+
+def test_every_contestant_of_a_table_has_a_size_and_every_goal_a_contestant(bench: Any) -> None:
+    for table in bench.tables.TABLES.values():
+        assert all(table.gib_of(name) > 0 for name in table.contestants)
+        assert set(table.goals) <= set(table.contestants)
+        assert [bench.contestants.unknown(name) for name in table.contestants if bench.contestants.unknown(name)] == []
+
+
+def test_a_flag_that_nobody_reads_is_refused(bench: Any) -> None:
+    assert bench.contestants.unknown("litgpt+bf16+fused") is None
+    assert "flags of transformers" in bench.contestants.unknown("transformers+bf16+fused")
+    assert "no contestant 'nobody'" in bench.contestants.unknown("nobody+bf16")
+
+
+def test_a_section_replaces_the_one_of_its_heading(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "RESULTS.md"
+    page.write_text("# Results\n\nWords.\n")
+    monkeypatch.setattr(bench.report, "RESULTS", page)
+    bench.report.write(["## one", "", "| a |", ""])
+    bench.report.write(["## two", "", "| b |"])
+    bench.report.write(["## one", "", "| c |"])
+    assert page.read_text() == "# Results\n\nWords.\n\n## one\n\n| c |\n\n## two\n\n| b |\n"
