@@ -66,9 +66,9 @@ def gigatoken_encoder(tokenizer: Tokenizer) -> Encode:
         if re.search("[0-9]", "".join(map("".join, tree["model"]["merges"]))):
             raise Unsuited("its merges take digits")
         numerals = _Numerals()
-    tree["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tree["model"]["vocab"] |= {c: tokenizer.vocab_size + i for i, c in enumerate(_missing(tree))}
-    data, engine, chars = json.dumps(tree), None, 0
+    pattern = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = tree["model"] | {"vocab": _with_all_bytes(tokenizer)}
+    data, engine, chars = json.dumps(tree | {"pre_tokenizer": pattern, "model": model}), None, 0
 
     def encode(texts: list[str]) -> list[Ids]:
         nonlocal engine, chars
@@ -92,10 +92,8 @@ def tiktoken_encoder(tokenizer: Tokenizer) -> Encode:
     import tiktoken
 
     tree = _plain_tree(tokenizer)
-    vocabulary: dict[str, int] = tree["model"]["vocab"]
-    missing = {c: tokenizer.vocab_size + i for i, c in enumerate(_missing(tree))}
-    alphabet = byte_alphabet()
-    ids = [(vocabulary | missing)[character] for character in alphabet]
+    vocabulary = _with_all_bytes(tokenizer)
+    ids = [vocabulary[character] for character in byte_alphabet()]
     ranks = {bytes([byte]): byte for byte in range(256)}
     for rank, merge in enumerate(tree["model"]["merges"], 256):
         ids.append(vocabulary["".join(merge)])
@@ -122,7 +120,7 @@ def _plain_tree(tokenizer: Tokenizer) -> Tree:
     """
     if tokenizer.pre_tokenizer_name not in PATTERNS:
         raise Unsuited("it cuts text in another way than GPT-2 and SmolLM2")
-    tree: Tree = json.loads(tokenizer.to_json())
+    tree = tokenizer.tree
     if not merges_alone(tree):
         raise Unsuited("its ids do not follow from merges alone")
     if any(not entry.get("special") for entry in tree.get("added_tokens") or ()):
@@ -130,9 +128,11 @@ def _plain_tree(tokenizer: Tokenizer) -> Tree:
     return tree | {"added_tokens": [], "post_processor": None}
 
 
-def _missing(tree: Tree) -> list[str]:
-    """The bytes that the vocabulary lacks, as its characters for them."""
-    return [character for character in byte_alphabet() if character not in tree["model"]["vocab"]]
+def _with_all_bytes(tokenizer: Tokenizer) -> dict[str, int]:
+    """The vocabulary; a byte that it lacks has an id from vocab_size on."""
+    vocabulary: dict[str, int] = tokenizer.tree["model"]["vocab"]
+    missing = [character for character in byte_alphabet() if character not in vocabulary]
+    return vocabulary | {character: tokenizer.vocab_size + place for place, character in enumerate(missing)}
 
 
 def _joined(parts: list[Ids]) -> Ids:
