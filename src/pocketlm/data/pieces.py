@@ -155,7 +155,7 @@ def _write_piece(
     plan: Plan, piece: int, documents: Iterable[tuple[int, Document]], encoder: BulkEncoder, report: Report
 ) -> Tree:
     rule, tokenizer, empty = plan.split, plan.tokenizer, 0
-    shards = {"train": Collected(tokenizer), "val": Collected(tokenizer)}
+    shards = {"train": Collected(), "val": Collected()}
     for batch in _batches(documents, BATCH_CHARS):
         split = [rule.parts(number, document.text) for number, document in batch]
         for collected, texts in zip(shards.values(), zip(*split, strict=True), strict=True):
@@ -165,7 +165,7 @@ def _write_piece(
         report.add(sum(sizes))
     entry: Tree = {"plan": plan.hash, "empty_documents": empty}
     for name, collected in shards.items():
-        entry[name] = collected.write(_shard_file(plan, name, piece))
+        entry[name] = collected.write(_shard_file(plan, name, piece), tokenizer.vocab_size)
     write_file(_piece_file(plan, piece), sealed(entry))
     return entry
 
@@ -173,19 +173,19 @@ def _write_piece(
 class Collected:
     """The documents of one shard in the making."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self) -> None:
         self.documents: list[Tokens] = []
         self.text_bytes = 0
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._end = np.array([tokenizer.end_id], dtype=self._dtype)
 
     def add(self, texts: list[str], encoder: BulkEncoder) -> None:
         """Tokenizes documents; each ends with the end id."""
+        dtype = token_dtype(encoder.tokenizer.vocab_size)
+        end = np.array([encoder.tokenizer.end_id], dtype=dtype)
         for ids in encoder.encode(texts):
-            self.documents.append(np.concatenate([ids.astype(self._dtype), self._end]))
+            self.documents.append(np.concatenate([ids.astype(dtype), end]))
         self.text_bytes += sum(map(text_bytes, texts))
 
-    def write(self, path: Path) -> Tree | None:
+    def write(self, path: Path, vocab_size: int) -> Tree | None:
         """Writes the shard and says what is in it; a shard without documents is not written."""
         if not self.documents:
             remove_file(path)
@@ -196,7 +196,7 @@ class Collected:
             "tokens": sum(map(len, self.documents)),
             "text_bytes": self.text_bytes,
         }
-        return counts | write_file(path, shard_chunks(self.documents, self._dtype))
+        return counts | write_file(path, shard_chunks(self.documents, token_dtype(vocab_size)))
 
 
 def _batches(documents: Iterable[tuple[int, Document]], chars: int) -> Iterator[list[tuple[int, Document]]]:

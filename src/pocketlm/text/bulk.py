@@ -64,6 +64,7 @@ class BulkEncoder:
     """A tokenizer's `encode_batch` for many batches.
 
     Attributes:
+        tokenizer: the reference.
         name: the library that does the work.
     """
 
@@ -74,7 +75,7 @@ class BulkEncoder:
             text_bytes: about how much there is to do; for little the reference does it.
             say: is told which library does the work, and why others do not.
         """
-        self._tokenizer, self._say = tokenizer, say
+        self.tokenizer, self._say = tokenizer, say
         self._byte_lengths = np.append(tokenizer.byte_lengths, np.zeros(256, dtype=np.int64))
         self._libraries = iter(LIBRARIES if text_bytes >= SMALL_BYTES else ())
         self._library: Encode | None = None
@@ -98,7 +99,7 @@ class BulkEncoder:
             except Unsuited as error:
                 self._say(f"{self.name} stopped: {error}")
                 self._choose()
-        return self._tokenizer.encode_batch(texts)
+        return self.tokenizer.encode_batch(texts)
 
     def _choose(self) -> None:
         """The next library that takes the vocabulary and knows the hard texts; else none."""
@@ -106,8 +107,8 @@ class BulkEncoder:
         self._characters: set[str] = set()
         for name, make in self._libraries:
             try:
-                self._library = _guarded(partial(make, self._tokenizer))
-                hard = [*HARD_TEXTS, *self._tokenizer.special_tokens, " ".join(self._tokenizer.special_tokens)]
+                self._library = _guarded(partial(make, self.tokenizer))
+                hard = [*HARD_TEXTS, *self.tokenizer.special_tokens, " ".join(self.tokenizer.special_tokens)]
                 self._compare(hard, self._ids(self._library, hard))
                 self.name = name
                 return self._say(f"tokenizing with {name}, held against tokenizers")
@@ -137,7 +138,7 @@ class BulkEncoder:
         if len(ids) != len(texts):
             raise Unequal(f"how many texts there are: {len(texts)}, not {len(ids)}")
         for number in np.flatnonzero(self._sizes(ids) != sizes).tolist():
-            (ids[number],) = self._tokenizer.encode_batch([texts[number]])
+            (ids[number],) = self.tokenizer.encode_batch([texts[number]])
             if self._sizes([ids[number]]) == sizes[number]:
                 raise Unequal(_told(texts[number]))
         return ids
@@ -170,7 +171,7 @@ class BulkEncoder:
         return part, self._ids(library, [part])[0]
 
     def _compare(self, texts: list[str], ids: list[Ids]) -> None:
-        for text, given, right in zip(texts, ids, self._tokenizer.encode_batch(texts), strict=True):
+        for text, given, right in zip(texts, ids, self.tokenizer.encode_batch(texts), strict=True):
             if not np.array_equal(given, right):
                 raise Unequal(_told(text))
 

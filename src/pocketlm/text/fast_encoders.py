@@ -68,7 +68,9 @@ def gigatoken_encoder(tokenizer: Tokenizer) -> Encode:
         numerals = _Numerals()
     pattern = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = tree["model"] | {"vocab": _with_all_bytes(tokenizer)}
-    data, engine, chars = json.dumps(tree | {"pre_tokenizer": pattern, "model": model}), None, 0
+    data = json.dumps(tree | {"pre_tokenizer": pattern, "model": model})
+    engine: Any = None
+    chars = 0
 
     def encode(texts: list[str]) -> list[Ids]:
         nonlocal engine, chars
