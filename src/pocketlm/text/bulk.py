@@ -45,7 +45,6 @@ HARD_TEXTS = [
     "a" * 999 + " " * 999 + "=" * 99 + "\n" * 99 + "7" * 99 + "ab" * 99,
 ]
 
-
 LIBRARIES: tuple[tuple[str, Callable[[Tokenizer], Encode]], ...] = (
     ("gigatoken", gigatoken_encoder),
     ("tiktoken", tiktoken_encoder),
@@ -77,7 +76,8 @@ class BulkEncoder:
         """
         self.tokenizer, self._say = tokenizer, say
         self._byte_lengths = np.append(tokenizer.byte_lengths, np.zeros(256, dtype=np.int64))
-        self._libraries = iter(LIBRARIES if text_bytes >= SMALL_BYTES else ())
+        self._is_small = text_bytes < SMALL_BYTES
+        self._libraries = iter(() if self._is_small else LIBRARIES)
         self._library: Encode | None = None
         self._random = random.Random(0)
         self._choose()
@@ -117,6 +117,8 @@ class BulkEncoder:
             except Unequal as error:
                 self._say(f"{name} is not used: it is wrong about {error}")
         self.name, self._library = REFERENCE, None
+        if not self._is_small:
+            self._say(f"tokenizing with {self.name}")
 
     def _checked(self, library: Encode, texts: list[str]) -> list[Ids]:
         ids = self._ids(library, texts)
