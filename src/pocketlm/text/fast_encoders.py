@@ -1,4 +1,4 @@
-"""Libraries that give GPT-2's and SmolLM2's ids faster than `tokenizers` does, each without threads of its own.
+"""Libraries that give GPT-2's and SmolLM2's ids faster than `tokenizers` does.
 
 An adapter makes an `Encode` of a tokenizer, or says in `Unsuited` why it does not. None of them is trusted: `bulk.py`
 holds what they give against the tokenizer itself. Two things are the same for all:
