@@ -70,10 +70,15 @@ $(TORCH_STAMP):
 		$(if $(wildcard $(VENV)/.torch-* $(VENV)/.ready*),--force-reinstall) torch==$(TORCH_VERSION)
 	@touch $@
 
+# [fast] is left out where it has no wheel: what it does, pocketlm does without it, slower.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+FAST := --only-binary gigatoken,awkward-cpp
+WITHOUT := echo "without gigatoken, which this Python or machine does not have: text is tokenized more slowly"
+
 $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml constraints.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	@$(PIP) $(FAST) --editable '.[fast]' 2>/dev/null || { $(PIP) --editable . && $(WITHOUT); }
 	@touch $@
 
 $(VENV)/.ready-dev: $(TORCH_STAMP) pyproject.toml constraints.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) $(FAST) --editable '.[dev,fast]' 2>/dev/null || { $(PIP) --editable '.[dev]' && $(WITHOUT); }
 	@touch $@ $(VENV)/.ready

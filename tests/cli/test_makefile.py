@@ -86,6 +86,17 @@ def test_another_build_of_torch_is_installed_and_stays(home: Path) -> None:
         assert make(".venv/.ready")[:2] == (0, []), "a build once chosen stays"
 
 
+@pytest.mark.parametrize(("target", "extras"), [(".venv/.ready", "."), (".venv/.ready-dev", ".[dev]")])
+def test_where_gigatoken_has_no_wheel_all_else_is_installed(home: Path, target: str, extras: str) -> None:
+    refusing = PYTHON.replace("in\n", "in\n  *fast]*) exit 1 ;;\n", 1)
+    script(home / "bin" / "python3.99", refusing.format(log=home / "log", version="3.99.0"))
+    code, asked, said = make(target, "PYTHON=python3.99")
+    assert code == 0, said
+    assert asked[-1].endswith(f"--editable {extras}")
+    assert said.splitlines()[-1].startswith("without gigatoken")
+    assert make(target)[:2] == (0, [])
+
+
 def test_what_cannot_be_had_is_refused_in_one_line(home: Path) -> None:
     make(".venv/.ready", "PYTHON=python3.99")
     script(home / "bin" / "python3.98", PYTHON.format(log=home / "log", version="3.98.0"))

@@ -19,6 +19,7 @@ from pocketlm import files
 from pocketlm.config import DataConfig
 from pocketlm.data.prepare import prepare
 from pocketlm.disk import Disk
+from pocketlm.text import bulk
 
 OPERATIONS = [name for name in vars(Disk) if not name.startswith("_")]
 Before = Callable[[int, str, tuple[Any, ...]], None]
@@ -66,6 +67,7 @@ def main(config: str, kind: str = "", number: str = "0") -> None:
         if count == int(number):
             {"die": die, "wait": wait}[kind](name, arguments)
 
+    bulk.SMALL_BYTES = 0  # a small corpus, too, takes the path of large ones
     disk = files.DISK = WatchedDisk(before)
     say("ready")
     prepare(DataConfig(**json.loads(config)), progress=say)

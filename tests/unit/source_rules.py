@@ -16,7 +16,18 @@ ALLOWED_MODULES = {
     *("itertools", "json", "math", "os", "pathlib", "platform", "random", "re", "readline", "secrets", "shlex"),
     *("shutil", "signal", "socket", "stat", "struct", "sys", "sysconfig", "threading", "time", "tokenize", "tomllib"),
     *("types", "typing", "warnings"),
-    *("huggingface_hub", "jinja2", "markupsafe", "numpy", "psutil", "pyarrow", "pydantic", "rich", "safetensors"),
+    *(
+        "gigatoken",
+        "huggingface_hub",
+        "jinja2",
+        "markupsafe",
+        "numpy",
+        "psutil",
+        "pyarrow",
+        "pydantic",
+        "rich",
+        "safetensors",
+    ),
     *("tiktoken", "tokenizers", "tomli_w", "torch", "pocketlm"),
 }
 """What may be imported at all: what is today. To add one is to have thought about what it reads, runs and writes."""

@@ -23,10 +23,12 @@ from pocketlm.data.split import Split, text_bytes
 from pocketlm.errors import DataError, FileError
 from pocketlm.files import remove_file, write_file
 from pocketlm.reading import read_json, read_text, verify_file
+from pocketlm.text.bulk import BulkEncoder, Unequal
 from pocketlm.text.sources import Document, Source
 from pocketlm.text.tokenizer import Tokenizer
 
 PLAN_FILE = "plan.json"
+PIECE_FILES = "piece-*.json"
 MAX_PIECES = 4096  # dataset.json and manifest.json are then half as large as what files.py reads
 BATCH_CHARS = 1 << 21  # of text tokenized at once
 REPORT_EVERY_S = 5.0
@@ -98,7 +100,20 @@ def read_plan(folder: Path, inputs: Tree) -> Plan | None:
 
 
 def write_pieces(plan: Plan, source: Source, progress: Progress) -> list[Tree]:
-    """Writes every piece that is not whole; returns what piece-*.json says of each."""
+    """Writes every piece that is not whole; returns what piece-*.json says of each.
+
+    Where a library turns out to be wrong, every piece is made anew: which of them it had made nobody wrote down.
+    """
+    encoder = BulkEncoder(plan.tokenizer, plan.tree["text_bytes"], progress)
+    while True:
+        try:
+            return _write_missing(plan, source, encoder, progress)
+        except Unequal:
+            for path in sorted(plan.folder.glob(PIECE_FILES)):
+                remove_file(path)
+
+
+def _write_missing(plan: Plan, source: Source, encoder: BulkEncoder, progress: Progress) -> list[Tree]:
     documents = enumerate(source.documents())
     report = Report(plan.tree["text_bytes"], progress)
     entries = []
@@ -107,7 +122,7 @@ def write_pieces(plan: Plan, source: Source, progress: Progress) -> list[Tree]:
         if entry := _whole_piece(plan, piece):
             report.skip(sum(text_bytes(document.text) for _, document in own))
         else:
-            entry = _write_piece(plan, piece, own, report)
+            entry = _write_piece(plan, piece, own, encoder, report)
         entries.append(entry)
     return entries
 
@@ -136,13 +151,15 @@ def _whole_piece(plan: Plan, piece: int) -> Tree | None:
     return entry
 
 
-def _write_piece(plan: Plan, piece: int, documents: Iterable[tuple[int, Document]], report: Report) -> Tree:
+def _write_piece(
+    plan: Plan, piece: int, documents: Iterable[tuple[int, Document]], encoder: BulkEncoder, report: Report
+) -> Tree:
     rule, tokenizer, empty = plan.split, plan.tokenizer, 0
     shards = {"train": Collected(), "val": Collected()}
     for batch in _batches(documents, BATCH_CHARS):
         split = [rule.parts(number, document.text) for number, document in batch]
         for collected, texts in zip(shards.values(), zip(*split, strict=True), strict=True):
-            collected.add([text for text in texts if text_bytes(text)], tokenizer)
+            collected.add([text for text in texts if text.strip()], encoder)
         sizes = [text_bytes(document.text) for _, document in batch]
         empty += sizes.count(0)
         report.add(sum(sizes))
@@ -160,13 +177,13 @@ class Collected:
         self.documents: list[Tokens] = []
         self.text_bytes = 0
 
-    def add(self, texts: list[str], tokenizer: Tokenizer) -> None:
+    def add(self, texts: list[str], encoder: BulkEncoder) -> None:
         """Tokenizes documents; each ends with the end id."""
-        end = np.array([tokenizer.end_id], dtype=np.uint32)
-        dtype = token_dtype(tokenizer.vocab_size)
-        for ids in tokenizer.encode_batch(texts):
-            self.documents.append(np.concatenate([ids, end]).astype(dtype))
-        self.text_bytes += sum(len(text.encode()) for text in texts)
+        dtype = token_dtype(encoder.tokenizer.vocab_size)
+        end = np.array([encoder.tokenizer.end_id], dtype=dtype)
+        for ids in encoder.encode(texts):
+            self.documents.append(np.concatenate([ids.astype(dtype), end]))
+        self.text_bytes += sum(map(text_bytes, texts))
 
     def write(self, path: Path, vocab_size: int) -> Tree | None:
         """Writes the shard and says what is in it; a shard without documents is not written."""

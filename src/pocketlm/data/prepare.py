@@ -26,6 +26,7 @@ from pathlib import Path
 from pocketlm.config import DataConfig
 from pocketlm.data.pieces import (
     MAX_PIECES,
+    PIECE_FILES,
     PLAN,
     PLAN_FILE,
     Plan,
@@ -47,7 +48,6 @@ from pocketlm.text.sources import Source, open_source
 from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_tokenizer
 
 LOCK_FILE = "prepare.lock"
-PIECE_FILES = "piece-*.json"
 OWN_FILES = re.compile(r"(dataset|manifest|plan|tokenizer|piece-\d+)\.json|(train|val)-\d+\.tokens")
 
 

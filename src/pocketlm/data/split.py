@@ -68,7 +68,9 @@ class Split:
 
 def text_bytes(text: str) -> int:
     """UTF-8 bytes of a document; one of nothing but white space has none, and is left out of the data set."""
-    return len(text.encode()) if text.strip() else 0
+    if not text.strip():
+        return 0
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def is_validation(text: str, fraction: float) -> bool:

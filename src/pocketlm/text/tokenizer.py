@@ -35,6 +35,7 @@ from pocketlm.reading import read_text
 from pocketlm.text.cuts import RUN_STEP, cut_at_lines, cut_in_runs
 from pocketlm.text.tokenizer_json import (
     END_OF_TEXT,
+    Tree,
     byte_alphabet,
     check_growth,
     check_ids,
@@ -69,6 +70,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: one more than the largest id.
+        tree: the tokenizer.json as the library reads it; not to be changed.
         end_token, end_id: what ends a text.
         special_tokens, special_ids: tokens that no text can make; {token: id} and the ids.
         token_bytes: the UTF-8 bytes of each id's text; b"" for special ids and for ids that do not exist.
@@ -92,11 +94,11 @@ class Tokenizer:
         vocabulary = self._engine.get_vocab()
         end_token = end_token_of(vocabulary, end_token, origin)
         check_ids(vocabulary, origin)
-        self._tree = without_cutting(json.loads(self._engine.to_str()))  # never of the file: it may hold anything
-        check_growth(self._tree, origin)
-        if not is_special(self._tree, end_token):
-            make_special(self._tree, end_token, vocabulary[end_token])
-            self._engine = _engine(json.dumps(self._tree), origin)
+        self.tree: Tree = without_cutting(json.loads(self._engine.to_str()))  # never of the file: it may hold anything
+        check_growth(self.tree, origin)
+        if not is_special(self.tree, end_token):
+            make_special(self.tree, end_token, vocabulary[end_token])
+            self._engine = _engine(json.dumps(self.tree), origin)
         self.end_token = end_token
         self.end_id = vocabulary[end_token]
         self.vocab_size = 1 + max(vocabulary.values())
@@ -104,25 +106,25 @@ class Tokenizer:
         self.special_tokens = {token.content: number for number, token in added.items() if token.special}
         self.special_ids = frozenset(self.special_tokens.values())
         plain = {number: token.content for number, token in added.items() if not token.special}
-        self.token_bytes = token_bytes(vocabulary, self._tree, plain, self.special_ids, origin)
+        self.token_bytes = token_bytes(vocabulary, self.tree, plain, self.special_ids, origin)
         self.byte_lengths = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
-        self.pre_tokenizer_name = pre_tokenizer_name(self._tree)
+        self.pre_tokenizer_name = pre_tokenizer_name(self.tree)
         # An added token is found before the text is cut, so it could span a cut.
         spaced = any({*token} & {"\n", " "} for token in plain.values())
         self._may_cut = self.pre_tokenizer_name is not None and not spaced
-        self._may_cut_runs = self.pre_tokenizer_name in ("gpt-2", "smollm") and not plain and merges_alone(self._tree)
+        self._may_cut_runs = self.pre_tokenizer_name in ("gpt-2", "smollm") and not plain and merges_alone(self.tree)
         self._special = np.zeros(self.vocab_size, dtype=bool)
         self._special[list(self.special_ids)] = True
         self._adds_space = self._raw_bytes(next(self._encode_parts(["a"]))) == b" a"
 
     @cached_property
     def fingerprint(self) -> str:
-        canonical = json.dumps(self._tree, sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.tree, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(f"{canonical}\n{self.end_id}".encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of a tokenizer.json that loads as this tokenizer."""
-        return json.dumps(self._tree, ensure_ascii=False, separators=(",", ":")) + "\n"
+        return json.dumps(self.tree, ensure_ascii=False, separators=(",", ":")) + "\n"
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end tokens, never a special id.

@@ -137,8 +137,10 @@ _BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    # A token with a character outside the alphabet was added by hand and stands for itself.
-    return bytes(map(_BYTE_OF.__getitem__, token)) if all(c in _BYTE_OF for c in token) else token.encode()
+    try:
+        return bytes(map(_BYTE_OF.__getitem__, token))
+    except KeyError:  # a character outside the alphabet: the token was added by hand and stands for itself
+        return token.encode()
 
 
 def _sentencepiece_bytes(token: str) -> bytes:

@@ -1,0 +1,200 @@
+"""Many documents to ids, by the fastest library whose ids are this tokenizer's.
+
+The bytes of a data set must not depend on which library made them, so none is believed. The `Tokenizer` is the
+reference, and a library that takes its vocabulary is held against it
+
+    once           on texts that are known to be hard, and on 32 places in the first documents
+    always         every document's ids must stand for as many bytes as its text has
+                   every character beyond ASCII is tried, between letters, digits and blanks, when it first comes:
+                   libraries differ in which version of Unicode says what is a letter
+    ever again     a place of up to 2,048 characters for each four million, at random
+
+which takes a few percent of the time. A library that fails is told of and never asked again, and everything that was
+made before is in doubt: `Unequal` says so. A document with a byte that the vocabulary lacks has fewer bytes in its ids
+by right; the reference does it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pocketlm.errors import DataError
+from pocketlm.text.fast_encoders import Encode, Unsuited, beyond_ascii, gigatoken_encoder, tiktoken_encoder
+from pocketlm.text.tokenizer import Ids, Tokenizer
+
+SMALL_BYTES = 1 << 20  # below it, checking a library takes as long as doing without
+FIRST_CHECKS = 32
+CHECK_CHARS = 1 << 11
+CHECK_EVERY_CHARS = 1 << 22
+
+HARD_TEXTS = [
+    "",
+    " ",
+    "\n\n  \t\r\n \n",
+    "".join(map(chr, range(1, 0x100))),
+    "it's I'LL we've 'tis 12345 3.14 a  1  22\n\n333 \t4\u00a0 5 6  \u0661\u0662 \u2167\u00bd \u00b2\u00b3\u00bd",
+    "na\u00efve e\u0301 \u0928\u093f \u0e19\u0e49\u0e33 \ufdfa \u4e00\u4e8c\u4e09 \u2028\u3000x",
+    "\U0001f999\U0001f468\u200d\U0001f469\u200d\U0001f467 \ufe0f\u200b\ufeff\ufffd",
+    "    def f(x):\n\n\n\t\treturn x**2  # --- ===>   \n",
+    "a" * 999 + " " * 999 + "=" * 99 + "\n" * 99 + "7" * 99 + "ab" * 99,
+]
+
+LIBRARIES: tuple[tuple[str, Callable[[Tokenizer], Encode]], ...] = (
+    ("gigatoken", gigatoken_encoder),
+    ("tiktoken", tiktoken_encoder),
+)
+REFERENCE = "tokenizers"
+INSTALL = "pip install 'pocketlm[fast]'"
+
+T = TypeVar("T")
+
+
+class Unequal(Exception):
+    """A library gave other ids than the tokenizer; what it gave before is in doubt."""
+
+
+class BulkEncoder:
+    """A tokenizer's `encode_batch` for many batches.
+
+    Attributes:
+        tokenizer: the reference.
+        name: the library that does the work.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, text_bytes: int, say: Callable[[str], None]) -> None:
+        """
+        Args:
+            tokenizer: the reference.
+            text_bytes: about how much there is to do; for little the reference does it.
+            say: is told which library does the work, and why others do not.
+        """
+        self.tokenizer, self._say = tokenizer, say
+        self._byte_lengths = np.append(tokenizer.byte_lengths, np.zeros(256, dtype=np.int64))
+        self._is_small = text_bytes < SMALL_BYTES
+        self._libraries = iter(() if self._is_small else LIBRARIES)
+        self._library: Encode | None = None
+        self._random = random.Random(0)
+        self._choose()
+
+    def encode(self, texts: list[str]) -> list[Ids]:
+        """Ids of each text, each (tokens,) uint32.
+
+        Raises:
+            Unequal: the next call takes the next library; texts that had ids from this one are to be done again.
+            DataError: what `Tokenizer.encode_batch` refuses.
+        """
+        while self._library and texts:
+            try:
+                return self._checked(self._library, texts)
+            except Unequal as error:
+                self._say(f"{self.name} is wrong about {error}: what it made is thrown away and made again")
+                self._choose()
+                raise
+            except Unsuited as error:
+                self._say(f"{self.name} stopped: {error}")
+                self._choose()
+        return self.tokenizer.encode_batch(texts)
+
+    def _choose(self) -> None:
+        """The next library that takes the vocabulary and knows the hard texts; else none."""
+        self._due = FIRST_CHECKS * CHECK_EVERY_CHARS
+        self._characters: set[str] = set()
+        for name, make in self._libraries:
+            try:
+                self._library = _guarded(partial(make, self.tokenizer))
+                hard = [*HARD_TEXTS, *self.tokenizer.special_tokens, " ".join(self.tokenizer.special_tokens)]
+                self._compare(hard, self._ids(self._library, hard))
+                self.name = name
+                return self._say(f"tokenizing with {name}, held against tokenizers")
+            except (Unsuited, DataError) as error:
+                self._say(f"{name} is not used: {error}")
+            except Unequal as error:
+                self._say(f"{name} is not used: it is wrong about {error}")
+        self.name, self._library = REFERENCE, None
+        if not self._is_small:
+            self._say(f"tokenizing with {self.name}")
+
+    def _checked(self, library: Encode, texts: list[str]) -> list[Ids]:
+        ids = self._ids(library, texts)
+        self._try_characters(library, texts)
+        self._due += sum(map(len, texts))
+        places = [self._place(library, texts, ids) for _ in range(self._due // CHECK_EVERY_CHARS)]
+        self._due %= CHECK_EVERY_CHARS
+        self._compare([text for text, _ in places], [found for _, found in places])
+        return ids
+
+    def _ids(self, library: Encode, texts: list[str]) -> list[Ids]:
+        """What a library gives, where it stands for all bytes of a text; else the reference's ids.
+
+        Raises:
+            Unequal: the reference's do stand for all of them.
+        """
+        ids = _guarded(partial(library, texts))
+        sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+        if len(ids) != len(texts):
+            raise Unequal(f"how many texts there are: {len(texts)}, not {len(ids)}")
+        for number in np.flatnonzero(self._sizes(ids) != sizes).tolist():
+            (ids[number],) = self.tokenizer.encode_batch([texts[number]])
+            if self._sizes([ids[number]]) == sizes[number]:
+                raise Unequal(_told(texts[number]))
+        return ids
+
+    def _sizes(self, ids: list[Ids]) -> NDArray[np.int64]:
+        """How many bytes the ids of each text stand for; -1 added for an id that nothing has. (texts,)"""
+        flat = np.concatenate(ids)
+        known = flat < len(self._byte_lengths)
+        lengths = self._byte_lengths[flat] if known.all() else np.where(known, self._byte_lengths[flat * known], -1)
+        sums: NDArray[np.int64] = np.append(0, np.cumsum(lengths))
+        ends: NDArray[np.int64] = sums[np.cumsum([0, *map(len, ids)])]
+        return ends[1:] - ends[:-1]
+
+    def _try_characters(self, library: Encode, texts: list[str]) -> None:
+        """Every character that has not come before, where patterns look at what it is."""
+        new = sorted(set().union(*map(beyond_ascii, texts)) - self._characters)
+        probes = [f"a{c}{c}b {c} 1{c}1  {c}.{c}'s\n{c}\n\n{c}  2" for c in new]
+        if probes:
+            self._compare(probes, self._ids(library, probes))
+        self._characters.update(new)
+
+    def _place(self, library: Encode, texts: list[str], ids: list[Ids]) -> tuple[str, Ids]:
+        """A short text with its ids, or a part of a long one with ids of its own."""
+        number = self._random.randrange(len(texts))
+        text = texts[number]
+        if len(text) <= CHECK_CHARS:
+            return text, ids[number]
+        start = self._random.randrange(len(text) - CHECK_CHARS)
+        part = text[start : start + CHECK_CHARS]
+        return part, self._ids(library, [part])[0]
+
+    def _compare(self, texts: list[str], ids: list[Ids]) -> None:
+        for text, given, right in zip(texts, ids, self.tokenizer.encode_batch(texts), strict=True):
+            if not np.array_equal(given, right):
+                raise Unequal(_told(text))
+
+
+def _guarded(work: Callable[[], T]) -> T:
+    """Work done by a library, whatever it raises.
+
+    Raises:
+        Unsuited: with its reason.
+    """
+    try:
+        return work()
+    except ModuleNotFoundError as error:
+        raise Unsuited(f"{error.name} is not installed; to tokenize many times faster type: {INSTALL}") from None
+    except (Unsuited, MemoryError):
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":  # Rust's, which is no Exception
+            raise Unsuited(f"{type(error).__name__}: {' '.join(str(error).split()):.120}") from None
+        raise
+
+
+def _told(text: str) -> str:
+    return f"the text {text[:40]!r}{' ...' if len(text) > 40 else ''}"
