@@ -66,7 +66,8 @@ class SlowDisk:
         return self._save(checkpoints, snapshot)
 
     def _waited_for(self, saver: saving.Saver) -> None:
-        if self.begun[-1:] == [self.step] and not self.go.is_set():
+        under_way = saver._under_way
+        if under_way and under_way[0].snapshot.step == self.step and not self.go.is_set():
             self.waits(saver)
         self._wait(saver)
 

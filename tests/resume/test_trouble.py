@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pocketlm import checkpoint, files
+from pocketlm import checkpoint, distributed, files
 from pocketlm.config import Config, GuardConfig, OptimConfig
 from pocketlm.data.loader import Loader
 from pocketlm.disk import Disk
@@ -35,9 +35,10 @@ from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.training import boundary, loop, step
-from pocketlm.training.guard import APPLIED, Guard
+from pocketlm.training.guard import APPLIED, Guard, Trouble
 from pocketlm.training.loop import train
-from pocketlm.training.run import Run
+from pocketlm.training.resolve import resolve
+from pocketlm.training.run import Run, new_state
 from pocketlm.training.saving import THREAD
 from pocketlm.training.signals import StopRequest
 from pocketlm.training.state import TrainState
@@ -397,6 +398,26 @@ def test_the_host_does_not_wait_between_loss_and_update() -> None:
         verdict = guard.verdict(loss, norm)
         optimizer.step(1.0, 0, 10, skip=verdict != APPLIED)
     assert int(verdict) == APPLIED
+
+
+def state_of(config: Config) -> TrainState:
+    runtime = distributed.start(config.train, None)
+    return new_state(config, resolve(config, runtime), runtime)
+
+
+def test_numbers_that_are_only_large_are_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The square of 1e30 is infinite in fp32; the number is not."""
+    monkeypatch.setattr("pocketlm.training.resolve.PROBE_S", 0.001)
+    state = state_of(config_of())
+    state.check_finite()
+    moments = state.tensors()
+    name = next(name for name in moments if name.startswith("exp_avg_sq."))
+    moments[name].view(-1)[5] = 1e30
+    state.check_finite()
+    for value in (math.nan, math.inf, -math.inf):
+        moments[name].view(-1)[6] = value
+        with pytest.raises(Trouble, match=f"{name} is not finite"):
+            state.check_finite()
 
 
 def test_a_skip_of_long_ago_does_not_lead_far_back() -> None:

@@ -111,7 +111,7 @@ def serve(run: Run, state: TrainState, saver: Saver, stop: StopRequest) -> None:
     Raises:
         Stopped: a signal came; what was begun is dropped.
         Trouble: state or validation loss are not finite.
-        FileError: the disk refuses a checkpoint, as for `Saver.save`.
+        FileError: the disk refuses a checkpoint, as for `Saver.begin`.
     """
     now = state.progress
     state.check_finite()
@@ -120,7 +120,7 @@ def serve(run: Run, state: TrainState, saver: Saver, stop: StopRequest) -> None:
     if run.samples(now.step) and now.sampled_at < now.step:
         sample(run, state, stop)
     if run.saves(now.step):
-        saver.save(must=now.step == run.config.train.total_steps)
+        saver.begin(must=now.step == run.config.train.total_steps)
 
 
 def evaluate(run: Run, state: TrainState, stop: StopRequest) -> None:

@@ -158,7 +158,7 @@ def _keep(state: TrainState, late: Late, saver: Saver) -> None:
     """
     late.read()
     state.check_finite()
-    saver.save(must=True)
+    saver.begin(must=True)
 
 
 def _interrupted(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequest) -> Interrupted:

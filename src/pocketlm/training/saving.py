@@ -1,6 +1,6 @@
 """Saving beside the training: a copy at the step boundary, then the disk in a thread, while the next steps are done.
 
-    save    waits for the save before, copies the state and starts the thread
+    begin   waits for the save before, copies the state and starts the thread
     hear    at each step boundary: what came of a save that has ended, its error too
     wait    until none is under way: before the next save, before a way back, before the process ends
 
@@ -59,7 +59,7 @@ class Saver:
         self._verified = checkpoint.Verified()
         self._under_way: tuple[Saving, threading.Thread] | None = None
 
-    def save(self, *, must: bool) -> None:
+    def begin(self, *, must: bool) -> None:
         """Begins to commit the state, unless it is on the disk already; with `must` returns when it is there.
 
         Raises:
@@ -89,7 +89,7 @@ class Saver:
         """Takes note of a save that has ended; where none has, it costs nothing.
 
         Raises:
-            FileError: the disk refused it, as for `save`.
+            FileError: the disk refused it, as for `begin`.
         """
         if self._under_way and not self._under_way[1].is_alive():
             self.wait()
@@ -98,7 +98,7 @@ class Saver:
         """Returns when no save is under way. A signal is noted meanwhile, and a second one ends the process.
 
         Raises:
-            FileError: the disk refused it, as for `save`.
+            FileError: the disk refused it, as for `begin`.
         """
         if self._under_way is None:
             return
