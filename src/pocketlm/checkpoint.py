@@ -52,6 +52,8 @@ CLOCKS = ("elapsed_s", "journal_sha256", "resolved.peak_flops", "resolved.reason
 """What of the state is measured time, words about it, or a hash of lines that hold it. Nothing is computed from it."""
 
 Warn = Callable[[str], None]
+Check = Callable[[Path], None]
+"""Raises FileError if a checkpoint is damaged, Unreadable if nothing can be said of it now."""
 
 
 @dataclass(frozen=True)
@@ -215,11 +217,46 @@ def verify(path: Path) -> None:
         raise FileError(f"{path / STATE} is of step {step}, its folder is named {path.name}")
 
 
-def _valid(checkpoints: Iterable[Path], warn: Warn) -> Iterator[Path]:
+class Verified:
+    """Checks checkpoints as `verify`, and reads none again that was whole and whose files are still the same ones.
+
+    That is told by their names, numbers, sizes and times: a change that leaves all of these alone, such as a bit that
+    flips on the medium, is seen by the next process only.
+    """
+
+    def __init__(self) -> None:
+        self._whole: dict[Path, list[Stamp]] = {}
+
+    def verify(self, path: Path) -> None:
+        """
+        Raises:
+            FileError, Unreadable: as `verify`.
+        """
+        before, now = self._whole.pop(path, None), _stamps(path)
+        if now is None or now != before:
+            verify(path)
+        if now is not None:
+            self._whole[path] = now
+
+
+Stamp = tuple[Path, int, int, int, int]
+"""A name, and what changes with what stands there."""
+
+
+def _stamps(path: Path) -> list[Stamp] | None:
+    """Of everything in a folder; None if it cannot be listed."""
+    try:
+        found = [(inside, inside.lstat()) for inside in _all_inside(path)]
+    except OSError:
+        return None
+    return [(name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for name, status in found]
+
+
+def _valid(checkpoints: Iterable[Path], warn: Warn, check: Check = verify) -> Iterator[Path]:
     """Those that verify, with a warning of each that does not; one of which nothing can be said ends it."""
     for path in checkpoints:
         try:
-            verify(path)
+            check(path)
         except Unreadable:
             raise
         except FileError as error:
@@ -254,11 +291,18 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def prune(
-    run: Path, keep_last: int, keep_best: int, metrics: Mapping[int, float], *, warn: Warn, keep: Collection[int] = ()
+    run: Path,
+    keep_last: int,
+    keep_best: int,
+    metrics: Mapping[int, float],
+    *,
+    warn: Warn,
+    keep: Collection[int] = (),
+    check: Check = verify,
 ) -> list[Path]:
     """Removes all but the newest `keep_last` checkpoints, the `keep_best` with the lowest metric, and those in `keep`.
 
-    Only whole ones of this run count: each is read again before. While fewer than two are whole, nothing is removed.
+    Only whole ones of this run count: each is checked before. While fewer than two are whole, nothing is removed.
     Nor is ever what is newer than those kept, a link, what was brought there from another run, or a folder without a
     readable manifest or with anything that its manifest does not name. What the disk refuses to read or remove is
     warned of, and stops nothing.
@@ -266,12 +310,13 @@ def prune(
     Args:
         metrics: a metric of some of the steps; a checkpoint without one is never a best one.
         keep: steps that stay in any case.
+        check: says whether one is whole; as `verify`, which reads all of it.
 
     Returns:
         What was removed.
     """
     try:
-        spare = _spare(run, keep_last, keep_best, metrics, warn, keep)
+        spare = _spare(run, keep_last, keep_best, metrics, warn, keep, check)
     except (Unreadable, OSError) as error:
         warn(f"no checkpoint of {run} is removed: {error}")
         return []
@@ -279,11 +324,11 @@ def prune(
 
 
 def _spare(
-    run: Path, keep_last: int, keep_best: int, metrics: Mapping[int, float], warn: Warn, keep: Collection[int]
+    run: Path, last: int, best: int, metrics: Mapping[int, float], warn: Warn, keep: Collection[int], check: Check
 ) -> list[Path]:
     """What pruning removes."""
     checkpoints = [path for path in list_checkpoints(run) if not path.is_symlink()]
-    own, foreign = _own(run, reversed(checkpoints), max(keep_last, 2), warn)
+    own, foreign = _own(run, reversed(checkpoints), max(last, 2), warn, check)
     if len(own) < 2:
         return []
     believed = not differences(run, own[0])  # or all differ from `config.toml`, and it is the odd one
@@ -292,20 +337,20 @@ def _spare(
         for path in sorted(foreign):
             warn(f"{path} is kept: it is of another run")
     rated = sorted((metrics[step], step, path) for path in checkpoints if (step := step_of(path)) in metrics)
-    best = list(islice(_valid((path for _, _, path in rated if path not in foreign), warn), keep_best))
-    stay = {*best, *foreign}
+    low = list(islice(_valid((path for _, _, path in rated if path not in foreign), warn, check), best))
+    stay = {*low, *foreign}
     older = [path for path in checkpoints if path < own[-1] and path not in stay and step_of(path) not in keep]
     return [path for path in older if _is_ours(path, warn)]
 
 
-def _own(run: Path, checkpoints: Iterable[Path], most: int, warn: Warn) -> tuple[list[Path], set[Path]]:
+def _own(run: Path, checkpoints: Iterable[Path], most: int, warn: Warn, check: Check) -> tuple[list[Path], set[Path]]:
     """The first whole ones of a run, and those of another run that stand between them.
 
     As for `newest_valid`, none is of another run if all are.
     """
     own: list[Path] = []
     strange: list[Path] = []
-    for path in _valid(checkpoints, warn):
+    for path in _valid(checkpoints, warn, check):
         (strange if differences(run, path) else own).append(path)
         if len(own) == most:
             break

@@ -35,6 +35,7 @@ DISK = Disk()
 
 SET_ASIDE = ".set-aside"
 OLD = ".old"  # what is about to be replaced is named NAME.old.tmp-PID
+BLOCK_BYTES = 1 << 20  # is hashed while it is still in the processor's cache
 
 Chunk = bytes | memoryview
 
@@ -258,9 +259,10 @@ def _write_synced(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
     file = DISK.create(path)
     try:
         for chunk in [data] if isinstance(data, bytes | memoryview) else data:
-            DISK.write(file, chunk)
-            digest.update(chunk)
-            size += memoryview(chunk).nbytes
+            for block in _blocks(chunk):
+                DISK.write(file, block)
+                digest.update(block)
+                size += block.nbytes
         DISK.sync(file)
     except BaseException:
         with contextlib.suppress(OSError):  # the first failure is the one to tell
@@ -268,6 +270,12 @@ def _write_synced(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
         raise
     DISK.close(file)
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _blocks(chunk: Chunk) -> Iterator[memoryview]:
+    view = memoryview(chunk).cast("B")
+    for begin in range(0, view.nbytes, BLOCK_BYTES):
+        yield view[begin : begin + BLOCK_BYTES]
 
 
 def _remove(path: Path) -> None:
@@ -299,6 +307,8 @@ class Journal:
 
     After a failed sync nothing says which of the bytes since the last one are on the disk, and the system may take
     the next sync for done. So they are kept until a sync succeeds, and written again after one that did not.
+
+    It belongs to one thread, but for `wait_for_disk`: while another thread is in that, records may be appended.
     """
 
     def __init__(self, path: Path, keep: int | None = None) -> None:
@@ -356,13 +366,39 @@ class Journal:
         Raises:
             OSError: the disk refused. No record is lost: the next `append` or `sync` writes them again.
         """
-        self._write()
+        num_bytes = self.flush()
         try:
-            DISK.sync(self._file)
+            self.wait_for_disk()
         except OSError:
-            self._end, self._cut = self._synced, True
+            self.lose()
             raise
-        self._synced, self._kept = self._end, b""
+        self.keep(num_bytes)
+
+    def flush(self) -> int:
+        """Hands every record to the system, and returns how many bytes they are: the first part of a sync.
+
+        Raises:
+            OSError: the disk refused; as for `append`.
+        """
+        self._write()
+        return self._end
+
+    def wait_for_disk(self) -> None:
+        """Returns once what was flushed is on the disk: the second part, for any thread.
+
+        Raises:
+            OSError: the disk refused; `lose` must be called.
+        """
+        DISK.sync(self._file)
+
+    def keep(self, num_bytes: int) -> None:
+        """The last part, where the disk has taken the first `num_bytes`: nothing keeps them in memory any more."""
+        self._kept = self._kept[num_bytes - self._synced :]
+        self._synced = num_bytes
+
+    def lose(self) -> None:
+        """The last part, where the disk refused: all since the last sync is written again, by the next call."""
+        self._end, self._cut = self._synced, True
 
     def close(self) -> None:
         DISK.close(self._file)

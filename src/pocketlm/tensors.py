@@ -68,6 +68,40 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
+class Copies:
+    """Private copies of tensors in the host's memory, in buffers that are kept for the next copies.
+
+    They take as many bytes as the tensors. Those of a GPU's tensors are pinned, so that it writes them itself; PyTorch
+    rounds each of these up to a power of two.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: Tensors = {}
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Copies that no later change of the tensors reaches; the ones made before are overwritten.
+
+        Args:
+            tensors: of the same names, dtypes and shapes each time.
+
+        Returns:
+            Contiguous, on the CPU, by the same names. A GPU has written them: its current stream was waited for.
+        """
+        originals = [tensor.detach() for tensor in tensors.values()]
+        if not self._buffers:
+            self._buffers = dict(zip(tensors, map(_buffer, originals), strict=True))
+        buffers = [self._buffers[name] for name in tensors]
+        assert [buffer.shape for buffer in buffers] == [tensor.shape for tensor in originals]
+        torch._foreach_copy_(buffers, originals, non_blocking=True)
+        for device in {tensor.device for tensor in originals if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return dict(self._buffers)
+
+
+def _buffer(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
 def read_tensors(path: Path, expected: Shapes | None = None, dtypes: Collection[torch.dtype] = NAMES) -> Tensors:
     """All tensors of a safetensors file, on the CPU.
 

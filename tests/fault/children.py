@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from disks import Killing
+from disks import Killing, KillingBesideSteps
 
 from pocketlm import checkpoint, files
 from pocketlm.config import Config
@@ -41,9 +41,15 @@ def config_of(folder: Path, **fields: Any) -> Config:
     return Config.preset("debug", FIELDS | {"data.dir": str(folder / "data")} | given)
 
 
-def train_and_die(folder: str, out: str, at: int, kind: str, percent: int) -> None:
-    """Trains until operation `at`, counted from the process's start, which is of that kind."""
-    files.DISK = Killing(at, kind, percent)
+def train_and_die(folder: str, out: str, at: int, kind: str, percent: int, beside: bool) -> None:
+    """Trains until operation `at`, of the saves or of all else, counted from the start, which is of that kind."""
+    files.DISK = Killing(at, kind, percent, beside=beside)
+    train(config_of(Path(folder)), out=Path(out))
+
+
+def train_on_and_die(folder: str, out: str, at: int, kind: str, num_lines: int) -> None:
+    """The same with operation `at` of the saves, which waits for so many lines of steps that are done meanwhile."""
+    files.DISK = KillingBesideSteps(at, kind, num_lines)
     train(config_of(Path(folder)), out=Path(out))
 
 

@@ -1,7 +1,8 @@
 """Disks that fail, lie, are slow or end the process, and one that remembers what a power cut would have left.
 
-Each stands in for `files.DISK`. All number the operations that pass through them, from 0; the subclasses break the
-one that they are told to.
+Each stands in for `files.DISK`. All number the operations that pass through them, from 0, those of the thread that
+saves apart from all others: so a number says which one it is, however fast the other thread was. The subclasses break
+the one that they are told to.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pocketlm.disk import Disk
+from pocketlm.training.saving import THREAD
 
 KILLED = 137  # what a shell says of a process that SIGKILL ended
 
@@ -40,6 +42,8 @@ class Operation:
     data: bytes = b""
     target: Path | None = None
     size: int = 0
+    beside: bool = field(default_factory=lambda: threading.current_thread().name == THREAD)
+    """Whether it is of the thread that saves."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.path}"
@@ -51,10 +55,24 @@ class Counting(Disk):
     def __init__(self) -> None:
         self.operations: list[Operation] = []
         self.open: dict[int, Path] = {}
+        self._seen_of = Counter[bool]()
 
     def act(self, number: int, operation: Operation, do: Callable[[], None]) -> None:
-        """What becomes of an operation; `do` does it as a healthy disk would."""
+        """What becomes of an operation; `do` does it as a healthy disk would.
+
+        Args:
+            number: among the operations of its thread.
+        """
         do()
+
+    def change(self, operation: Operation, to: Operation) -> None:
+        """What has become of an operation, where that is another one."""
+        place = next(i for i in reversed(range(len(self.operations))) if self.operations[i] is operation)
+        self.operations[place] = to
+
+    def of(self, *, beside: bool) -> list[Operation]:
+        """The operations of the thread that saves, or of the others."""
+        return [operation for operation in self.operations if operation.beside == beside]
 
     def put(self, operation: Operation, descriptor: int, data: bytes) -> None:
         """Writes some of a write's bytes."""
@@ -62,7 +80,9 @@ class Counting(Disk):
 
     def _pass(self, operation: Operation, do: Callable[[], None]) -> None:
         self.operations.append(operation)
-        self.act(len(self.operations) - 1, operation, do)
+        number = self._seen_of[operation.beside]
+        self._seen_of[operation.beside] += 1
+        self.act(number, operation, do)
 
     def create(self, path: Path) -> int:
         return self._opened(Operation("create", path), lambda: REAL.create(path))
@@ -141,15 +161,16 @@ class Failing(Counting):
 class Killing(Counting):
     """Ends the process as SIGKILL would: before operation `at`, or within it after so many hundredths of a write.
 
-    `kind` is what the caller takes that operation for: if it is another, the count has gone astray.
+    `beside` says of which thread. `kind` is what the caller takes that operation for: if it is another, the count has
+    gone astray.
     """
 
-    def __init__(self, at: int, kind: str, percent: int = 0) -> None:
+    def __init__(self, at: int, kind: str, percent: int = 0, *, beside: bool = False) -> None:
         super().__init__()
-        self.at, self.kind, self.percent = at, kind, percent
+        self.at, self.kind, self.percent, self.beside = at, kind, percent, beside
 
     def act(self, number: int, operation: Operation, do: Callable[[], None]) -> None:
-        if number != self.at:
+        if (number, operation.beside) != (self.at, self.beside):
             do()
             return
         assert operation.kind == self.kind, f"{operation} is no {self.kind}"
@@ -159,15 +180,37 @@ class Killing(Counting):
         os._exit(KILLED)
 
 
-class Lying(Counting):
-    """Says that all went well, and writes something else: `change` makes of a write's bytes what reaches the disk."""
+class KillingBesideSteps(Killing):
+    """As `Killing`, in a save, and not before so many lines were written to the journal since that was begun."""
 
-    def __init__(self, change: Callable[[int, bytes], bytes]) -> None:
+    def __init__(self, at: int, kind: str, num_lines: int) -> None:
+        super().__init__(at, kind, beside=True)
+        self.num_lines, self._lines, self._lines_before = num_lines, 0, 0
+        self._line_came = threading.Condition()
+
+    def act(self, number: int, operation: Operation, do: Callable[[], None]) -> None:
+        of_journal = operation.path.name == "metrics.jsonl"
+        with self._line_came:
+            if operation.beside and of_journal:
+                self._lines_before = self._lines
+            if operation.beside and number == self.at:
+                assert self._line_came.wait_for(lambda: self._lines - self._lines_before >= self.num_lines, 60)
+        super().act(number, operation, do)
+        with self._line_came:
+            if not operation.beside and of_journal and operation.kind == "write":
+                self._lines += 1
+                self._line_came.notify_all()
+
+
+class Lying(Counting):
+    """Says that all went well, and writes something else: `spoil` makes of a write's bytes what reaches the disk."""
+
+    def __init__(self, spoil: Callable[[int, bytes], bytes]) -> None:
         super().__init__()
-        self.change = change
+        self.spoil = spoil
 
     def put(self, operation: Operation, descriptor: int, data: bytes) -> None:
-        REAL.write(descriptor, self.change(len(self.operations) - 1, data))
+        REAL.write(descriptor, self.spoil(len(self.operations) - 1, data))
 
 
 class Waiting(Counting):

@@ -26,7 +26,7 @@ class Recorder(Counting):
         try:
             do()
         except OSError:
-            del self.operations[number]
+            self.change(operation, Operation("nothing", operation.path))
             raise
 
     def mark(self, text: str) -> None:
@@ -137,6 +137,9 @@ class FileSystem:
         file = self.open[operation.path]
         lost = len(file.now()) - len(file.synced)
         file.pending = [lambda content: content + b"\0" * lost] if lost > 0 else file.pending
+
+    def _nothing(self, operation: Operation) -> None:
+        """One that the disk refused."""
 
     def _close(self, operation: Operation) -> None:
         del self.open[operation.path]

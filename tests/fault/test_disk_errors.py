@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from children import config_of, litter, outcome
-from disks import REAL, Counting, Failing, Lying, Waiting
+from disks import REAL, Counting, Failing, Lying, Operation, Waiting
 from populations import snapshot_of
 from power import FileSystem, Recorder
 
@@ -221,13 +222,28 @@ class Unreliable(Recorder):
                 kept = operation.data[: self.luck.randrange(len(operation.data))]
                 descriptor = next(key for key, path in self.open.items() if path == operation.path)
                 self.put(operation, descriptor, kept)
-                self.operations[number] = type(operation)("write", operation.path, kept)
+                self.change(operation, Operation("write", operation.path, kept))
             elif operation.kind == "sync":
-                self.operations[number] = type(operation)("forget", operation.path)
+                self.change(operation, Operation("forget", operation.path))
             else:
-                del self.operations[number]
+                self.change(operation, Operation("nothing", operation.path))
             raise OSError(errno.EIO, "by chance")
         do()
+
+
+def sync_beside(journal: Journal, given: list[dict[str, object]], luck) -> None:
+    """As a save does it: what is appended while the disk is waited for may be on the disk, or not."""
+    num_bytes = journal.flush()
+    for _ in range(luck.randrange(4)):
+        given.append({"kind": "train", "step": len(given), "text": "y" * luck.randrange(30)})
+        with contextlib.suppress(OSError):
+            journal.append(given[-1])
+    try:
+        journal.wait_for_disk()
+    except OSError:
+        journal.lose()
+    else:
+        journal.keep(num_bytes)
 
 
 @pytest.mark.goal("R11")
@@ -246,6 +262,8 @@ def test_no_record_of_a_journal_is_lost_whatever_the_disk_refuses(proof, tmp_pat
                 journal.append(given[-1])
                 if luck.random() < 0.3:
                     journal.sync()
+                elif luck.random() < 0.3:
+                    sync_beside(journal, given, luck)
             except OSError:
                 pass
             read = Journal.read(path)

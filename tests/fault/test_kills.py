@@ -30,12 +30,12 @@ class Kill:
 
 @pytest.fixture(scope="module")
 def operations(world: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Operation]:
-    """All of an undisturbed run, in their order."""
+    """All of the saves of an undisturbed run, in their order."""
     disk = Counting()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "DISK", disk)
         train(config_of(world), out=tmp_path_factory.mktemp("counted") / "run")
-    return disk.operations
+    return disk.of(beside=True)
 
 
 def commits_of(operations: list[Operation]) -> list[int]:
@@ -49,10 +49,10 @@ def commits_of(operations: list[Operation]) -> list[int]:
 
 def save_around(operations: list[Operation], commit: int) -> range:
     """From the sync of the journal to the last operation of the pruning."""
-    begin = max(i for i in range(commit) if operations[i].path.name == "metrics.jsonl")
-    assert operations[begin].kind == "sync"
-    end = next(i for i in range(commit, len(operations)) if "checkpoints" not in str(operations[i].path))
-    return range(begin, end)
+    journal = [i for i, operation in enumerate(operations) if operation.path.name == "metrics.jsonl"]
+    assert {operations[i].kind for i in journal} == {"sync"}
+    begin = max(i for i in journal if i < commit)
+    return range(begin, min((i for i in journal if i > commit), default=len(operations)))
 
 
 def kills_of(operations: list[Operation]) -> list[Kill]:
@@ -90,12 +90,36 @@ def test_a_kill_at_any_operation_of_a_save_loses_nothing(
         kill = kills[case * len(kills) // count]
         run = tmp_path / f"{case}" / "run"
         run.parent.mkdir()
-        assert children.run("train_and_die", str(world), str(run), kill.at, kill.kind, kill.percent) == KILLED, kill
+        died = children.run("train_and_die", str(world), str(run), kill.at, kill.kind, kill.percent, True)
+        assert died == KILLED, kill
         newest = checkpoint.newest_valid(run, print)
         assert (newest.name if newest else None) == kill.newest, kill
         train(config_of(world), out=run)
         ended = outcome(run)
         assert ended == whole, kill
+        assert litter(run) == [], kill
+
+
+@pytest.mark.goal("R2")
+def test_a_kill_at_any_operation_of_a_save_beside_later_steps_loses_nothing(
+    proof, world: Path, operations: list[Operation], children: Children, tmp_path: Path
+) -> None:
+    """The disk holds the save back until lines of later steps are written, and then all ends."""
+    kills = [kill for kill in kills_of(operations) if kill.percent == 0]
+    kills = [kill for kill in kills if kill.at < save_around(operations, commits_of(operations)[-1]).start]
+    whole = outcome(world / "run")
+    count = len(kills) if proof.long else 10
+    for case in proof.cases(10, len(kills)):
+        kill, num_lines = kills[case * len(kills) // count], 1 + case % 3  # one step, two, and their evaluation
+        run = tmp_path / f"{case}" / "run"
+        run.parent.mkdir()
+        assert children.run("train_on_and_die", str(world), str(run), kill.at, kill.kind, num_lines) == KILLED, kill
+        newest = checkpoint.newest_valid(run, print)
+        assert (newest.name if newest else None) == kill.newest, kill
+        known = checkpoint.read_state(newest)["records"] if newest else 0
+        assert len(files.Journal.read(run / "metrics.jsonl")) >= known + num_lines, "it has trained on meanwhile"
+        train(config_of(world), out=run)
+        assert outcome(run) == whole, kill
         assert litter(run) == [], kill
 
 
@@ -122,14 +146,14 @@ def test_a_kill_at_any_operation_of_a_resume_loses_nothing(
     monkeypatch.setattr(files, "DISK", disk)
     train(config_of(world), out=broken_run(world, tmp_path / "count"))
     monkeypatch.setattr(files, "DISK", REAL)
-    ready = max(i for i, operation in enumerate(disk.operations) if operation.kind == "append")
-    assert {"rename", "remove_file", "remove_folder", "sync_folder"} <= {o.kind for o in disk.operations[:ready]}
+    operations = disk.of(beside=False)
+    ready = max(i for i, operation in enumerate(operations) if operation.kind == "append")
+    assert {"rename", "remove_file", "remove_folder", "sync_folder"} <= {o.kind for o in operations[:ready]}
     whole = outcome(world / "run")
     count = ready if proof.long else 10
     for case in proof.cases(10, ready):
         run, at = broken_run(world, tmp_path / f"run-{case}"), case * ready // count
-        kind = disk.operations[at].kind
-        assert children.run("train_and_die", str(world), str(run), at, kind, 0) == KILLED, at
+        assert children.run("train_and_die", str(world), str(run), at, operations[at].kind, 0, False) == KILLED, at
         train(config_of(world), out=run)
         assert outcome(run) == whole, case
         assert litter(run) == [], case

@@ -57,10 +57,14 @@ def strike(child: Child, aim: Aim, seconds: Mapping[str, float], number: int) ->
 
 
 def fell(child: Child, aim: Aim) -> str:
-    """Where it was struck. A new Python tells only by its lines: the first one of a step stands after its start-up."""
+    """Where it was struck, `step + save` if a save was beside a step.
+
+    A new Python tells only by its lines: the first one of a step stands after its start-up.
+    """
     if aim.phase == "start-up":
         return "later" if has_stepped(child.stderr_when_struck) else "start-up"
-    return (child.inside() or ["between"])[-1]
+    main, beside = (child.inside(thread)[-1:] for thread in ("main", "beside"))
+    return " + ".join([*(main or ["between"]), *beside])
 
 
 def start_up_seconds(rig: Rig) -> float:
@@ -79,5 +83,6 @@ def has_stepped(text: str) -> bool:
 
 def histogram(aims: Counter[str], falls: Counter[str]) -> str:
     """`fell in (aimed at): step 31 (30), ...`"""
-    places = sorted(aims | falls, key=[*WEIGHTS, "sample", "between", "later"].index)
+    order = [*WEIGHTS, "sample", "between", "later"]
+    places = sorted(aims | falls, key=lambda place: [order.index(part) for part in place.split(" + ")])
     return "fell in (aimed at): " + ", ".join(f"{place} {falls[place]} ({aims[place]})" for place in places)

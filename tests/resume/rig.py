@@ -40,12 +40,13 @@ def flags(fields: Mapping[str, Any]) -> list[str]:
 
 
 class Event(NamedTuple):
-    """A child enters, leaves or is held in a phase for the nth time."""
+    """A child enters, leaves or is held in a phase for the nth time, in its main thread or in one beside it."""
 
     what: str
     phase: str
     occurrence: int
-    at: float
+    at: float = 0.0
+    thread: str = "main"
 
 
 class Child:
@@ -85,10 +86,13 @@ class Child:
         raise AssertionError(f"never did: {what} {phase} {occurrence}; last {self.events[-3:]}\n{self.stderr}")
 
     def ping(self) -> None:
-        """To a child that is held: returns when every signal sent before has been handled."""
+        """To a child whose main thread is held: returns when every signal sent before has been handled."""
         self.line.sendall(b"?")
-        held = self.events[-1]
-        self.reach(held.phase, held.occurrence, "held")
+        deadline = time.monotonic() + LIMIT_S
+        while event := self._next(deadline):
+            if event.what == "held":
+                return
+        raise AssertionError(f"holds nowhere; last {self.events[-3:]}\n{self.stderr}")
 
     def release(self) -> None:
         """Lets go of a child that is held."""
@@ -130,12 +134,12 @@ class Child:
         assert not left_of_group(self.pid), "it is gone, and has left processes behind"
         return self.code
 
-    def inside(self) -> list[str]:
-        """The phases, outermost first, that it was in when it was last sent a signal, or else is in now."""
+    def inside(self, thread: str = "main") -> list[str]:
+        """The phases, outermost first, that a thread was in when it was last sent a signal, or else is in now."""
         inside = list[str]()
         for event in self.events:
-            if event.at > self.struck_at:
-                break
+            if event.at > self.struck_at or event.thread != thread:
+                continue
             if event.what == "enter":
                 inside.append(event.phase)
             elif event.what == "leave":
@@ -151,8 +155,8 @@ class Child:
             self._ended = not part
             self._unread += part
         text, _, self._unread = self._unread.partition(b"\n")
-        what, phase, occurrence, *at = text.decode().split()
-        self.events.append(Event(what, phase, int(occurrence), float(at[0]) if at else 0.0))
+        what, phase, occurrence, *where = text.decode().split()
+        self.events.append(Event(what, phase, int(occurrence), *map(float, where[:1]), *where[1:]))
         return self.events[-1]
 
     def _receive(self) -> bytes:

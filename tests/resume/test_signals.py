@@ -127,11 +127,14 @@ def test_a_second_signal_ends_at_once(
     place: str, occurrence: int, number: signal.Signals, rig: Rig, whole: Whole
 ) -> None:
     """Wherever it hangs: in a step, in an evaluation, in a journal or a checkpoint on a disk that does not answer."""
-    child = rig.start(TRAIN, phases=("save",), holds=[(place, occurrence)])
+    child = rig.start(TRAIN, phases=("save", "signal"), holds=[(place, occurrence)])
     child.reach(place, occurrence)
-    assert child.inside() == (["save", "sync"] if place == "sync" else [place])
+    if place == "sync":
+        assert child.inside("beside") == ["save", "sync"], "the main thread trains, and then waits for it"
+    else:
+        assert child.inside() == [place]
     child.kill(number)
-    child.ping()
+    child.reach("signal", 1, "leave")
     child.kill(number)  # never released
     assert child.wait(GONE_S) in (-number, CODES[number]), child.stderr
     oracle.assert_whole(rig.folder / "run")

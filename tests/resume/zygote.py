@@ -9,8 +9,9 @@ Started as `python zygote.py DESCRIPTOR`, one end of a socket pair. A request is
      "phases": [PHASE], "holds": [[PHASE, N]]}   with the child's own line beside it  ->  {"pid": N}
     {"wait": N}                                  until that child is dead             ->  {"code": as of Popen}
 
-Over its own line a child says when it enters and leaves a phase for the nth time, `enter step 3 12.345678`, with the
-clock that all processes share. At a hold it waits after that until it reads `.`, and answers each `?` with `held`.
+Over its own line a child says when it enters and leaves a phase for the nth time, `enter step 3 12.345678 main`, with
+the clock that all processes share, and whether that was its main thread or one `beside` it. At a hold it waits after
+that until it reads `.`, and answers each `?` with `held`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from __future__ import annotations
 import faulthandler
 import functools
 import gc
+import itertools
 import json
 import os
 import pkgutil
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -34,6 +37,8 @@ PHASES = {
     "sample": "pocketlm.training.boundary:sample",
     "save": "pocketlm.checkpoint:save",
     "prune": "pocketlm.checkpoint:prune",
+    "wait": "pocketlm.training.saving:Saver.wait",
+    "signal": "pocketlm.training.signals:StopRequest.note",
     "forward": "pocketlm.model.transformer:Transformer.hidden",
     "record": "pocketlm.files:Journal.append",
     "sync": "os:fsync",
@@ -65,19 +70,18 @@ class Line:
         setattr(owner, name, self._announced(phase, getattr(owner, name)))
 
     def _announced(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        count = 0
+        numbers = itertools.count(1)
 
         @functools.wraps(function)
         def announced(*arguments: Any, **options: Any) -> Any:
-            nonlocal count
-            count += 1
-            occurrence = count
-            self.say("enter", phase, occurrence, time.monotonic())
+            occurrence = next(numbers)
+            thread = "main" if threading.current_thread() is threading.main_thread() else "beside"
+            self.say("enter", phase, occurrence, time.monotonic(), thread)
             self.wait_if_held(phase, occurrence)
             try:
                 return function(*arguments, **options)
             finally:
-                self.say("leave", phase, occurrence, time.monotonic())
+                self.say("leave", phase, occurrence, time.monotonic(), thread)
 
         return announced
 

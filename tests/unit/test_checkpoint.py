@@ -105,6 +105,37 @@ def test_pruning_keeps_the_newest_and_the_best_and_strangers(tmp_path: Path) -> 
     assert told == []
 
 
+def test_a_whole_checkpoint_is_read_again_only_if_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read, real = save(tmp_path, 1), list[Path](), checkpoint.verify
+
+    def verify(path: Path) -> None:
+        read.append(path)
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    verified = checkpoint.Verified()
+    for _ in range(3):
+        verified.verify(folder)
+    assert read == [folder], "whole, and the same since"
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    for _ in range(2):
+        with pytest.raises(FileError, match="SHA-256"):
+            verified.verify(folder)
+    assert len(read) == 3, "what was damaged is believed no more"
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    verified.verify(folder)
+    assert len(read) == 4
+    weights.unlink()
+    with pytest.raises(FileError, match="missing"):
+        verified.verify(folder)
+    with pytest.raises(FileError, match="step-00000009"):
+        verified.verify(tmp_path / "checkpoints" / "step-00000009")
+
+
 def test_what_is_asked_to_stay_stays(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, step)

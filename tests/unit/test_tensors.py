@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from pocketlm.errors import FileError
 from pocketlm.files import write_file
-from pocketlm.tensors import NAMES, read_tensors, serialize
+from pocketlm.tensors import NAMES, Copies, read_tensors, serialize
 
 
 def tree() -> dict[str, torch.Tensor]:
@@ -49,6 +49,26 @@ def test_a_view_is_written_without_its_storage_and_the_only_metadata_is_the_form
 def test_equal_tensors_make_equal_files() -> None:
     backwards = dict(reversed(tree().items()))
     assert b"".join(map(bytes, serialize(tree()))) == b"".join(map(bytes, serialize(backwards)))
+
+
+def test_copies_are_private_and_their_buffers_are_kept() -> None:
+    copies, originals = Copies(), tree()
+    originals["parameter"] = torch.nn.Parameter(torch.ones(3))
+    first = copies.of(originals)
+    places = {name: copy.data_ptr() for name, copy in first.items()}
+    for name, original in originals.items():
+        assert torch.equal(first[name], original)
+        assert (first[name].dtype, first[name].is_contiguous()) == (original.dtype, True)
+        assert not first[name].requires_grad
+    assert sum(copy.nbytes for copy in first.values()) == sum(original.nbytes for original in originals.values())
+    kept = {name: copy.clone() for name, copy in first.items()}
+    with torch.no_grad():
+        for original in originals.values():
+            original.zero_()
+    assert all(torch.equal(copy, kept[name]) for name, copy in first.items())
+    second = copies.of(originals)
+    assert {name: copy.data_ptr() for name, copy in second.items()} == places
+    assert not any(copy.any() for copy in second.values())
 
 
 def test_names_and_shapes_must_be_the_expected_ones(tmp_path: Path) -> None:

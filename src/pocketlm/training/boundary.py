@@ -1,4 +1,4 @@
-"""What is done between two steps: reading the last one's figures, evaluating, sampling, saving.
+"""What is done between two steps: reading the last one's figures, evaluating, sampling; saving begins (saving.py).
 
 Each is done once, however often the run was killed in it: what was finished stands in the state's progress, what was
 not is dropped and done again by the next process.
@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from pocketlm import checkpoint
-from pocketlm.config import Config
 from pocketlm.errors import FileError
 from pocketlm.evaluate.loss import evaluate_stream
-from pocketlm.files import free_bytes
 from pocketlm.generate.sampling import Sampling
 from pocketlm.language_model import CompletionOptions, LanguageModel
 from pocketlm.optim.schedule import factor
 from pocketlm.training.guard import APPLIED, REASONS, Trouble
 from pocketlm.training.progress import Progress
 from pocketlm.training.run import Run
+from pocketlm.training.saving import Saver, refused
 from pocketlm.training.signals import StopRequest
 from pocketlm.training.state import TrainState
 from pocketlm.training.step import Outcome
@@ -101,19 +98,20 @@ def record(run: Run, figures: Mapping[str, Any]) -> None:
     try:
         run.journal.append(record)
     except OSError as error:
-        _refused(run, error, f"cannot write to {run.journal.path}", must=False)
+        refused(run, error, f"cannot write to {run.journal.path}", must=False)
 
 
 def _is_broken(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def serve(run: Run, state: TrainState, stop: StopRequest) -> None:
+def serve(run: Run, state: TrainState, saver: Saver, stop: StopRequest) -> None:
     """Does what is due at a step boundary and was not done by an earlier process.
 
     Raises:
         Stopped: a signal came; what was begun is dropped.
         Trouble: state or validation loss are not finite.
+        FileError: the disk refuses a checkpoint, as for `Saver.begin`.
     """
     now = state.progress
     state.check_finite()
@@ -122,7 +120,7 @@ def serve(run: Run, state: TrainState, stop: StopRequest) -> None:
     if run.samples(now.step) and now.sampled_at < now.step:
         sample(run, state, stop)
     if run.saves(now.step):
-        save(run, state, must=now.step == run.config.train.total_steps)
+        saver.begin(must=now.step == run.config.train.total_steps)
 
 
 def evaluate(run: Run, state: TrainState, stop: StopRequest) -> None:
@@ -163,80 +161,3 @@ def _completed(pieces: Iterable[str], stop: StopRequest) -> str:
         stop.check()
         text.append(piece)
     return "".join(text)
-
-
-def save(run: Run, state: TrainState, *, must: bool) -> None:
-    """Commits the state, unless it is on the disk already: the journal first, so that no checkpoint knows of more.
-
-    Raises:
-        FileError: the disk refuses, and it must not or `train.on_save_error` is "stop".
-    """
-    now = state.progress
-    if state.saved == now.mark:
-        return
-    if run.saves(now.step) and (metric := _metric(run, now)) is not None:
-        now.rate(metric, run.config.train.keep_best)
-    snapshot = _snapshot(run, state)
-    try:
-        run.journal.sync()
-        run.listener.saved(checkpoint.save(run.folder / "checkpoints", snapshot))
-    except OSError as error:
-        room = f"it needs {checkpoint.size_bytes(snapshot):,} bytes, {free_bytes(run.folder):,} are free"
-        _refused(run, error, f"cannot save step {now.step} ({room})", must=must)
-    else:
-        state.saved = now.mark
-        prune(run.folder, run.config, now, run.listener.note)
-
-
-def _metric(run: Run, now: Progress) -> float | None:
-    """What the checkpoint of this step is rated by; None if it was not measured here."""
-    if run.config.train.best_metric == "train":
-        return now.smoothed_loss
-    return now.validation_loss if now.evaluated_at == now.step else None
-
-
-def prune(folder: Path, config: Config, now: Progress, warn: checkpoint.Warn) -> None:
-    """What is too much goes; not the checkpoints that the run would go back to, were there trouble now or next."""
-    regular = regular_steps(folder)
-    may_begin = (*now.skips, now.step, now.step + 1)
-    anchors = {max((step for step in regular if step < begun), default=0) for begun in may_begin}
-    metrics = dict(zip(now.best_steps, now.best_metrics, strict=True))
-    checkpoint.prune(folder, config.train.keep_last, config.train.keep_best, metrics, warn=warn, keep=anchors)
-
-
-def regular_steps(folder: Path) -> list[int]:
-    """The steps of a run's checkpoints that were due, and not made by a signal or `stop_at_step`."""
-    return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder) if _is_regular(path)]
-
-
-def _is_regular(path: Path) -> bool:
-    try:
-        return checkpoint.read_state(path).get("regular") is True
-    except FileError:
-        return False
-
-
-def _refused(run: Run, error: OSError, what: str, *, must: bool) -> None:
-    """The disk has refused a write."""
-    if must or run.config.train.on_save_error == "stop":
-        raise FileError(f"{what}: {error.strerror}; what was saved before stands, the same command goes on from it")
-    run.listener.note(f"{what}: {error.strerror}; training goes on")
-
-
-def _snapshot(run: Run, state: TrainState) -> checkpoint.Snapshot:
-    return checkpoint.Snapshot(
-        step=state.progress.step,
-        model=run.config.model,
-        sample=run.config.sample,
-        tokenizer=run.dataset.tokenizer,
-        weights=dict(state.precision.model.named_parameters()),
-        optimizer=state.tensors(),
-        config_toml=run.config.to_toml(),
-        state=state.scalars(
-            regular=run.saves(state.progress.step),
-            records=run.journal.num_records,
-            journal_sha256=run.journal.sha256,
-            data_fingerprint=run.dataset.fingerprint,
-            resolved=run.resolved,
-        ),
-    )

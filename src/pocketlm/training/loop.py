@@ -16,11 +16,12 @@ from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.errors import ConfigError, Diverged, FileError, Interrupted, PocketError
 from pocketlm.files import Lock, make_folder, sweep
-from pocketlm.training.boundary import Late, prune, record, regular_steps, save, serve
+from pocketlm.training.boundary import Late, record, serve
 from pocketlm.training.guard import Trouble
 from pocketlm.training.log import Listener, Silent
 from pocketlm.training.report import write_report
 from pocketlm.training.run import Run, begin, info, set_aside_later
+from pocketlm.training.saving import Saver, prune, regular_steps
 from pocketlm.training.signals import Stopped, StopRequest, exit_signal, stop_on_signal
 from pocketlm.training.state import TrainState, read_state
 from pocketlm.training.step import train_step
@@ -113,32 +114,35 @@ def _check_same_config(folder: Path, start: Path, config: Config) -> None:
 def _loop(run: Run, state: TrainState, stop: StopRequest) -> None:
     """From step boundary to step boundary, until the last or a stop, and back where training cannot go on."""
     late = Late(run, state)
-    while True:
+    with Saver(run, state) as saver:
+        while True:
+            try:
+                _steps(run, state, late, saver, stop)
+                break
+            except Trouble as trouble:
+                _go_back(run, state, late, saver, trouble)
+            except Stopped:
+                state.precision.drop_gradients()
+                raise _interrupted(run, state, late, saver, stop) from None
         try:
-            _steps(run, state, late, stop)
-            break
+            _keep(state, late, saver)
         except Trouble as trouble:
-            _go_back(run, state, late, trouble)
-        except Stopped:
-            state.precision.drop_gradients()
-            raise _interrupted(run, state, late, stop) from None
-    try:
-        _keep(run, state, late)
-    except Trouble as trouble:
-        hint = "the same command without --train.stop-at-step goes on"
-        raise Diverged(f"step {state.progress.step} is not saved: {trouble}; {hint}") from None
+            hint = "the same command without --train.stop-at-step goes on"
+            raise Diverged(f"step {state.progress.step} is not saved: {trouble}; {hint}") from None
 
 
-def _steps(run: Run, state: TrainState, late: Late, stop: StopRequest) -> None:
+def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequest) -> None:
     """
     Raises:
         Trouble: training cannot go on from here.
         Stopped: a signal came; the state is that of the last step boundary, what was begun since is dropped.
+        FileError: the disk refused a checkpoint that was being saved meanwhile.
     """
     while True:
+        saver.hear()
         if run.is_due(state.progress.step):
             late.read()
-            serve(run, state, stop)
+            serve(run, state, saver, stop)
         if state.progress.step >= run.last_step:
             late.read()
             return
@@ -146,7 +150,7 @@ def _steps(run: Run, state: TrainState, late: Late, stop: StopRequest) -> None:
         late.put(train_step(state, run.loader, run.config, run.resolved.micro_batch, check=stop.check))
 
 
-def _keep(run: Run, state: TrainState, late: Late) -> None:
+def _keep(state: TrainState, late: Late, saver: Saver) -> None:
     """Saves before the process ends, unless the run is in trouble: then the next process finds the same trouble.
 
     Raises:
@@ -154,14 +158,14 @@ def _keep(run: Run, state: TrainState, late: Late) -> None:
     """
     late.read()
     state.check_finite()
-    save(run, state, must=True)
+    saver.begin(must=True)
 
 
-def _interrupted(run: Run, state: TrainState, late: Late, stop: StopRequest) -> Interrupted:
+def _interrupted(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequest) -> Interrupted:
     """Saves what may be saved, and says so."""
     assert stop.received is not None
     try:
-        _keep(run, state, late)
+        _keep(state, late, saver)
         what = "saved"
     except Trouble as trouble:
         what = f"not saved ({trouble}), what was saved before stands"
@@ -169,7 +173,7 @@ def _interrupted(run: Run, state: TrainState, late: Late, stop: StopRequest) -> 
     return Interrupted(message, exit_signal(stop.received))
 
 
-def _go_back(run: Run, state: TrainState, late: Late, trouble: Trouble) -> None:
+def _go_back(run: Run, state: TrainState, late: Late, saver: Saver, trouble: Trouble) -> None:
     """Takes up the last regular checkpoint again, and leaves out the data that were consumed since.
 
     Checkpoints that a signal or `stop_at_step` made do not count: a run that was stopped goes back as far as one that
@@ -179,6 +183,7 @@ def _go_back(run: Run, state: TrainState, late: Late, trouble: Trouble) -> None:
         Diverged: it was done often enough.
     """
     late.forget()
+    saver.wait()  # what is being saved may be what is gone back to
     there, warn = trouble.progress, run.listener.note
     regular = {step for step in regular_steps(run.folder) if step < there.trouble_began}
     anchor = checkpoint.newest_valid(run.folder, warn, regular.__contains__)

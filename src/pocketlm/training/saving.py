@@ -1,0 +1,237 @@
+"""Saving beside the training: a copy at the step boundary, then the disk in a thread, while the next steps are done.
+
+    begin   waits for the save before, copies the state and starts the thread
+    hear    at each step boundary: what came of a save that has ended, its error too
+    wait    until none is under way: before the next save, before a way back, before the process ends
+
+The thread waits until the journal is on the disk, writes and hashes the copy, commits the folder and prunes. It changes
+nothing that the main thread reads: what comes of it lies in a `Saving` until that is heard of. So what a run becomes
+depends on its steps, and never on how fast the disk was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pocketlm import checkpoint
+from pocketlm.config import Config
+from pocketlm.errors import FileError
+from pocketlm.files import free_bytes
+from pocketlm.tensors import Copies
+from pocketlm.training.progress import Progress
+from pocketlm.training.run import Run
+from pocketlm.training.state import TrainState
+
+THREAD = "pocketlm-save"
+
+
+@dataclass
+class Saving:
+    """One save: what its thread is given, and what came of it."""
+
+    snapshot: checkpoint.Snapshot
+    progress: Progress
+    must: bool
+    journal_bytes: int
+    """How long the journal is that the checkpoint knows of."""
+    journal_synced: bool = False
+    folder: Path | None = None
+    """The checkpoint, once it is there for certain."""
+    refused: OSError | None = None
+    """Why it is not."""
+    failed: BaseException | None = None
+    """What no disk refuses."""
+    notes: list[str] = field(default_factory=list)
+    """Of the pruning."""
+
+
+class Saver:
+    """Commits states of a run, one at a time. Every method is the main thread's."""
+
+    def __init__(self, run: Run, state: TrainState) -> None:
+        self.run, self.state = run, state
+        self._weights, self._moments = Copies(), Copies()
+        self._verified = checkpoint.Verified()
+        self._under_way: tuple[Saving, threading.Thread] | None = None
+
+    def begin(self, *, must: bool) -> None:
+        """Begins to commit the state, unless it is on the disk already; with `must` returns when it is there.
+
+        Raises:
+            FileError: the disk refuses this one, or has refused the one before, and it must not or
+                `train.on_save_error` is "stop".
+        """
+        self.wait()
+        now = self.state.progress
+        if self.state.saved == now.mark:
+            return
+        if self.run.saves(now.step) and (metric := _metric(self.run, now)) is not None:
+            now.rate(metric, self.run.config.train.keep_best)
+        snapshot = self._snapshot()
+        try:
+            journal_bytes = self.run.journal.flush()
+        except OSError as error:
+            self._refused(snapshot, error, must)
+            return
+        saving = Saving(snapshot, now.model_copy(deep=True), must, journal_bytes)
+        thread = threading.Thread(target=self._write, args=(saving,), name=THREAD)
+        thread.start()
+        self._under_way = saving, thread
+        if must:
+            self.wait()
+
+    def hear(self) -> None:
+        """Takes note of a save that has ended; where none has, it costs nothing.
+
+        Raises:
+            FileError: the disk refused it, as for `begin`.
+        """
+        if self._under_way and not self._under_way[1].is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when no save is under way. A signal is noted meanwhile, and a second one ends the process.
+
+        Raises:
+            FileError: the disk refused it, as for `begin`.
+        """
+        if self._under_way is None:
+            return
+        saving, thread = self._under_way
+        thread.join()
+        self._under_way = None
+        self._take_in(saving)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """However the run ends, a save that was begun is ended first. What it ends with is said by its own error."""
+        try:
+            self.wait()
+        except FileError as error:
+            self.run.listener.note(str(error))
+
+    def _take_in(self, saving: Saving) -> None:
+        """What came of a save becomes known to the run."""
+        if saving.journal_synced:
+            self.run.journal.keep(saving.journal_bytes)
+        else:
+            self.run.journal.lose()
+        if saving.folder:
+            self.state.saved = saving.progress.mark
+            self.run.listener.saved(saving.folder)
+        for note in saving.notes:
+            self.run.listener.note(note)
+        if saving.failed:
+            raise saving.failed
+        if saving.refused:
+            self._refused(saving.snapshot, saving.refused, saving.must)
+
+    def _refused(self, snapshot: checkpoint.Snapshot, error: OSError, must: bool) -> None:
+        room = f"it needs {checkpoint.size_bytes(snapshot):,} bytes, {free_bytes(self.run.folder):,} are free"
+        refused(self.run, error, f"cannot save step {snapshot.step} ({room})", must=must)
+
+    def _snapshot(self) -> checkpoint.Snapshot:
+        """All of the state as it is now; no step changes it any more."""
+        run, state = self.run, self.state
+        return checkpoint.Snapshot(
+            step=state.progress.step,
+            model=run.config.model,
+            sample=run.config.sample,
+            tokenizer=run.dataset.tokenizer,
+            weights=self._weights.of(dict(state.precision.model.named_parameters())),
+            optimizer=self._moments.of(state.tensors()),
+            config_toml=run.config.to_toml(),
+            state=_scalars(run, state),
+        )
+
+    # --- in the thread
+
+    def _write(self, saving: Saving) -> None:
+        """The journal first, so that no checkpoint knows of more; at last what is too much goes."""
+        try:
+            self._commit(saving)
+            if saving.folder:
+                check = self._verified.verify
+                prune(self.run.folder, self.run.config, saving.progress, saving.notes.append, check)
+        except BaseException as error:  # is raised again where the save is heard of
+            saving.failed = error
+
+    def _commit(self, saving: Saving) -> None:
+        try:
+            self.run.journal.wait_for_disk()
+            saving.journal_synced = True
+            saving.folder = checkpoint.save(self.run.folder / "checkpoints", saving.snapshot)
+        except OSError as error:
+            saving.refused = error
+
+
+def _scalars(run: Run, state: TrainState) -> Mapping[str, Any]:
+    return state.scalars(
+        regular=run.saves(state.progress.step),
+        records=run.journal.num_records,
+        journal_sha256=run.journal.sha256,
+        data_fingerprint=run.dataset.fingerprint,
+        resolved=run.resolved,
+    )
+
+
+def _metric(run: Run, now: Progress) -> float | None:
+    """What the checkpoint of this step is rated by; None if it was not measured here."""
+    if run.config.train.best_metric == "train":
+        return now.smoothed_loss
+    return now.validation_loss if now.evaluated_at == now.step else None
+
+
+def refused(run: Run, error: OSError, what: str, *, must: bool) -> None:
+    """The disk has refused a write.
+
+    Raises:
+        FileError: it must not, or `train.on_save_error` is "stop".
+    """
+    if must or run.config.train.on_save_error == "stop":
+        raise FileError(f"{what}: {error.strerror}; what was saved before stands, the same command goes on from it")
+    run.listener.note(f"{what}: {error.strerror}; training goes on")
+
+
+def prune(
+    folder: Path,
+    config: Config,
+    now: Progress,
+    warn: checkpoint.Warn,
+    check: checkpoint.Check = checkpoint.verify,
+) -> None:
+    """What is too much goes; not the checkpoints that the run would go back to, were there trouble now or next.
+
+    Trouble that comes later, before the next save, leads back to the same ones as trouble next.
+
+    Args:
+        now: the progress that was saved last.
+        check: says whether a checkpoint is whole.
+    """
+    regular = regular_steps(folder)
+    may_begin = (*now.skips, now.step, now.step + 1)
+    anchors = {max((step for step in regular if step < begun), default=0) for begun in may_begin}
+    metrics = dict(zip(now.best_steps, now.best_metrics, strict=True))
+    keep_last, keep_best = config.train.keep_last, config.train.keep_best
+    checkpoint.prune(folder, keep_last, keep_best, metrics, warn=warn, keep=anchors, check=check)
+
+
+def regular_steps(folder: Path) -> list[int]:
+    """The steps of a run's checkpoints that were due, and not made by a signal or `stop_at_step`."""
+    return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder) if _is_regular(path)]
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return checkpoint.read_state(path).get("regular") is True
+    except FileError:
+        return False
