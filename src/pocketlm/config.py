@@ -108,6 +108,8 @@ class InitConfig(Section):
     """Matrices get gain / sqrt(inputs) instead of std."""
     output_projections: Literal["same", "depth-scaled", "zero"] = "same"
     """o_proj and down_proj: as the others, divided by sqrt(2 x layers) (GPT-2, Megatron), or zero (muP)."""
+    previous_token_layers: Natural = 0
+    """First layers whose first head begins by reading the token before; takes rotary positions and qk_norm."""
 
 
 class DataConfig(Section):
@@ -399,6 +401,11 @@ def _clashes(config: Config) -> Iterator[str]:
         yield (
             f"train.tokens_per_step {train.tokens_per_step} is no multiple of data.context {data.context}; "
             f"the nearest is --train.tokens-per-step {nearest}"
+        )
+    if config.init.previous_token_layers and not (model.position == "rope" and model.qk_norm):
+        yield (
+            f"init.previous_token_layers {config.init.previous_token_layers} takes model.position rope and "
+            f"model.qk_norm true; given are {model.position} and {str(model.qk_norm).lower()}; set it to 0"
         )
     ids = _known_ids(data.tokenizer)
     if ids and ids > model.vocab_size:

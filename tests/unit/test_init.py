@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from pocketlm.config import Config, InitConfig, ModelConfig
+from pocketlm.errors import ConfigError
 from pocketlm.model.init import init_weights
 from pocketlm.model.loss import linear_cross_entropy
-from pocketlm.model.transformer import Transformer, allocate
+from pocketlm.model.transformer import Transformer, allocate, rotary_table, rotate
 
 MODEL = ModelConfig(
     vocab_size=500,
@@ -124,3 +125,31 @@ def test_smollm2_begins_near_ln_v_with_depth_scaled_outputs() -> None:
             assert_normal(weight, 0.00538)
         elif weight.dim() == 2:
             assert_normal(weight, 1 / 24)
+
+
+def test_a_previous_token_head_reads_the_token_before_whatever_the_tokens_are() -> None:
+    """Read from the attention of the model itself: a value that marks one token arrives at the next, and only there."""
+    config = Config.preset("tiny")
+    model = made(config.model, InitConfig(**config.init.model_dump() | {"previous_token_layers": 2}))
+    T, D = 250, config.model.head_dim
+    ids = torch.randint(4096, (1, T), generator=torch.Generator().manual_seed(0))
+    for block in model.model.layers[:2]:
+        attention = block.self_attn
+        h = block.input_layernorm(model.model.embed_tokens(ids))
+        marks = torch.eye(T)[None, None]  # (1, 1, T, T) in place of v: what comes out is the weights
+        q, k = attention.q_norm(attention.q_proj(h)[..., :D]), attention.k_norm(attention.k_proj(h)[..., :D])
+        rotary = rotary_table(torch.arange(T), D, config.model.rope_theta, torch.float32)
+        q, k = (rotate(x[:, :, None], rotary).transpose(1, 2) for x in (q, k))
+        weights = torch.nn.functional.scaled_dot_product_attention(q, k, marks, is_causal=True)[0, 0]
+        before = weights.diagonal(-1)
+        assert before[:20].min() > 0.95
+        assert before.min() > 0.8, "rotations that nearly return take a little of it in long rows"
+    others = made(config.model, config.init.model_copy(update={"previous_token_layers": 0}))
+    assert torch.equal(model.model.layers[2].self_attn.q_proj.weight, others.model.layers[2].self_attn.q_proj.weight)
+
+
+def test_a_previous_token_head_needs_rotations_and_a_norm() -> None:
+    with pytest.raises(
+        ConfigError, match=r"previous_token_layers 1 takes model\.position rope and model\.qk_norm true"
+    ):
+        Config.preset("debug", {"init.previous_token_layers": 1})
