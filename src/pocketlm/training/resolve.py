@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pocketlm.config import Config, Determinism, Dtype
 from pocketlm.distributed import Runtime, versions
+from pocketlm.training import micro_batch as micro_batches
 from pocketlm.training.precision import TORCH_DTYPES
 
-MICRO_BATCH_TOKENS = 8192
 BF16_MUST_GAIN = 1.2
 PROBE_ROWS = 2048
 PROBE_S = 0.25
@@ -48,12 +48,16 @@ class Resolved(BaseModel):
 
 
 def resolve(config: Config, runtime: Runtime) -> Resolved:
-    """Probes what is left to `auto`. The probe takes about a second."""
+    """Probes what is left to `auto`. The probe takes about a second.
+
+    Raises:
+        ConfigError: training would not fit into memory; nothing was allocated.
+    """
     wanted = config.train.dtype
     candidates: tuple[Dtype, ...] = ("fp32", "bf16") if wanted == "auto" else (wanted,)
     rates = {dtype: matmul_rate(config, runtime.device, TORCH_DTYPES[dtype]) for dtype in candidates}
     dtype, dtype_reason = _dtype(config, rates)
-    micro_batch, micro_reason = _micro_batch(config)
+    micro_batch, micro_reason = micro_batches.choose(config, runtime.device, dtype)
     return Resolved(
         dtype=dtype,
         micro_batch=micro_batch,
@@ -78,14 +82,6 @@ def _dtype(config: Config, rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
     gain = rates["bf16"] / rates["fp32"]
     reason = f"bf16 products run at {gain:.1f} times the rate of fp32 here"
     return ("bf16" if gain >= BF16_MUST_GAIN else "fp32"), reason
-
-
-def _micro_batch(config: Config) -> tuple[int, str]:
-    rows = config.rows_per_step
-    if config.train.micro_batch != "auto":
-        return min(config.train.micro_batch, rows), "as given"
-    fitting = max(1, min(rows, MICRO_BATCH_TOKENS // config.data.context))
-    return fitting, f"{fitting * config.data.context} tokens at once, of {config.train.tokens_per_step} a step"
 
 
 def matmul_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:

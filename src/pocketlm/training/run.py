@@ -142,7 +142,7 @@ def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime) 
     model.to(runtime.device)
     guard = Guard(config.guard, runtime.device)
     state = TrainState(Precision(model, resolved.dtype), Optimizer(model, config.optim), guard)
-    state.begin(config)
+    state.begin(config, resolved.micro_batch)
     return state
 
 
@@ -151,7 +151,8 @@ def info(run: Run, state: TrainState) -> RunInfo:
     config, resolved = run.config, run.resolved
     train, stream, step = config.train, run.dataset.train, state.progress.step
     count = sizes.parameters(config.model)
-    rows, accumulation = run.loader.rows, math.ceil(config.rows_per_step / resolved.micro_batch)
+    rows, micro_batch = run.loader.rows, state.progress.micro_batch
+    accumulation = math.ceil(config.rows_per_step / micro_batch)
     epochs = train.total_steps * config.rows_per_step / rows.total
     unigram_nats, unigram_bits = unigram_entropy(
         stream, run.dataset.tokenizer.byte_lengths, run.dataset.tokenizer.special_ids
@@ -164,7 +165,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"unigram entropy of the corpus: {unigram_nats:.4f} nats/token, {unigram_bits:.4f} bits/byte",
         f"plan: {train.total_steps:,} steps x {train.tokens_per_step:,} tokens = "
         f"{train.total_steps * train.tokens_per_step:,} tokens, {epochs:.2f} epochs",
-        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {resolved.micro_batch}; "
+        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {micro_batch}; "
         f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",
         f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
         f"{run.runtime.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",

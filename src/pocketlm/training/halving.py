@@ -1,0 +1,46 @@
+"""When memory runs out in the middle of a run: the step is done again from its beginning, with half as many rows at
+once, and so is every step from there on. The new size is part of the run's progress, and of each checkpoint after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pocketlm.errors import ConfigError
+from pocketlm.training.boundary import record
+from pocketlm.training.micro_batch import OutOfMemory
+from pocketlm.training.run import Run
+from pocketlm.training.state import TrainState
+from pocketlm.training.step import Outcome, train_step
+
+
+def step_that_fits(run: Run, state: TrainState, check: Callable[[], None]) -> Outcome:
+    """A step, with as many rows at once as memory allows.
+
+    Raises:
+        ConfigError: one row at once is too much; the state is that before the step.
+    """
+    while True:
+        try:
+            return train_step(state, run.loader, run.config, state.progress.micro_batch, check)
+        except OutOfMemory as error:
+            reason = str(error)
+        # Outside of the `except`: the error would keep the step's tensors alive.
+        _halve(run, state, reason)
+
+
+def _halve(run: Run, state: TrainState, reason: str) -> None:
+    now = state.progress
+    if now.micro_batch == 1:
+        raise ConfigError(
+            f"step {now.step + 1} does not fit into memory, one row of {run.config.data.context} at once ({reason}); "
+            f"what was saved before stands; make room and run the same command again, or give a new --out with "
+            f"--train.gradient-checkpointing true or a shorter --data.context"
+        )
+    if run.runtime.device.type == "cuda":
+        torch.cuda.empty_cache()  # what is cached in blocks of the old sizes
+    before, now.micro_batch = now.micro_batch, now.micro_batch // 2
+    what = {"kind": "micro_batch", "step": now.step, "micro_batch": now.micro_batch, "before": before}
+    record(run, what | {"reason": reason})
