@@ -101,7 +101,7 @@ class TrainingMemory:
     backward: int
     """Estimate of the gradients inside one block, and of what is lost between blocks of memory."""
     loss: int
-    """Estimate of one chunk of logits and the gradient of the head."""
+    """Estimate of two chunks of logits, and of the head's gradient as a sum in fp32 and twice in `dtype`."""
 
     @property
     def per_parameter(self) -> int:
@@ -125,7 +125,7 @@ def training_memory(config: Config, micro_batch: int, dtype: Dtype, *, folded: b
     num = parameters(model).total
     num_muon = block_matrix_parameters(model) if config.optim.kind == "muon" else 0
     rows = micro_batch * context
-    chunk = min(config.train.loss_chunk or rows, rows)
+    chunks = min(2 * config.train.loss_chunk or rows, rows)  # one is made while the one before is still there
     keys = _keys_kept(context) if folded else 0
     activations = rows * activation_bytes_per_token(model, dtype, config.train.gradient_checkpointing, keys)
     block = rows * activation_bytes_per_token(model.model_copy(update={"num_hidden_layers": 1}), dtype, False, keys)
@@ -136,7 +136,7 @@ def training_memory(config: Config, micro_batch: int, dtype: Dtype, *, folded: b
         compute_copy=4 * num if half else 0,
         activations=activations,
         backward=int(BACKWARD_BLOCKS * block + LOST * activations),
-        loss=size * chunk * model.vocab_size + (4 + 2 * size) * model.vocab_size * model.hidden_size,
+        loss=size * chunks * model.vocab_size + (4 + 2 * size) * model.vocab_size * model.hidden_size,
     )
 
 

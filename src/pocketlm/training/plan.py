@@ -36,7 +36,7 @@ PROBE_S = 12.0
 PROBE_STEPS = 8
 FLOPS_PER_PROBE_STEP_S = 2.0
 """Longest step of one row that is tried as it is; a longer one is tried with a shorter context."""
-KERNELS_BYTES = 70 << 20
+KERNELS_BYTES = 100 << 20
 """What a CPU's libraries take once they have computed: code and buffers, as measured."""
 HASHED_PER_SAVE = 3
 """Times that a checkpoint's bytes go through SHA-256: written, and read again by two prunings."""
