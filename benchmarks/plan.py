@@ -25,10 +25,7 @@ TEXT = ["--data.source", "stdlib", "--data.tokenizer", "bpe:4096", "--data.dir",
 CASES: dict[str, list[str]] = {
     "tiny": [],
     "smallm": ["--train.tokens-per-step", "7936"],
-    "smollm2-135m": [
-        *("--data.context", "512", "--train.tokens-per-step", "2048"),
-        *("--train.micro-batch", "auto", "--train.dtype", "auto"),
-    ],
+    "smollm2-135m": ["--data.context", "512", "--train.tokens-per-step", "2048", "--train.micro-batch", "auto"],
 }
 """A short step of each: other fields are the preset's."""
 EVAL_TOKENS = 8192
@@ -54,8 +51,19 @@ def main() -> int:
 
 def row(preset: str, seconds: float, threads: str) -> str:
     """One line of the table."""
-    fields = [*TEXT, *CASES.get(preset, []), "--train.threads", threads, "--sample.prompts", "[]"]
-    steps = max(4, int(seconds / planned(preset, fields)["step_s"]))
+    fields = [
+        *TEXT,
+        *CASES.get(preset, []),
+        "--train.dtype",
+        "auto",
+        "--train.threads",
+        threads,
+        "--sample.prompts",
+        "[]",
+    ]
+    first = planned(preset, fields)
+    fields += ["--train.dtype", first["dtype"]]  # a machine that is busy may choose otherwise the next time
+    steps = max(4, int(seconds / first["step_s"]))
     every = max(2, steps // 2)
     fields += ["--train.total-steps", str(steps), "--train.eval-tokens", str(EVAL_TOKENS)]
     fields += ["--train.eval-every", str(every), "--train.checkpoint-every", str(every), "--schedule.warmup-steps", "1"]

@@ -65,7 +65,7 @@ def test_little_memory_bounds_a_cpu_too() -> None:
     config = smallm()
     room = int(needs(config, 5, "bf16", "cpu").total / file.USABLE["cpu"]) + 1
     rows, reason = chosen(config, "cpu", "bf16", room)
-    assert rows == 5
+    assert rows == 4, "62 turns of 4, all alike, and not 49 of 5 and one of 3"
     assert needs(config, rows, "bf16", "cpu").total <= room
     assert f"all that fits in {room / 1e9:.1f} GB" in reason
     assert f"{rows * 256} tokens at once, of 63488 a step" in reason

@@ -207,23 +207,37 @@ def test_the_parts_of_a_plan_add_up() -> None:
     assert any("not prepared" in line for line in tree["left_out"])
 
 
-def test_a_row_that_takes_too_long_is_tried_with_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[tuple[int, int]]()
+@pytest.mark.parametrize(
+    ("rate", "tried"),
+    [
+        # a row of 1,024 tokens has 9.4e11 FLOPs, at 35 % of the rate:
+        (1e12, (1024, 1)),  # 2.7 s
+        (3e12, (1024, 4)),  # 0.9 s: four of them are below 4 s
+        (3e13, (1024, 5)),  # all of a micro-batch
+        (4e11, (512, 1)),  # 6.7 s, half a row 3.1 s
+        (1e9, (64, 1)),  # hours: the shortest
+    ],
+)
+def test_what_takes_too_long_is_tried_with_less_at_once(
+    rate: float, tried: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[tuple[int, int, int]]()
 
-    def tried(config: Config, *rest: object, **options: object) -> Probed:
-        asked.append((config.data.context, config.rows_per_step))
-        return probed(short_s=[1.0])
+    def tries(config: Config, resolved: resolve.Resolved, *rest: object, **options: object) -> Probed:
+        asked.append((config.data.context, resolved.micro_batch, config.rows_per_step))
+        return probed(short_s=[1.0], micro_batch=resolved.micro_batch)
 
-    monkeypatch.setattr(plan, "probe", tried)
-    config = Config.preset("smollm2-135m", {"data.context": 1024, "train.tokens_per_step": 4096})
+    monkeypatch.setattr(plan, "probe", tries)
+    config = Config.preset("smollm2-135m", {"data.context": 1024, "train.tokens_per_step": 20 * 1024})
     slow = resolve.Resolved(
-        dtype="fp32", micro_batch=1, threads=1, device="cpu", determinism="bitwise", peak_flops=3e10, reasons={}
+        dtype="fp32", micro_batch=5, threads=1, device="cpu", determinism="bitwise", peak_flops=rate, reasons={}
     )
-    _, factor = plan._probed(config, slow, None, lambda text: None)  # type: ignore[arg-type]
-    # 2 s x 12 / 8 at 35 % of 3e10 FLOP/s are 3.2e10 FLOPs; a row of 64 tokens has 5.2e10 and is the shortest
-    assert asked == [(64, 4)]
-    per_token = [6 * 134_479_872 + 6 * 30 * context * 576 for context in (1024, 64)]
-    assert factor == pytest.approx(16 * per_token[0] / per_token[1])
+    trial = plan._try(config, slow, None, lambda text: None)  # type: ignore[arg-type]
+    assert asked == [(*tried, 20)]
+    per_token = [6 * 134_479_872 + 6 * 30 * context * 576 for context in (1024, tried[0])]
+    assert trial.factor == pytest.approx(per_token[0] / per_token[1])
+    assert trial.is_whole == (tried == (1024, 5))
+    assert trial.micro_batch == 5
 
 
 # --- energy

@@ -108,7 +108,7 @@ def _result(config: Config, resolved: Resolved, probed: Probed) -> dict[str, Any
         "steps": len(rates),
         "step_tokens": probed.step_tokens * (probed.long if probed.long_s else 1) // probed.num_micro_batches,
         "context": config.data.context,
-        "micro_batch": resolved.micro_batch,
+        "micro_batch": probed.micro_batch,
         "dtype": resolved.dtype,
         "first_step_s": probed.first_s,
         "parameters": sizes.parameters(config.model).total,

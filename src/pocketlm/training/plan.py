@@ -34,8 +34,9 @@ from pocketlm.training.state import SCHEMA, Scalars, random_states
 
 PROBE_S = 12.0
 PROBE_STEPS = 8
-FLOPS_PER_PROBE_STEP_S = 2.0
-"""Longest step of one row that is tried as it is; a longer one is tried with a shorter context."""
+LONGEST_S = 4.0
+"""Of what goes through the model at once in the probe: more is tried with fewer rows, a longer row with a shorter."""
+SHORTEST_CONTEXT = 64
 KERNELS_BYTES = 100 << 20
 """What a CPU's libraries take once they have computed: code and buffers, as measured."""
 HASHED_PER_SAVE = 3
@@ -222,19 +223,21 @@ def plan_here(config: Config, hear: Hear) -> Plan:
     work = work_of(config, dataset)
     process = psutil.Process().memory_info().rss
     begun_s = time.time() - psutil.Process().create_time()
-    probed, scale = _probed(config, resolved, runtime, hear)
+    trial = _try(config, resolved, runtime, hear)
+    probed = trial.probed
     on_cpu = runtime.device.type == "cpu"
     beside = process + KERNELS_BYTES if on_cpu else 0
-    memory = _memory(config, resolved.dtype, resolved.micro_batch, available, beside, folded=on_cpu)
-    if scale == 1.0:
+    memory = _memory(config, resolved.dtype, trial.micro_batch, available, beside, folded=on_cpu)
+    if trial.is_whole:
         data = _data_bytes(dataset) or 0  # shards are mapped, and count as taken once they were read
         memory = replace(memory, peak_bytes=probed.peak_bytes + (data if on_cpu else 0))
     size = checkpoint_bytes(config, _tokenizer(dataset, left_out), resolved)
-    step_s = probed.step_s * scale
+    step_s = probed.step_s * trial.factor * config.train.tokens_per_step / probed.step_tokens
+    evaluation_s = (probed.evaluation_s_per_token or 0) * trial.factor
     seconds = Seconds(
         start_up=begun_s + probed.state_s + probed.extra_first_s,
         steps=work.steps * step_s,
-        evaluations=work.evaluations * (work.evaluated_tokens or 0) * (probed.evaluation_s_per_token or 0) * scale,
+        evaluations=work.evaluations * (work.evaluated_tokens or 0) * evaluation_s,
         checkpoints=work.checkpoints * HASHED_PER_SAVE * size * _hash_s_per_byte(),
     )
     watts = probed.joules / probed.metered_s if probed.joules else None
@@ -244,7 +247,7 @@ def plan_here(config: Config, hear: Hear) -> Plan:
         device=device_name(runtime.device),
         dtype=resolved.dtype,
         threads=resolved.threads,
-        micro_batch=resolved.micro_batch,
+        micro_batch=trial.micro_batch,
         peak_flops=resolved.peak_flops,
         step_s=step_s,
         seconds=seconds,
@@ -301,30 +304,45 @@ def plan_for(config: Config, gpu: Gpu) -> Plan:
     )
 
 
-def _probed(config: Config, resolved: Resolved, runtime: distributed.Runtime, hear: Hear) -> tuple[Probed, float]:
-    """A probe of the run's own steps, or where a single row takes too long, of shorter rows; and what to multiply by.
+@dataclass(frozen=True)
+class _Trial:
+    """A probe, and what it stands for."""
 
-    The factor is that of the FLOPs: a little too low, for a long row's attention is slower than its products.
+    probed: Probed
+    micro_batch: int
+    """Of the run."""
+    factor: float
+    """Seconds of a token of the run, in those of a token of the probe."""
+    is_whole: bool
+    """Whether as much went through the model at once as will in the run: then its memory is the run's."""
+
+
+def _try(config: Config, resolved: Resolved, runtime: distributed.Runtime, hear: Hear) -> _Trial:
+    """Probes the run's own steps; where they would take too long, with fewer rows at once, or shorter ones.
+
+    The seconds of shorter rows are scaled by their FLOPs: a little too low, for the attention of a long row is slower
+    than its products.
     """
-    context, row_s = config.data.context, 0.0
-    while context > 64:
-        row_s = context * sizes.flops_per_token(config.model, context) / (ASSUMED_MFU * resolved.peak_flops)
-        if row_s <= FLOPS_PER_PROBE_STEP_S * PROBE_S / PROBE_STEPS:
-            break
+    context = config.data.context
+    while _row_s(config, context, resolved) > LONGEST_S and context > SHORTEST_CONTEXT:
         context //= 2
-    if context == config.data.context:
-        return probe(config, resolved, runtime, seconds=PROBE_S, steps=PROBE_STEPS, hear=hear), 1.0
-    rows = config.rows_per_step
-    short = config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"context": context}),
-            "train": config.train.model_copy(update={"tokens_per_step": rows * context}),
-        }
-    )
-    hear(f"rows of {context} tokens instead of {config.data.context}, for a whole one would take too long")
-    flops = [c.data.context * sizes.flops_per_token(c.model, c.data.context) for c in (config, short)]
-    one_row = resolved.model_copy(update={"micro_batch": 1})
-    return probe(short, one_row, runtime, seconds=PROBE_S, steps=PROBE_STEPS, hear=hear), flops[0] / flops[1]
+    at_once = min(resolved.micro_batch, max(1, int(LONGEST_S / _row_s(config, context, resolved))))
+    if context < config.data.context:
+        hear(f"rows of {context} tokens instead of {config.data.context}, for a whole one would take too long")
+    train = config.train.model_copy(update={"tokens_per_step": config.rows_per_step * context})
+    data = config.data.model_copy(update={"context": context})
+    short, fewer = config.model_copy(update={"data": data, "train": train}), {"micro_batch": at_once}
+    probed = probe(short, resolved.model_copy(update=fewer), runtime, seconds=PROBE_S, steps=PROBE_STEPS, hear=hear)
+    whole, tried = (sizes.flops_per_token(config.model, length) for length in (config.data.context, context))
+    halved = probed.micro_batch < at_once  # memory ran out: it will in the run
+    micro_batch = probed.micro_batch if halved else resolved.micro_batch
+    is_whole = context == config.data.context and probed.micro_batch == micro_batch
+    return _Trial(probed, micro_batch, whole / tried, is_whole)
+
+
+def _row_s(config: Config, context: int, resolved: Resolved) -> float:
+    """About how long one row takes."""
+    return context * sizes.flops_per_token(config.model, context) / (ASSUMED_MFU * resolved.peak_flops)
 
 
 def _memory(config: Config, dtype: Dtype, micro_batch: int, available: int, process: int, folded: bool) -> Memory:

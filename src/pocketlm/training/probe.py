@@ -22,10 +22,12 @@ from torch import Tensor
 
 from pocketlm.config import Config
 from pocketlm.distributed import Runtime
+from pocketlm.errors import ConfigError
 from pocketlm.evaluate.loss import BATCH_TOKENS
 from pocketlm.model.loss import token_losses
 from pocketlm.training.memory import peak_bytes
 from pocketlm.training.meter import Meter
+from pocketlm.training.micro_batch import OutOfMemory
 from pocketlm.training.resolve import Resolved
 from pocketlm.training.run import new_state
 from pocketlm.training.state import TrainState
@@ -103,55 +105,70 @@ class Probed:
 def probe(
     config: Config, resolved: Resolved, runtime: Runtime, *, seconds: float, steps: int, hear: Hear = lambda text: None
 ) -> Probed:
-    """Takes steps for about `seconds`, `steps` of the longest kind that fit into them, at least two.
+    """Takes steps for about `seconds`: up to `steps` of the longest kind that fit into them.
 
-    A KeyboardInterrupt ends it with what was measured, if anything was.
+    Where memory runs out it begins again with half as many rows at once, as a run would go on. A KeyboardInterrupt
+    ends it with what was measured, if anything was.
 
     Raises:
-        OutOfMemory: this micro-batch does not fit.
+        ConfigError: not even one row at once fits.
     """
-    rows = config.rows_per_step
-    one = _with_rows(config, min(rows, resolved.micro_batch))
-    probed = Probed(resolved.micro_batch, -(-rows // resolved.micro_batch), config.train.tokens_per_step)
+    while True:
+        rows, micro_batch = config.rows_per_step, resolved.micro_batch
+        probed = Probed(micro_batch, -(-rows // micro_batch), config.train.tokens_per_step)
+        try:
+            _measure(probed, config, resolved, runtime, seconds, steps, hear)
+            probed.peak_bytes = peak_bytes(runtime.device)
+            return probed
+        except OutOfMemory as error:
+            reason = str(error)
+        if micro_batch == 1:
+            raise ConfigError(f"{config.name}: one row at once does not fit into memory ({reason})")
+        hear(f"out of memory: {micro_batch // 2} rows at once instead of {micro_batch}")
+        resolved = resolved.model_copy(update={"micro_batch": micro_batch // 2})
+
+
+def _measure(
+    probed: Probed, config: Config, resolved: Resolved, runtime: Runtime, seconds: float, steps: int, hear: Hear
+) -> None:
     began_at = time.perf_counter()
     state = new_state(config, resolved, runtime)
     probed.state_s = time.perf_counter() - began_at
     try:
-        _take_steps(probed, state, config, one, began_at + seconds, steps, hear)
+        _take_steps(probed, state, config, began_at + seconds, steps, hear)
         probed.evaluation_s_per_token = _evaluation_s(state, config)
     except KeyboardInterrupt:
         if not probed.is_measured:
             raise
         probed.interrupted = True
-    probed.peak_bytes = peak_bytes(runtime.device)
-    return probed
 
 
-def _take_steps(
-    probed: Probed, state: TrainState, config: Config, one: Config, until: float, steps: int, hear: Hear
-) -> None:
+def _take_steps(probed: Probed, state: TrainState, config: Config, until: float, steps: int, hear: Hear) -> None:
     rows = RandomRows(config)
 
-    def step(cut: Config) -> float:
-        outcome = train_step(state, rows, cut, probed.micro_batch)
-        outcome.loss.item()  # waits for a GPU
-        return outcome.seconds
+    def step(num_micro_batches: int) -> float:
+        """Seconds of a step of so many micro-batches."""
+        whole = num_micro_batches == probed.num_micro_batches
+        cut = config if whole else _with_rows(config, num_micro_batches * probed.micro_batch)
+        began_at = time.perf_counter()
+        train_step(state, rows, cut, probed.micro_batch).loss.item()  # waits for a GPU
+        return time.perf_counter() - began_at
 
-    probed.first_s = step(one)
-    probed.short_s.append(step(one))
-    each = max(1e-9, min(probed.short_s[0], probed.first_s))
-    probed.long = max(1, min(probed.num_micro_batches, int((until - time.perf_counter()) / (steps * each))))
-    whole = probed.long == probed.num_micro_batches
-    long = config if whole else _with_rows(config, probed.long * probed.micro_batch)
+    probed.first_s = step(1)
+    probed.short_s.append(step(1))
+    affordable = int((until - time.perf_counter()) / (steps * probed.short_s[0]))
+    probed.long = min(probed.num_micro_batches, max(2, affordable))
+    if probed.long == 1:  # it was a whole step, and the warm-up's second
+        probed.short_s.clear()
     meter = Meter()
     for number in range(steps):
-        if number >= 2 and time.perf_counter() > until:
+        if number and time.perf_counter() > until:
             break
-        hear(f"step {number + 1} of {steps}, {long.train.tokens_per_step:,} tokens")
+        hear(f"step {number + 1} of {steps}, {probed.long} micro-batch(es) of {probed.micro_batch} row(s)")
         if probed.long > 1:
-            probed.long_s.append(step(long))
-        if probed.long == 1 or not whole:
-            probed.short_s.append(step(one))
+            probed.long_s.append(step(probed.long))
+        if probed.long == 1 or probed.long < probed.num_micro_batches:
+            probed.short_s.append(step(1))
     probed.joules, probed.metered_s = meter.joules(), meter.seconds()
 
 
@@ -162,7 +179,7 @@ def _with_rows(config: Config, rows: int) -> Config:
 
 @torch.no_grad()
 def _evaluation_s(state: TrainState, config: Config) -> float:
-    """Seconds a token of validation: one batch as `evaluate_stream` cuts it, the better of two."""
+    """Seconds a token of validation: one batch as `evaluate_stream` cuts it, the better of two where that is quick."""
     model, context = state.precision.compute, config.data.context
     batch = RandomRows(config).read(0, max(1, BATCH_TOKENS // context)).to(model.head.device)
     best_s = float("inf")
@@ -174,6 +191,8 @@ def _evaluation_s(state: TrainState, config: Config) -> float:
         )
         losses.sum().item()
         best_s = min(best_s, time.perf_counter() - began_at)
+        if best_s > 1.0:
+            break
     return best_s / (len(batch) * context)
 
 
