@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.errors import ConfigError
 from pocketlm.model import sizes
 from pocketlm.training import micro_batch as file
 from pocketlm.training import resolve
+from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
 from pocketlm.training.micro_batch import chosen, evenly, is_out_of_memory, largest_that_fits, needs
+from pocketlm.training.state import read_state
 
 PLENTY = 10**15
 
@@ -120,6 +123,29 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_made(
         train(Config.preset("debug"), out=Path("run"))
     assert not Path("run/config.toml").exists()
     assert not Path("run/checkpoints").exists()
+
+
+def test_a_run_that_goes_on_with_less_memory_is_warned_of_and_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Notes(Silent):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resolve, "matmul_rate", lambda config, device, dtype: 1e9)
+    config = Config.preset("debug", {"train.total_steps": 10, "train.stop_at_step": 5, "sample.prompts": []})
+    train(config, out=Path("run"))
+    monkeypatch.setattr(file, "available_bytes", lambda device: 100_000)
+    heard = Notes()
+    run = train(
+        Config.preset("debug", {"train.total_steps": 10, "sample.prompts": []}), out=Path("run"), listener=heard
+    )
+    assert [note for note in heard.notes if "it may be killed" in note and "with 8 row(s) at once" in note]
+    assert read_state(checkpoint.list_checkpoints(run)[-1]).micro_batch == 8
 
 
 def test_errors_that_say_that_memory_ran_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from pocketlm.cli.arguments import Parser, print_json, print_table, say
@@ -60,15 +61,15 @@ def _print(plan: Plan) -> None:
 
 def _print_part(title: str, rows: list[Row]) -> None:
     """A rich table on a terminal, plain lines elsewhere."""
+    print(f"{title}\n")
     if not sys.stdout.isatty():
-        print(f"{title}\n")
         print_table([(f"  {first}", *others) for first, *others in rows])
         print()
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False, title_style="bold")
+    table = Table(show_header=False)
     for column in range(len(rows[0])):
         table.add_column(justify="left" if column == 0 else "right")
     for row in rows:
@@ -96,8 +97,6 @@ def _run_rows(plan: Plan) -> list[Row]:
 
 
 def _memory_rows(plan: Plan) -> list[Row]:
-    from dataclasses import asdict
-
     memory = plan.memory
     parts = {part.replace("_", " "): size for part, size in asdict(memory.by_part).items()}
     if memory.process_bytes:
@@ -121,10 +120,7 @@ def _time_rows(plan: Plan) -> list[Row]:
         ("tokens/s", f"{plan.tokens_per_s:,.0f}"),
         ("MFU", f"{100 * plan.mfu:.0f} %"),
         ("a step", _seconds(plan.step_s)),
-        ("start-up", _seconds(seconds.start_up)),
-        ("steps", duration(seconds.steps)),
-        ("evaluations", _seconds(seconds.evaluations)),
-        ("checkpoints", _seconds(seconds.checkpoints)),
+        *((part.replace("_", "-"), _seconds(each)) for part, each in asdict(seconds).items() if each),
         ("total", duration(seconds.total)),
     ]
     return [*rows, ("energy", f"{plan.joules / 3.6e6:,.3f} kWh")] if plan.joules else rows

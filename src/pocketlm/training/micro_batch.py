@@ -56,6 +56,17 @@ def chosen(config: Config, device: str, dtype: Dtype, available: int) -> tuple[i
     return micro_batch, f"{tokens} tokens at once, of {config.train.tokens_per_step} a step{bounded}"
 
 
+def warning(config: Config, micro_batch: int, dtype: Dtype, device: torch.device) -> str | None:
+    """What to say of a run that goes on with the rows it had, where there is less memory than they need."""
+    available = available_bytes(device)
+    if (total := needs(config, micro_batch, dtype, device.type).total) <= available:
+        return None
+    return (
+        f"this run goes on with {micro_batch} row(s) at once, which need about {_gb(total)}; "
+        f"{_gb(available)} are free: it may be killed"
+    )
+
+
 def _as_given(config: Config, micro_batch: int, dtype: Dtype, available: int, device: str) -> int:
     if needs(config, micro_batch, dtype, device).total > available:
         raise ConfigError(refusal(config, micro_batch, dtype, available, device))

@@ -160,11 +160,11 @@ def _take_steps(probed: Probed, state: TrainState, config: Config, until: float,
     probed.long = min(probed.num_micro_batches, max(2, affordable))
     if probed.long == 1:  # it was a whole step, and the warm-up's second
         probed.short_s.clear()
+    hear(f"up to {steps} steps of {probed.long} micro-batch(es) of {probed.micro_batch} row(s)")
     meter = Meter()
     for number in range(steps):
         if number and time.perf_counter() > until:
             break
-        hear(f"step {number + 1} of {steps}, {probed.long} micro-batch(es) of {probed.micro_batch} row(s)")
         if probed.long > 1:
             probed.long_s.append(step(probed.long))
         if probed.long == 1 or probed.long < probed.num_micro_batches:

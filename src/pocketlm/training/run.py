@@ -16,6 +16,7 @@ from pocketlm.files import Journal, set_aside, write_file
 from pocketlm.model import sizes
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.optimizer import Optimizer
+from pocketlm.training import micro_batch
 from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
@@ -76,6 +77,8 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
     runtime = distributed.start(config.train, stored.resolved.determinism if stored else None)
     resolved = _as_before(stored, runtime, listener) if stored else resolve(config, runtime)
     runtime = replace(distributed.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
+    if stored and (line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, runtime.device)):
+        listener.note(line)
     state = new_state(config, resolved, runtime)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
@@ -151,8 +154,8 @@ def info(run: Run, state: TrainState) -> RunInfo:
     config, resolved = run.config, run.resolved
     train, stream, step = config.train, run.dataset.train, state.progress.step
     count = sizes.parameters(config.model)
-    rows, micro_batch = run.loader.rows, state.progress.micro_batch
-    accumulation = math.ceil(config.rows_per_step / micro_batch)
+    rows, at_once = run.loader.rows, state.progress.micro_batch
+    accumulation = math.ceil(config.rows_per_step / at_once)
     epochs = train.total_steps * config.rows_per_step / rows.total
     unigram_nats, unigram_bits = unigram_entropy(
         stream, run.dataset.tokenizer.byte_lengths, run.dataset.tokenizer.special_ids
@@ -165,7 +168,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"unigram entropy of the corpus: {unigram_nats:.4f} nats/token, {unigram_bits:.4f} bits/byte",
         f"plan: {train.total_steps:,} steps x {train.tokens_per_step:,} tokens = "
         f"{train.total_steps * train.tokens_per_step:,} tokens, {epochs:.2f} epochs",
-        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {micro_batch}; "
+        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once}; "
         f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",
         f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
         f"{run.runtime.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",
