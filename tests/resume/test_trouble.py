@@ -33,7 +33,7 @@ from pocketlm.files import Journal
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.optimizer import Optimizer
-from pocketlm.training import boundary, loop, step
+from pocketlm.training import boundary, halving, step
 from pocketlm.training.guard import APPLIED, Guard
 from pocketlm.training.loop import train
 from pocketlm.training.run import Run
@@ -79,13 +79,13 @@ def records(run: Path, *kinds: str) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def steps_wrapped(around: Callable[[TrainState, Callable[[], step.Outcome]], step.Outcome]) -> Iterator[None]:
     """Training whose every step goes through `around`."""
-    real = loop.train_step
+    real = halving.train_step
 
     def wrapped(state: TrainState, *arguments: Any, **options: Any) -> step.Outcome:
         return around(state, lambda: real(state, *arguments, **options))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", wrapped)
+        patch.setattr(halving, "train_step", wrapped)
         yield
 
 

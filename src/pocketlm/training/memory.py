@@ -40,6 +40,12 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def forget_peak(device: torch.device) -> None:
+    """Begins the count anew, where that can be done: on a GPU. A process's own peak stays."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def available_here(root: Path) -> int:
     """Bytes of main memory that this process can still take: the least of all bounds below `root`."""
     machine = _kilobytes(root / "proc/meminfo", "MemAvailable:") or psutil.virtual_memory().available

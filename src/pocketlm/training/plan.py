@@ -240,7 +240,7 @@ def plan_here(config: Config, hear: Hear) -> Plan:
         evaluations=work.evaluations * (work.evaluated_tokens or 0) * evaluation_s,
         checkpoints=work.checkpoints * HASHED_PER_SAVE * size * _hash_s_per_byte(),
     )
-    watts = probed.joules / probed.metered_s if probed.joules else None
+    watts = probed.joules / probed.metered_s if probed.joules and on_cpu else None
     return Plan(
         config=config,
         work=work,

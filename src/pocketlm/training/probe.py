@@ -25,7 +25,7 @@ from pocketlm.distributed import Runtime
 from pocketlm.errors import ConfigError
 from pocketlm.evaluate.loss import BATCH_TOKENS
 from pocketlm.model.loss import token_losses
-from pocketlm.training.memory import peak_bytes
+from pocketlm.training.memory import forget_peak, peak_bytes
 from pocketlm.training.meter import Meter
 from pocketlm.training.micro_batch import OutOfMemory
 from pocketlm.training.resolve import Resolved
@@ -131,6 +131,7 @@ def probe(
 def _measure(
     probed: Probed, config: Config, resolved: Resolved, runtime: Runtime, seconds: float, steps: int, hear: Hear
 ) -> None:
+    forget_peak(runtime.device)
     began_at = time.perf_counter()
     state = new_state(config, resolved, runtime)
     probed.state_s = time.perf_counter() - began_at
