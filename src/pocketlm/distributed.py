@@ -78,6 +78,11 @@ def keep_threads(runtime: Runtime, threads: int) -> Runtime:
     return replace(runtime, threads=threads)
 
 
+def all_agree(mine: bool) -> bool:
+    """Whether every rank says yes: the same answer on all of them. Alone, one's own."""
+    return mine
+
+
 def default_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -35,7 +35,7 @@ from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.clip import clip_coefficient, global_norm
 from pocketlm.optim.optimizer import Optimizer
-from pocketlm.training import boundary, loop, step
+from pocketlm.training import boundary, halving, step
 from pocketlm.training.guard import APPLIED, Guard, Trouble
 from pocketlm.training.loop import train
 from pocketlm.training.resolve import resolve
@@ -83,13 +83,13 @@ def records(run: Path, *kinds: str) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def steps_wrapped(around: Callable[[TrainState, Callable[[], step.Outcome]], step.Outcome]) -> Iterator[None]:
     """Training whose every step goes through `around`."""
-    real = loop.train_step
+    real = halving.train_step
 
     def wrapped(state: TrainState, *arguments: Any, **options: Any) -> step.Outcome:
         return around(state, lambda: real(state, *arguments, **options))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", wrapped)
+        patch.setattr(halving, "train_step", wrapped)
         yield
 
 

@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 # By name, so that a function which is no longer there, or no longer called through it, is noticed.
 PHASES = {
-    "step": "pocketlm.training.loop:train_step",
+    "step": "pocketlm.training.halving:train_step",
     "evaluation": "pocketlm.training.boundary:evaluate",
     "sample": "pocketlm.training.boundary:sample",
     "save": "pocketlm.checkpoint:save",

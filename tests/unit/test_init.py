@@ -149,7 +149,5 @@ def test_a_previous_token_head_reads_the_token_before_whatever_the_tokens_are() 
 
 
 def test_a_previous_token_head_needs_rotations_and_a_norm() -> None:
-    with pytest.raises(
-        ConfigError, match=r"previous_token_layers 1 takes model\.position rope and model\.qk_norm true"
-    ):
+    with pytest.raises(ConfigError, match=r"takes model\.position rope and model\.qk_norm true"):
         Config.preset("debug", {"init.previous_token_layers": 1})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pocketlm.config import Config, Dtype, ModelConfig
-from pocketlm.model import sizes
+from pocketlm.model import attention, sizes
 from pocketlm.model.transformer import Transformer, allocate
 
 PRESETS = {
@@ -109,9 +109,28 @@ def test_training_memory_per_parameter() -> None:
     fp32, bf16 = (sizes.training_memory(config, 2, dtype) for dtype in ("fp32", "bf16"))
     assert (fp32.weights, fp32.gradients, fp32.moments, fp32.compute_copy) == (4 * num, 4 * num, 8 * num, 0)
     assert (bf16.weights, bf16.gradients, bf16.moments, bf16.compute_copy) == (4 * num, 4 * num, 8 * num, 4 * num)
-    assert fp32.loss == 4 * 1024 * 49152 + 4 * 28_311_552
-    parts = (fp32.weights, fp32.gradients, fp32.moments, fp32.activations, fp32.loss)
-    assert fp32.total == sum(parts)
+    assert sizes.training_memory(config, config.rows_per_step, "bf16").gradients == 0, "one micro-batch leaves its own"
+    assert sizes.training_memory(config, 1, "bf16", snapshot=True).snapshot == 12 * num
+    assert fp32.loss == 4 * 1024 * 49152 + (4 + 4 + 4) * 28_311_552
+    assert bf16.loss == 2 * 1024 * 49152 + (4 + 2 + 2) * 28_311_552
+    assert fp32.per_parameter == 16 * num
+    assert fp32.total == 16 * num + fp32.activations + fp32.backward + fp32.loss
+
+
+def test_folded_attention_keeps_half_a_square_a_head() -> None:
+    config = Config.preset("smollm2-135m", {"data.context": 512, "train.tokens_per_step": 1024})
+    plain, folded = (sizes.training_memory(config, 1, "bf16", folded=folded) for folded in (False, True))
+    # blocks of 128 queries meet 128, 256, 384 and 512 keys; 9 heads, 30 layers, 2 bytes
+    assert folded.activations - plain.activations == 128 * (128 + 256 + 384 + 512) * 9 * 30 * 2
+    longer = Config.preset("smollm2-135m")
+    plain, folded = (sizes.training_memory(longer, 1, "bf16", folded=folded) for folded in (False, True))
+    assert folded == plain, "above 1,024 tokens the probabilities are made again"
+
+
+def test_memory_grows_with_the_rows_at_once() -> None:
+    config = Config.preset("smallm")
+    totals = [sizes.training_memory(config, rows, "bf16").total for rows in range(1, config.rows_per_step + 1)]
+    assert totals == sorted(totals), "a search by bisection rests on it"
 
 
 def test_muon_keeps_one_moment_of_the_matrices() -> None:
@@ -125,7 +144,7 @@ def test_the_loss_holds_no_more_rows_than_there_are() -> None:
     config = Config.preset("tiny")
     whole = Config.preset("tiny", {"train.loss_chunk": 0})
     assert sizes.training_memory(config, 1, "fp32").loss == sizes.training_memory(whole, 1, "fp32").loss
-    assert sizes.training_memory(config, 8, "fp32").loss < sizes.training_memory(whole, 8, "fp32").loss
+    assert sizes.training_memory(config, 9, "fp32").loss < sizes.training_memory(whole, 9, "fp32").loss
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -162,3 +181,7 @@ def test_checkpointing_keeps_a_fraction() -> None:
     model = Config.preset("smollm2-135m").model
     whole, recomputed = (sizes.activation_bytes_per_token(model, "bf16", on) for on in (False, True))
     assert recomputed < whole / 10
+
+
+def test_what_is_kept_of_folded_attention_is_counted_by_its_own_numbers() -> None:
+    assert (sizes.FOLDED_BLOCK, sizes.FOLDED_KEPT_UP_TO) == (attention.BLOCK, attention.KEPT_UP_TO)

@@ -23,6 +23,8 @@ VERBS = {
     "generate": "complete a prompt",
     "chat": "talk to a model in the terminal",
     "eval": "loss and bits per byte of a model on a text",
+    "plan": "what training would take: memory, time and disk",
+    "bench": "tokens/s and MFU of this machine",
     "sizes": "parameters, FLOPs and memory of a preset or model",
     "data": "prepare a data set, or look into one",
     "tokenizer": "train a tokenizer",

@@ -76,7 +76,7 @@ def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data")
     source = open_source(config.source)
     tokenizer = None if bpe_size(config.tokenizer) else load_tokenizer(config.tokenizer)
     inputs = _inputs(config, source, tokenizer)
-    folder = named or root / f"{source.name}-{hash_of(inputs)[:12]}"
+    folder = named or _own_folder(root, source, inputs)
     if exact:
         _check_same(folder, inputs)
     if not is_finished(folder):
@@ -90,6 +90,25 @@ def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data")
                 _use_as_it_is(folder, config, progress)
     _tidy(folder, progress)
     return folder
+
+
+def find_prepared(config: DataConfig, root: Path = Path("data")) -> Path | None:
+    """The finished set that `prepare` would find; None where it would have to make one. Nothing is read of the text.
+
+    Raises:
+        DataError: a source or tokenizer that is refused.
+    """
+    if config.dir:
+        folder = Path(config.dir)
+    else:
+        source = open_source(config.source)
+        tokenizer = None if bpe_size(config.tokenizer) else load_tokenizer(config.tokenizer)
+        folder = _own_folder(root, source, _inputs(config, source, tokenizer))
+    return folder if is_finished(folder) else None
+
+
+def _own_folder(root: Path, source: Source, inputs: Tree) -> Path:
+    return root / f"{source.name}-{hash_of(inputs)[:12]}"
 
 
 def _inert(progress: Progress) -> Progress:

@@ -99,6 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx_rows.copy_((D @ head) * w_s)
             product = D.t() @ (x * w_s).to(x.dtype)
             dW = product if dW is None else dW.to(_wide(head)).add_(product)
+            del D  # before the next one is made
         assert dW is not None
         ctx.save_for_backward(dx, dW.to(head.dtype))
         return torch.cat(losses).sum() * scale

@@ -16,6 +16,12 @@ from dataclasses import dataclass
 
 from pocketlm.config import Config, Dtype, ModelConfig
 
+FOLDED_BLOCK = 128
+FOLDED_KEPT_UP_TO = 1024
+"""As in folded attention: queries in a block, and the longest row whose probabilities are kept."""
+BACKWARD_BLOCKS, LOST = 1.0, 0.06
+"""Blocks whose gradients are alive at once, and the share of activations lost between blocks of memory: as measured."""
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -75,56 +81,93 @@ def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int) -> int:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes by part on one device. The last two are estimates: what PyTorch adds of its own is not in them."""
+    """Bytes by part on one device. The last three are estimates, held against measured runs (docs/plan.md).
+
+    What a process takes before it has a model, some hundred megabytes, is not in them.
+    """
 
     weights: int
     """fp32, the only ones that are stored."""
     gradients: int
-    """fp32 sums over the micro-batches of a step."""
+    """fp32 sums over the micro-batches of a step; a step of one micro-batch in bf16 needs none."""
     moments: int
     """fp32; AdamW has two for each parameter, Muon one."""
     compute_copy: int
     """bf16 weights and their gradients; nothing in fp32."""
+    snapshot: int
+    """Copies of weights and moments that are written while training goes on; on a GPU they are not on it."""
     activations: int
     """Estimate of what the backward pass needs of one micro-batch."""
+    backward: int
+    """Estimate of the gradients inside one block, and of what is lost between blocks of memory."""
     loss: int
-    """Estimate of one chunk of logits and the gradient of the head."""
+    """Estimate of a chunk of logits, and of the head's gradient as a sum in fp32 and twice in `dtype`."""
+
+    @property
+    def per_parameter(self) -> int:
+        """What does not depend on the rows at once."""
+        return self.weights + self.gradients + self.moments + self.compute_copy + self.snapshot
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.gradients + self.moments + self.compute_copy + self.activations + self.loss
+        return self.per_parameter + self.activations + self.backward + self.loss
 
 
-def training_memory(config: Config, micro_batch: int, dtype: Dtype) -> TrainingMemory:
-    """What training takes with `micro_batch` rows of `data.context` tokens at once, computing in `dtype`."""
-    model, half = config.model, dtype == "bf16"
+def training_memory(
+    config: Config, micro_batch: int, dtype: Dtype, *, folded: bool = False, snapshot: bool = False
+) -> TrainingMemory:
+    """What training takes with `micro_batch` rows of `data.context` tokens at once, computing in `dtype`.
+
+    Args:
+        folded: whether attention keeps its probabilities, as folded attention does in short rows.
+        snapshot: whether checkpoints are written from copies on the same device.
+    """
+    model, context, half = config.model, config.data.context, dtype == "bf16"
+    size = 2 if half else 4
     num = parameters(model).total
     num_muon = block_matrix_parameters(model) if config.optim.kind == "muon" else 0
-    rows = micro_batch * config.data.context
+    rows = micro_batch * context
     chunk = min(config.train.loss_chunk or rows, rows)
+    moments = 8 * num - 4 * num_muon
+    keys = _keys_kept(context) if folded else 0
+    activations = rows * activation_bytes_per_token(model, dtype, config.train.gradient_checkpointing, keys)
+    block = rows * activation_bytes_per_token(model.model_copy(update={"num_hidden_layers": 1}), dtype, False, keys)
     return TrainingMemory(
         weights=4 * num,
-        gradients=4 * num,
-        moments=8 * num - 4 * num_muon,
+        gradients=0 if half and micro_batch >= config.rows_per_step else 4 * num,
+        moments=moments,
         compute_copy=4 * num if half else 0,
-        activations=rows * activation_bytes_per_token(model, dtype, config.train.gradient_checkpointing),
-        loss=(8 if half else 4) * chunk * model.vocab_size + 4 * model.vocab_size * model.hidden_size,
+        snapshot=4 * num + moments if snapshot else 0,
+        activations=activations,
+        backward=int(BACKWARD_BLOCKS * block + LOST * activations),
+        loss=size * chunk * model.vocab_size + (4 + 2 * size) * model.vocab_size * model.hidden_size,
     )
 
 
-def activation_bytes_per_token(model: ModelConfig, dtype: Dtype, gradient_checkpointing: bool) -> int:
+def _keys_kept(context: int) -> int:
+    """Keys a query whose probabilities are kept: blocks of queries meet the keys up to their own end."""
+    return (context + min(FOLDED_BLOCK, context)) // 2 if context <= FOLDED_KEPT_UP_TO else 0
+
+
+def activation_bytes_per_token(
+    model: ModelConfig, dtype: Dtype, gradient_checkpointing: bool, keys_kept: int = 0
+) -> int:
     """Estimate of the bytes per token that the forward pass leaves for the backward pass.
 
     Per block: what its norms keep, q, k and v as attention reads them and its result, the steps inside the MLP.
     With checkpointing: each block's input, and one block at a time in full. PyTorch's CPU kernels keep exactly this;
     fused ones on a GPU keep less of the norms.
+
+    Args:
+        keys_kept: keys a query and head whose probabilities are kept.
     """
     C, size = model.hidden_size, 2 if dtype == "bf16" else 4
     rms = 3 * size + (4 if dtype == "bf16" else 0)  # input, its fp32 copy, normalised, times the weight
     norm = C * (rms if model.norm == "rms" else 2 * size)
     heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
     block = norm * (1 if model.block == "parallel" else 2) + 2 * heads * size
+    block += model.num_attention_heads * keys_kept * size
     block += model.intermediate_size * size * (4 if model.mlp == "swiglu" else 2)
     if model.qk_norm:
         block += heads * (rms - size)  # the result is the q and k above

@@ -7,6 +7,7 @@ A record is a plain dict with `step` and one of the kinds
     sample    prompt, text
     skip      reason, loss, grad_norm                   a step whose update was not applied, instead of its `train`
     rollback  reason, from_step, rows_left_out, skipped   the run goes on from `step` again, with other data
+    micro_batch  reason, micro_batch, before              memory ran out in the step after `step`: fewer rows at once
 
 A figure that is not finite is None.
 
@@ -124,6 +125,9 @@ def describe(record: Record) -> str:
     if record["kind"] == "rollback":
         left_out = f"{record['rows_left_out']:,} rows are left out"
         return f"{step}  gone back from step {record['from_step']}: {record['reason']}; {left_out}"
+    if record["kind"] == "micro_batch":
+        now = f"{record['micro_batch']} rows at once instead of {record['before']}"
+        return f"{step}  out of memory: {now} from here on ({inert(record['reason'])})"
     return (
         f"{step}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  norm {record['grad_norm']:.2f}  "
         f"{record['tokens_per_s']:,.0f} tok/s  MFU {100 * record['mfu']:.0f} %"

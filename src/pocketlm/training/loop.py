@@ -18,13 +18,13 @@ from pocketlm.errors import ConfigError, Diverged, FileError, Interrupted, Pocke
 from pocketlm.files import Lock, make_folder, sweep
 from pocketlm.training.boundary import Late, record, serve
 from pocketlm.training.guard import Trouble
+from pocketlm.training.halving import step_that_fits
 from pocketlm.training.log import Listener, Silent
 from pocketlm.training.report import write_report
 from pocketlm.training.run import Run, begin, info, set_aside_later
 from pocketlm.training.saving import Saver, prune, regular_steps
 from pocketlm.training.signals import Stopped, StopRequest, exit_signal, stop_on_signal
 from pocketlm.training.state import TrainState, read_state
-from pocketlm.training.step import train_step
 
 RUN_FILES = re.compile(r"config\.toml|resolved\.toml|metrics\.jsonl|report\.html")
 
@@ -147,7 +147,7 @@ def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequ
             late.read()
             return
         stop.check()
-        late.put(train_step(state, run.loader, run.config, run.resolved.micro_batch, check=stop.check))
+        late.put(step_that_fits(run, state, stop.check))
 
 
 def _keep(state: TrainState, late: Late, saver: Saver) -> None:
@@ -200,5 +200,6 @@ def _go_back(run: Run, state: TrainState, late: Late, saver: Saver, trouble: Tro
     back = state.progress
     left_out = there.position - back.position
     back.position, back.rollbacks, back.skips = there.position, there.rollbacks + 1, []
+    back.micro_batch = min(back.micro_batch, there.micro_batch)  # what did not fit would not fit again
     what = {"kind": "rollback", "step": back.step, "from_step": there.step, "reason": str(trouble)}
     record(run, what | {"rows_left_out": left_out, "skipped": there.skips})

@@ -32,7 +32,7 @@ from rich.text import Text
 
 from pocketlm.files import Journal
 from pocketlm.training import curve
-from pocketlm.training.log import Record, RunInfo, duration, figure, inert
+from pocketlm.training.log import Record, RunInfo, describe, duration, figure, inert
 
 REFRESH_S = 0.5
 MOST_OF_TIME = 0.01
@@ -138,6 +138,8 @@ class Panel:
     def record(self, record: Record) -> None:
         assert self.heard is not None
         self.heard.hear(record)
+        if record["kind"] == "micro_batch":
+            self.note(describe(record))
         if record["step"] == self.heard.info.first_step + 1 and record["kind"] == "train":
             self._measured_from, self._measured_at = record["step"], self.now()  # the first step warms up
         if record["kind"] != "train" or self.now() >= self._draw_at:

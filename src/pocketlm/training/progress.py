@@ -39,6 +39,8 @@ class Progress(BaseModel):
     """Steps that were skipped, of the guard's window."""
     rollbacks: Natural = 0
     """Times that the run went back."""
+    micro_batch: Annotated[int, Field(ge=1)] = 1
+    """Rows at once: what the run began with, or less since memory ran out."""
     elapsed_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Seconds of training so far, over all resumes."""
 

@@ -214,8 +214,8 @@ def _context(story: Story, dataset: Dataset | None) -> dict[str, Any]:
 
 
 def _troubles(story: Story) -> list[str]:
-    """Steps that were skipped and times that the run went back, the last ones."""
-    records = [*story.records.get("skip", []), *story.records.get("rollback", [])]
+    """Steps that were skipped, times that the run went back or that memory ran out, the last ones."""
+    records = [record for kind in ("skip", "rollback", "micro_batch") for record in story.records.get(kind, [])]
     return [describe(record) for record in sorted(records, key=lambda r: r["step"])][-TROUBLES:]
 
 

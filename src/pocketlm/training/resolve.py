@@ -21,8 +21,8 @@ from pocketlm.errors import UsageError
 from pocketlm.model.arithmetic import TORCH_DTYPES, Arithmetic
 from pocketlm.model.sizes import flops_per_token
 from pocketlm.model.transformer import Attention
+from pocketlm.training import micro_batch as micro_batches
 
-MICRO_BATCH_TOKENS = 8192
 MUST_GAIN = 1.2
 """What is chosen for its speed has to be faster by more than a probe's noise, so that a second run chooses the same."""
 FP32_ERROR = 1e-5
@@ -67,6 +67,7 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
 
     Raises:
         UsageError: `train.compile = "on"`, and nothing compiles here.
+        ConfigError: training would not fit into memory; nothing was allocated.
     """
     device, wanted = runtime.device, config.train.dtype
     fp32_matmul, fp32_reason = _fp32_matmul(config, device)
@@ -76,7 +77,7 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     dtype, dtype_reason = _dtype(config, rates)
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
-    micro_batch, micro_reason = _micro_batch(config)
+    micro_batch, micro_reason = micro_batches.choose(config, device, dtype)
     return Resolved(
         dtype=dtype,
         attention=attention,
@@ -173,14 +174,6 @@ def why_not_compile(device: torch.device) -> str:
     except Exception as error:  # whatever it is: training goes on without it
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return ""
-
-
-def _micro_batch(config: Config) -> tuple[int, str]:
-    rows = config.rows_per_step
-    if config.train.micro_batch != "auto":
-        return min(config.train.micro_batch, rows), "as given"
-    fitting = max(1, min(rows, MICRO_BATCH_TOKENS // config.data.context))
-    return fitting, f"{fitting * config.data.context} tokens at once, of {config.train.tokens_per_step} a step"
 
 
 def matmul_rate(config: Config, device: torch.device, dtype: torch.dtype) -> float:

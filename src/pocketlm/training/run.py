@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pocketlm.files import Journal, set_aside, write_file
 from pocketlm.model import sizes
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.optimizer import Optimizer
+from pocketlm.training import micro_batch
 from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
@@ -79,11 +81,12 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
     runtime = distributed.start(config.train, stored.resolved.determinism if stored else None)
     resolved = _as_before(stored, runtime, listener) if stored else resolve(config, runtime)
     runtime = replace(distributed.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
+    if stored and (line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, runtime.device)):
+        listener.note(line)
     state = new_state(config, resolved, runtime)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
-    if resolved.compile:
-        _compile(state, config, resolved, listener)
+    compile_if_wanted(state, config, resolved, listener.note)
     loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle)
 
     set_aside_later(folder, checkpoint.step_of(start) if start else None, listener)
@@ -113,17 +116,19 @@ def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener
     return resolved
 
 
-def _compile(state: TrainState, config: Config, resolved: Resolved, listener: Listener) -> None:
+def compile_if_wanted(state: TrainState, config: Config, resolved: Resolved, note: Callable[[str], None]) -> None:
     """Compiles the blocks before the first step, for both sizes of micro-batch; weights stay as they are."""
-    listener.note("compiling the blocks: about half a minute, once on this machine")
+    if not resolved.compile:
+        return
+    note("compiling the blocks: about half a minute, a few seconds when this machine has done it before")
     started_at = time.perf_counter()
-    model, rows = state.precision.compute, config.rows_per_step
+    model, rows, at_once = state.precision.compute, config.rows_per_step, state.progress.micro_batch
     model.compile_blocks()
-    for size in {min(resolved.micro_batch, rows), rows % resolved.micro_batch} - {0}:
+    for size in {min(at_once, rows), rows % at_once} - {0}:
         ids = torch.zeros(size, config.data.context, dtype=torch.int64, device=model.head.device)
         model.hidden(ids).sum().backward()  # type: ignore[no-untyped-call]
     state.precision.drop_gradients()
-    listener.note(f"compiled in {time.perf_counter() - started_at:.0f} s")
+    note(f"compiled in {time.perf_counter() - started_at:.0f} s")
 
 
 def set_aside_later(folder: Path, step: int | None, listener: Listener) -> None:
@@ -166,7 +171,7 @@ def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime) 
     precision = Precision(model, resolved.arithmetic)
     optimizer = Optimizer(model, config.optim, precision.copies)
     state = TrainState(precision, optimizer, Guard(config.guard, runtime.device))
-    state.begin(config)
+    state.begin(config, resolved.micro_batch)
     return state
 
 
@@ -175,7 +180,8 @@ def info(run: Run, state: TrainState) -> RunInfo:
     config, resolved = run.config, run.resolved
     train, stream, step = config.train, run.dataset.train, state.progress.step
     count = sizes.parameters(config.model)
-    rows, accumulation = run.loader.rows, math.ceil(config.rows_per_step / resolved.micro_batch)
+    rows, at_once = run.loader.rows, state.progress.micro_batch
+    accumulation = math.ceil(config.rows_per_step / at_once)
     epochs = train.total_steps * config.rows_per_step / rows.total
     unigram_nats, unigram_bits = unigram_entropy(
         stream, run.dataset.tokenizer.byte_lengths, run.dataset.tokenizer.special_ids
@@ -188,7 +194,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"unigram entropy of the corpus: {unigram_nats:.4f} nats/token, {unigram_bits:.4f} bits/byte",
         f"plan: {train.total_steps:,} steps x {train.tokens_per_step:,} tokens = "
         f"{train.total_steps * train.tokens_per_step:,} tokens, {epochs:.2f} epochs",
-        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {resolved.micro_batch}; "
+        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once}; "
         f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",
         f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
         f"{run.runtime.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",

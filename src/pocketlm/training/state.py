@@ -31,7 +31,7 @@ from pocketlm.training.precision import Precision
 from pocketlm.training.progress import Mark, Natural, Progress
 from pocketlm.training.resolve import Resolved
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Scalars(Progress):
@@ -97,14 +97,14 @@ class TrainState:
             {name: tuple(tensor.shape) for name, tensor in self.tensors().items()},
         )
 
-    def begin(self, config: Config) -> None:
-        """As before the first step: a function of the configuration."""
+    def begin(self, config: Config, micro_batch: int) -> None:
+        """As before the first step: a function of the configuration, and of the rows at once."""
         seed_global_generators(config.train.seed)
         init_weights(self.precision.model, config.init, config.train.seed)
         self.precision.refresh()
         self.optimizer.reset()
         self.guard.reset()
-        self.progress, self.saved = Progress(), None
+        self.progress, self.saved = Progress(micro_batch=micro_batch), None
 
     @torch.no_grad()
     def load(self, restored: Restored) -> None:

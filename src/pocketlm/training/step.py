@@ -10,18 +10,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from pocketlm import distributed
 from pocketlm.config import Config
-from pocketlm.data.loader import Loader
+from pocketlm.errors import one_line
 from pocketlm.model.loss import linear_cross_entropy
 from pocketlm.optim.clip import clip_coefficient, global_norm
 from pocketlm.optim.schedule import factor
 from pocketlm.training.guard import APPLIED
+from pocketlm.training.micro_batch import OutOfMemory, is_out_of_memory
 from pocketlm.training.progress import Progress
 from pocketlm.training.state import TrainState
+
+
+class Rows(Protocol):
+    """Where a step's tokens come from: the run's `Loader`, or invented ones where only the time is of interest."""
+
+    def read(self, position: int, count: int) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -40,14 +49,62 @@ class Outcome:
 
 
 def train_step(
-    state: TrainState, loader: Loader, config: Config, micro_batch: int, check: Callable[[], None] = lambda: None
+    state: TrainState, loader: Rows, config: Config, micro_batch: int, check: Callable[[], None] = lambda: None
 ) -> Outcome:
     """One optimizer step; advances the state, also where the guard's verdict is to leave weights and moments alone.
 
     Args:
         check: called before each micro-batch; if it raises, nothing was advanced.
+
+    Raises:
+        OutOfMemory: so many rows at once do not fit; nothing was advanced, and no gradient is left.
     """
     started_at = time.perf_counter()
+    rows = config.rows_per_step
+    loss = _gradients_or_nothing(state, loader, config, micro_batch, check)
+    gradients = state.precision.gradients()
+    norm = global_norm(gradients.values())
+    verdict = state.guard.verdict(loss, norm)
+    now, total = state.progress, config.train.total_steps
+    state.optimizer.step(
+        gradients,
+        factor(config.schedule, now.step, total),
+        now.step,
+        total,
+        clip=clip_coefficient(norm, config.optim.clip) if config.optim.clip else None,
+        skip=verdict != APPLIED,
+    )
+    del gradients
+    state.precision.drop_gradients()
+    now.step += 1
+    now.position += rows
+    now.tokens += rows * config.data.context
+    return Outcome(now.model_copy(), loss, norm, verdict, time.perf_counter() - started_at)
+
+
+def _gradients_or_nothing(
+    state: TrainState, loader: Rows, config: Config, micro_batch: int, check: Callable[[], None]
+) -> Tensor:
+    """As `_gradients`, but where memory runs out, here or on another rank, all of them are as before the step.
+
+    Only here can a step be done again: once the update has begun, weights and moments are no longer those before it.
+    """
+    loss, reason = None, "on another rank"
+    try:
+        loss = _gradients(state, loader, config, micro_batch, check)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = one_line(str(error))
+    if not distributed.all_agree(loss is not None):
+        state.precision.drop_gradients()
+        raise OutOfMemory(reason)
+    assert loss is not None
+    return loss
+
+
+def _gradients(state: TrainState, loader: Rows, config: Config, micro_batch: int, check: Callable[[], None]) -> Tensor:
+    """The sums of a step's gradients, as `precision.gradients()` gives them; returns the loss, () fp32."""
     model, rows = state.precision.compute, config.rows_per_step
     batch = loader.read(state.progress.position, rows).to(model.head.device)  # (rows, T + 1)
     scale = 1.0 / (rows * config.data.context)  # every target of the step weighs the same, whatever the micro-batch
@@ -70,21 +127,4 @@ def train_step(
         if len(parts) > 1:
             state.precision.collect_gradients()
         loss += part_loss.detach()
-
-    gradients = state.precision.gradients()
-    norm = global_norm(gradients.values())
-    verdict = state.guard.verdict(loss, norm)
-    now, total = state.progress, config.train.total_steps
-    state.optimizer.step(
-        gradients,
-        factor(config.schedule, now.step, total),
-        now.step,
-        total,
-        clip=clip_coefficient(norm, config.optim.clip) if config.optim.clip else None,
-        skip=verdict != APPLIED,
-    )
-    state.precision.drop_gradients()
-    now.step += 1
-    now.position += rows
-    now.tokens += rows * config.data.context
-    return Outcome(now.model_copy(), loss, norm, verdict, time.perf_counter() - started_at)
+    return loss

@@ -1,0 +1,72 @@
+"""Well-known GPUs by name, for plans of machines that are not here: dense bf16 rate, memory and its speed.
+
+From the makers' data sheets, without sparsity, products summed in fp32. What a training run reaches of the rate is
+assumed, and said: `ASSUMED_MFU`. A T4 has no bf16; its rate is that of fp32.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from pocketlm.config import Dtype
+from pocketlm.errors import UsageError
+
+ASSUMED_MFU = 0.35
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the data sheet says."""
+
+    name: str
+    flops: float
+    """FLOP/s of matrix products in `dtype`."""
+    bytes_per_s: float
+    memory_bytes: int
+    dtype: Dtype = "bf16"
+
+
+def _gpu(name: str, teraflops: float, gigabytes_per_s: float, gigabytes: int, dtype: Dtype = "bf16") -> Gpu:
+    return Gpu(name, teraflops * 1e12, gigabytes_per_s * 1e9, gigabytes * 10**9, dtype)
+
+
+GPUS = (
+    _gpu("H200", 989, 4800, 141),
+    _gpu("H100", 989, 3350, 80),
+    _gpu("A100-80GB", 312, 2039, 80),
+    _gpu("A100-40GB", 312, 1555, 40),
+    _gpu("L40S", 362, 864, 48),
+    _gpu("L4", 121, 300, 24),
+    _gpu("A10G", 70, 600, 24),
+    _gpu("T4", 8.1, 320, 16, "fp32"),
+    _gpu("RTX-5090", 209.5, 1792, 32),
+    _gpu("RTX-4090", 165.2, 1008, 24),
+    _gpu("RTX-3090", 71, 936, 24),
+)
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU by its name, whatever its case, hyphens and spaces; `A100` is the smaller one.
+
+    Raises:
+        UsageError: it is not in the table.
+    """
+    known = {_key(gpu.name): gpu for gpu in GPUS} | {"a100": next(gpu for gpu in GPUS if gpu.name == "A100-40GB")}
+    if gpu := known.get(_key(name)):
+        return gpu
+    near = difflib.get_close_matches(_key(name), known, n=1)
+    hint = f"; did you mean {known[near[0]].name}?" if near else ""
+    raise UsageError(f"no device {name!r} in the table{hint}; devices: {', '.join(gpu.name for gpu in GPUS)}")
+
+
+def rate_by_name(device_name: str) -> float | None:
+    """The data sheet's FLOP/s of a GPU that calls itself `NVIDIA H100 80GB HBM3`; None for an unknown one."""
+    words = _key(device_name)
+    longest_first = sorted(GPUS, key=lambda gpu: -len(gpu.name))
+    matches = [gpu for gpu in longest_first if _key(gpu.name.removesuffix("-80GB").removesuffix("-40GB")) in words]
+    return matches[0].flops if matches else None
+
+
+def _key(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())

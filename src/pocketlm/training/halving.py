@@ -1,0 +1,54 @@
+"""When memory runs out in the middle of a run: the step is done again from its beginning, with half as many rows at
+once, and so is every step from there on. The new size is part of the run's progress, and of each checkpoint after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from pocketlm.errors import ConfigError, one_line
+from pocketlm.training.boundary import record
+from pocketlm.training.micro_batch import OutOfMemory, is_out_of_memory
+from pocketlm.training.run import Run
+from pocketlm.training.state import TrainState
+from pocketlm.training.step import Outcome, train_step
+
+
+def step_that_fits(run: Run, state: TrainState, check: Callable[[], None]) -> Outcome:
+    """A step, with as many rows at once as memory allows.
+
+    Raises:
+        ConfigError: one row at once is too much, or the update itself; what was saved before stands.
+    """
+    while True:
+        try:
+            return train_step(state, run.loader, run.config, state.progress.micro_batch, check)
+        except OutOfMemory as error:
+            reason = str(error)
+        except (RuntimeError, MemoryError) as error:  # in the update: what it has changed cannot be done again
+            if not is_out_of_memory(error):
+                raise
+            raise ConfigError(_line(run, state, "the update", one_line(str(error)))) from None
+        # Outside of the `except`: the error would keep the step's tensors alive.
+        _halve(run, state, reason)
+
+
+def _line(run: Run, state: TrainState, what: str, reason: str) -> str:
+    return (
+        f"step {state.progress.step + 1}: {what} does not fit into memory ({reason}); what was saved before stands: "
+        f"make room and run the same command again, or give a new --out with --train.gradient-checkpointing true, "
+        f"a --data.context below {run.config.data.context} or a smaller preset"
+    )
+
+
+def _halve(run: Run, state: TrainState, reason: str) -> None:
+    now = state.progress
+    if now.micro_batch == 1:
+        raise ConfigError(_line(run, state, "one row at once", reason))
+    if run.runtime.device.type == "cuda":
+        torch.cuda.empty_cache()  # what is cached in blocks of the old sizes
+    before, now.micro_batch = now.micro_batch, now.micro_batch // 2
+    what = {"kind": "micro_batch", "step": now.step, "micro_batch": now.micro_batch, "before": before}
+    record(run, what | {"reason": reason})

@@ -1,0 +1,133 @@
+"""How many rows go through the model at once: chosen by memory and speed, and halved when memory runs out all the same.
+
+The tokens of a step stay; fewer rows at once only change the rounding of a sum. Closed-form memory (`model/sizes.py`)
+against what is available bounds the choice. Within the bound a GPU takes all that fits. A CPU gains nothing above some
+thousand tokens at once, so it takes the fewest that reach full speed, and leaves the memory to others.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pocketlm.config import Config, Dtype
+from pocketlm.errors import ConfigError
+from pocketlm.model import sizes
+from pocketlm.training.memory import available_bytes
+
+FULL_SPEED_TOKENS = 4096
+"""At once on a CPU: within 2 % of the best tokens/s for every preset, while half of it is not (docs/plan.md)."""
+USABLE = {"cpu": 0.85, "cuda": 0.92}
+"""Share of what is available that the closed form may fill: it is an estimate, and others live on the machine."""
+
+
+class OutOfMemory(Exception):
+    """A step's micro-batch did not fit: nothing was advanced and no gradient is left."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: on a GPU, in PyTorch's CPU allocator, or in Python."""
+    refused = isinstance(error, RuntimeError) and "you tried to allocate" in str(error)
+    return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def choose(config: Config, device: torch.device, dtype: Dtype) -> tuple[int, str]:
+    """Rows at once, and why so many.
+
+    Raises:
+        ConfigError: not even one row fits, or not as many as were asked for.
+    """
+    return chosen(config, device.type, dtype, available_bytes(device))
+
+
+def chosen(config: Config, device: str, dtype: Dtype, available: int) -> tuple[int, str]:
+    """The same as a function of what is available, in bytes."""
+    rows, given = config.rows_per_step, config.train.micro_batch
+    if given != "auto":
+        return _as_given(config, min(given, rows), dtype, available, device), "as given"
+    fits = largest_that_fits(config, dtype, int(available * USABLE[device]), device)
+    if fits == 0 and not largest_that_fits(config, dtype, available, device):
+        raise ConfigError(refusal(config, 1, dtype, available, device))
+    wanted = rows if device == "cuda" else max(1, FULL_SPEED_TOKENS // config.data.context)
+    micro_batch = evenly(rows, max(1, min(rows, wanted, fits)))
+    bounded = f", all that fits in {_gb(available)}" if fits < min(rows, wanted) else ""
+    tokens = micro_batch * config.data.context
+    return micro_batch, f"{tokens} tokens at once, of {config.train.tokens_per_step} a step{bounded}"
+
+
+def warning(config: Config, micro_batch: int, dtype: Dtype, device: torch.device) -> str | None:
+    """What to say of a run that goes on with the rows it had, where there is less memory than they need."""
+    available = available_bytes(device)
+    if (total := needs(config, micro_batch, dtype, device.type).total) <= available:
+        return None
+    return (
+        f"this run goes on with {micro_batch} row(s) at once, which need about {_gb(total)}; "
+        f"{_gb(available)} are free: it may be killed"
+    )
+
+
+def _as_given(config: Config, micro_batch: int, dtype: Dtype, available: int, device: str) -> int:
+    if needs(config, micro_batch, dtype, device).total > available:
+        raise ConfigError(refusal(config, micro_batch, dtype, available, device))
+    return micro_batch
+
+
+def needs(config: Config, micro_batch: int, dtype: Dtype, device: str) -> sizes.TrainingMemory:
+    """Bytes on a device of this type. A CPU may fold its attention, and then keeps probabilities."""
+    return sizes.training_memory(config, micro_batch, dtype, folded=device == "cpu", snapshot=device == "cpu")
+
+
+def largest_that_fits(config: Config, dtype: Dtype, room: int, device: str) -> int:
+    """The most rows, of a step's, whose training takes no more than `room` bytes; 0 if one takes more."""
+    low, high = 0, config.rows_per_step
+    while low < high:  # memory grows with the rows: bisection
+        middle = (low + high + 1) // 2
+        if needs(config, middle, dtype, device).total <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def evenly(rows: int, most: int) -> int:
+    """At most `most` at once, in turns as even as they can be: 62 rows, 40 at most, are 31 and 31.
+
+    All turns alike are worth up to a quarter more turns: another shape is compiled anew, and computes otherwise.
+    """
+    fewest_turns = math.ceil(rows / math.ceil(rows / most))
+    divisor = max(size for size in range(1, most + 1) if rows % size == 0)
+    return divisor if 4 * divisor >= 3 * fewest_turns else fewest_turns
+
+
+def refusal(config: Config, micro_batch: int, dtype: Dtype, available: int, device: str) -> str:
+    """One line: what it needs, what there is, and what would help."""
+    memory = needs(config, micro_batch, dtype, device)
+    kept = memory.per_parameter
+    what = (
+        f"{config.name} needs about {_gb(memory.total)} to train with {micro_batch} row(s) of {config.data.context} at "
+        f"once ({_gb(kept)} for the parameters, {_gb(memory.total - kept)} for the rows), {_gb(available)} are free"
+    )
+    if fits := largest_that_fits(config, dtype, available, device):
+        return f"{what}; add --train.micro-batch {min(fits, micro_batch - 1)}, or leave it to auto"
+    return f"{what}; {_advice(config, dtype, available, device)}"
+
+
+def _advice(config: Config, dtype: Dtype, available: int, device: str) -> str:
+    """What makes a row smaller, as far as it would; else a smaller model."""
+
+    def fits(changed: Config) -> bool:
+        return needs(changed, 1, dtype, device).total <= available
+
+    train, data, rows = config.train, config.data, config.rows_per_step
+    recomputed = train.model_copy(update={"gradient_checkpointing": True})
+    if fits(config.model_copy(update={"train": recomputed})):
+        return "add --train.gradient-checkpointing true"
+    for context in (data.context // 2, data.context // 4):
+        if context and fits(config.model_copy(update={"data": data.model_copy(update={"context": context})})):
+            return f"add --data.context {context} --train.tokens-per-step {rows * context}"
+    return "take a smaller preset, or a machine with more memory"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"

@@ -1,0 +1,394 @@
+"""What a run will take, before it is begun: closed forms for what can be counted, a probe for what must be measured.
+
+counted    parameters, FLOPs, tokens, bytes of memory and of checkpoints, how often is evaluated and saved
+measured   seconds of a step, of an evaluated token, of a hashed byte: on this machine, or assumed for another
+left out   preparing the data, samples, and what is not known without the data: said in `left_out`
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from pocketlm import checkpoint, distributed
+from pocketlm.config import Config, Dtype
+from pocketlm.data.prepare import find_prepared
+from pocketlm.data.shards import Dataset, open_dataset
+from pocketlm.errors import PocketError
+from pocketlm.model import sizes
+from pocketlm.model.transformer import Transformer
+from pocketlm.optim.optimizer import Optimizer
+from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
+from pocketlm.training.gpus import ASSUMED_MFU, Gpu
+from pocketlm.training.guard import Guard
+from pocketlm.training.memory import available_bytes
+from pocketlm.training.micro_batch import chosen, evenly
+from pocketlm.training.probe import Hear, Probed, device_name, probe
+from pocketlm.training.resolve import Resolved, resolve
+from pocketlm.training.state import SCHEMA, Scalars, random_states
+
+PROBE_S = 12.0
+PROBE_STEPS = 8
+LONGEST_S = 4.0
+"""Of what goes through the model at once in the probe: more is tried with fewer rows, a longer row with a shorter."""
+SHORTEST_CONTEXT = 64
+KERNELS_BYTES = 100 << 20
+"""What a CPU's libraries take once they have computed: code and buffers, as measured."""
+HASHED_PER_SAVE = 1
+"""Times that a checkpoint's bytes go through SHA-256, beside the training, whose time it takes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does, counted."""
+
+    steps: int
+    tokens: int
+    flops: int
+    evaluations: int
+    evaluated_tokens: int | None
+    """Of each evaluation; None where the data are not known."""
+    checkpoints: int
+    """Written in all."""
+    kept: int
+    """On the disk at the end."""
+
+
+def work_of(config: Config, dataset: Dataset | None) -> Work:
+    """Counts it."""
+    train = config.train
+    tokens = train.total_steps * train.tokens_per_step
+    saved = _times(train.total_steps, train.checkpoint_every) + 1  # the beginning is a checkpoint
+    held_out = dataset.val.num_tokens - 1 if dataset else None
+    if train.eval_tokens:
+        held_out = min(train.eval_tokens, held_out or train.eval_tokens)
+    return Work(
+        steps=train.total_steps,
+        tokens=tokens,
+        flops=tokens * sizes.flops_per_token(config.model, config.data.context),
+        evaluations=_times(train.total_steps, train.eval_every),
+        evaluated_tokens=held_out,
+        checkpoints=saved,
+        kept=min(saved, train.keep_last + train.keep_best),
+    )
+
+
+def _times(steps: int, every: int) -> int:
+    """How often something is due: every so many steps (0: never), and after the last."""
+    return (steps // every + (steps % every > 0)) if every else 1
+
+
+def checkpoint_bytes(config: Config, tokenizer: Tokenizer, resolved: Resolved) -> int:
+    """What one checkpoint takes of the disk, in whole blocks: from the shapes alone, no tensor is made."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    optimizer, guard = Optimizer(model, config.optim), Guard(config.guard, torch.device("meta"))
+    scalars = Scalars(
+        schema=SCHEMA,
+        updates=config.train.total_steps,
+        regular=True,
+        records=2 * config.train.total_steps,
+        journal_sha256="0" * 64,
+        random=random_states(),
+        versions=distributed.versions(),
+        data_fingerprint="0" * 64,
+        resolved=resolved,
+        step=config.train.total_steps,
+    )
+    return checkpoint.size_bytes(
+        checkpoint.Snapshot(
+            step=config.train.total_steps,
+            model=config.model,
+            sample=config.sample,
+            tokenizer=tokenizer,
+            weights=dict(model.named_parameters()),
+            optimizer=optimizer.tensors() | guard.tensors(),
+            config_toml=config.to_toml(),
+            state=scalars.model_dump(by_alias=True),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of a run, from the command to its end."""
+
+    start_up: float
+    steps: float
+    evaluations: float
+    checkpoints: float
+
+    @property
+    def total(self) -> float:
+        return self.start_up + self.steps + self.evaluations + self.checkpoints
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of the device that computes."""
+
+    by_part: sizes.TrainingMemory
+    process_bytes: int
+    """What the process takes beside it; 0 on a GPU."""
+    available_bytes: int
+    peak_bytes: int
+    """The most that the run will hold: the probe's, or the closed form's."""
+    by_micro_batch: list[tuple[int, int]]
+    """(rows at once, bytes in closed form, the process included)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `pocketlm plan` says."""
+
+    config: Config
+    work: Work
+    device: str
+    dtype: Dtype
+    threads: int | None
+    micro_batch: int
+    peak_flops: float
+    step_s: float
+    seconds: Seconds
+    memory: Memory
+    checkpoint_bytes: int
+    data_bytes: int | None
+    joules: float | None
+    assumed_mfu: float | None
+    """What an estimate rests on; None where it was measured."""
+    left_out: list[str]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.config.train.tokens_per_step / self.step_s
+
+    @property
+    def mfu(self) -> float:
+        return self.tokens_per_s * sizes.flops_per_token(self.config.model, self.config.data.context) / self.peak_flops
+
+    def tree(self) -> dict[str, Any]:
+        """Plain numbers: bytes, seconds, tokens, FLOPs, joules."""
+        config, count, memory = self.config, sizes.parameters(self.config.model), self.memory
+        return {
+            "name": config.name,
+            "device": self.device,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "peak_flops": self.peak_flops,
+            "assumed_mfu": self.assumed_mfu,
+            "parameters": count.total,
+            "non_embedding_parameters": count.non_embedding,
+            "flops_per_token": sizes.flops_per_token(config.model, config.data.context),
+            **asdict(self.work),
+            "context": config.data.context,
+            "tokens_per_step": config.train.tokens_per_step,
+            "micro_batch": self.micro_batch,
+            "step_s": self.step_s,
+            "tokens_per_s": self.tokens_per_s,
+            "mfu": self.mfu,
+            "time_s": asdict(self.seconds) | {"total": self.seconds.total},
+            "memory_bytes": {
+                "peak": memory.peak_bytes,
+                "available": memory.available_bytes,
+                "process": memory.process_bytes,
+                "by_part": asdict(memory.by_part) | {"total": memory.by_part.total},
+                "by_micro_batch": [{"micro_batch": rows, "bytes": size} for rows, size in memory.by_micro_batch],
+            },
+            "disk_bytes": {
+                "checkpoint": self.checkpoint_bytes,
+                "checkpoints": self.checkpoint_bytes * self.work.kept,
+                "data": self.data_bytes,
+            },
+            "energy_j": self.joules,
+            "left_out": self.left_out,
+        }
+
+
+def plan_here(config: Config, hear: Hear) -> Plan:
+    """A plan for this machine, probed; seconds.
+
+    Raises:
+        ConfigError: it does not fit into this machine's memory.
+    """
+    runtime = distributed.start(config.train)
+    available = available_bytes(runtime.device)
+    dataset, left_out = _dataset(config)
+    hear("measuring what this machine does")
+    resolved = resolve(config, runtime)
+    work = work_of(config, dataset)
+    process = psutil.Process().memory_info().rss
+    begun_s = time.time() - psutil.Process().create_time()
+    trial = _try(config, resolved, runtime, hear)
+    probed = trial.probed
+    on_cpu = runtime.device.type == "cpu"
+    beside = process + KERNELS_BYTES if on_cpu else 0
+    folded = resolved.attention == "folded"
+    memory = _memory(config, resolved.dtype, trial.micro_batch, available, beside, folded=folded, on_cpu=on_cpu)
+    if trial.is_whole:
+        # the probe saves nothing; shards are mapped, and count as taken once they were read
+        beside_steps = memory.by_part.snapshot + (_data_bytes(dataset) or 0) if on_cpu else 0
+        memory = replace(memory, peak_bytes=probed.peak_bytes + beside_steps)
+    size = checkpoint_bytes(config, _tokenizer(dataset, left_out), resolved)
+    step_s = probed.step_s * trial.factor * config.train.tokens_per_step / probed.step_tokens
+    evaluation_s = (probed.evaluation_s_per_token or 0) * trial.factor
+    seconds = Seconds(
+        start_up=begun_s + probed.state_s + probed.extra_first_s,
+        steps=work.steps * step_s,
+        evaluations=work.evaluations * (work.evaluated_tokens or 0) * evaluation_s,
+        checkpoints=work.checkpoints * HASHED_PER_SAVE * size * _hash_s_per_byte(),
+    )
+    watts = probed.joules / probed.metered_s if probed.joules and on_cpu else None
+    return Plan(
+        config=config,
+        work=work,
+        device=device_name(runtime.device),
+        dtype=resolved.dtype,
+        threads=resolved.threads,
+        micro_batch=trial.micro_batch,
+        peak_flops=resolved.peak_flops,
+        step_s=step_s,
+        seconds=seconds,
+        memory=memory,
+        checkpoint_bytes=size,
+        data_bytes=_data_bytes(dataset),
+        joules=watts * seconds.total if watts else None,
+        assumed_mfu=None,
+        left_out=left_out,
+    )
+
+
+def plan_for(config: Config, gpu: Gpu) -> Plan:
+    """A plan for a GPU that is not here: closed forms, and a share of its rate that is assumed.
+
+    Raises:
+        ConfigError: it does not fit into the GPU's memory.
+    """
+    dtype = gpu.dtype if config.train.dtype == "auto" or gpu.dtype == "fp32" else config.train.dtype
+    micro_batch, _ = chosen(config, "cuda", dtype, gpu.memory_bytes)
+    dataset, left_out = _dataset(config)
+    work = work_of(config, dataset)
+    rate = gpu.flops if dtype == gpu.dtype else gpu.flops / 2  # fp32 in TF32
+    per_token = sizes.flops_per_token(config.model, config.data.context)
+    moved = 30 * sizes.parameters(config.model).total  # an update reads and writes weights, moments, sums and the copy
+    step_s = config.train.tokens_per_step * per_token / (ASSUMED_MFU * rate) + moved / gpu.bytes_per_s
+    resolved = Resolved(
+        dtype=dtype,
+        attention="sdpa",
+        fp32_matmul="highest",
+        compile=config.train.compile != "off",
+        micro_batch=micro_batch,
+        threads=1,
+        device="cuda",
+        determinism="same-data",
+        peak_flops=rate,
+        reasons={},
+    )
+    evaluated = work.evaluations * (work.evaluated_tokens or 0) * per_token / 3
+    left_out += ["start-up", "checkpoints: they depend on the disk"]
+    return Plan(
+        config=config,
+        work=work,
+        device=gpu.name,
+        dtype=dtype,
+        threads=None,
+        micro_batch=micro_batch,
+        peak_flops=rate,
+        step_s=step_s,
+        seconds=Seconds(0.0, work.steps * step_s, evaluated / (ASSUMED_MFU * rate), 0.0),
+        memory=_memory(config, dtype, micro_batch, gpu.memory_bytes, 0, folded=False, on_cpu=False),
+        checkpoint_bytes=checkpoint_bytes(config, _tokenizer(dataset, left_out), resolved),
+        data_bytes=_data_bytes(dataset),
+        joules=None,
+        assumed_mfu=ASSUMED_MFU,
+        left_out=left_out,
+    )
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A probe, and what it stands for."""
+
+    probed: Probed
+    micro_batch: int
+    """Of the run."""
+    factor: float
+    """Seconds of a token of the run, in those of a token of the probe."""
+    is_whole: bool
+    """Whether as much went through the model at once as will in the run: then its memory is the run's."""
+
+
+def _try(config: Config, resolved: Resolved, runtime: distributed.Runtime, hear: Hear) -> _Trial:
+    """Probes the run's own steps; where they would take too long, with fewer rows at once, or shorter ones.
+
+    The seconds of shorter rows are scaled by their FLOPs: a little too low, for the attention of a long row is slower
+    than its products.
+    """
+    context = config.data.context
+    while _row_s(config, context, resolved) > LONGEST_S and context > SHORTEST_CONTEXT:
+        context //= 2
+    at_once = min(resolved.micro_batch, max(1, int(LONGEST_S / _row_s(config, context, resolved))))
+    if context < config.data.context:
+        hear(f"rows of {context} tokens instead of {config.data.context}, for a whole one would take too long")
+    train = config.train.model_copy(update={"tokens_per_step": config.rows_per_step * context})
+    data = config.data.model_copy(update={"context": context})
+    short, fewer = config.model_copy(update={"data": data, "train": train}), {"micro_batch": at_once}
+    probed = probe(short, resolved.model_copy(update=fewer), runtime, seconds=PROBE_S, steps=PROBE_STEPS, hear=hear)
+    whole, tried = (sizes.flops_per_token(config.model, length) for length in (config.data.context, context))
+    halved = probed.micro_batch < at_once  # memory ran out: it will in the run
+    micro_batch = probed.micro_batch if halved else resolved.micro_batch
+    is_whole = context == config.data.context and probed.micro_batch == micro_batch
+    return _Trial(probed, micro_batch, whole / tried, is_whole)
+
+
+def _row_s(config: Config, context: int, resolved: Resolved) -> float:
+    """About how long one row takes."""
+    return context * sizes.flops_per_token(config.model, context) / (ASSUMED_MFU * resolved.peak_flops)
+
+
+def _memory(
+    config: Config, dtype: Dtype, micro_batch: int, available: int, process: int, *, folded: bool, on_cpu: bool
+) -> Memory:
+    def needs(rows: int) -> sizes.TrainingMemory:
+        return sizes.training_memory(config, rows, dtype, folded=folded, snapshot=on_cpu)
+
+    rows = config.rows_per_step
+    shown = sorted({1, micro_batch, rows, *(evenly(rows, 1 << power) for power in range(0, rows.bit_length(), 2))})
+    by_micro_batch = [(each, process + needs(each).total) for each in shown]
+    return Memory(needs(micro_batch), process, available, process + needs(micro_batch).total, by_micro_batch)
+
+
+def _dataset(config: Config) -> tuple[Dataset | None, list[str]]:
+    """The prepared data where they are, and what is not known without them."""
+    try:
+        path = find_prepared(config.data)
+        if path is not None:
+            return open_dataset(path), ["samples"]
+        why = "the data are not prepared yet"
+    except PocketError as error:
+        why = str(error)
+    unknown = [] if config.train.eval_tokens else [f"evaluations: {why}"]
+    return None, ["preparing the data", "samples", *unknown]
+
+
+def _tokenizer(dataset: Dataset | None, left_out: list[str]) -> Tokenizer:
+    """That of the data; without them one whose file is as good as nothing."""
+    if dataset:
+        return dataset.tokenizer
+    left_out.append("the tokenizer's file in each checkpoint")
+    return load_tokenizer("byte")
+
+
+def _data_bytes(dataset: Dataset | None) -> int | None:
+    return sum(int(entry["bytes"]) for entry in dataset.files.values()) if dataset else None
+
+
+def _hash_s_per_byte() -> float:
+    data = bytes(16 << 20)
+    began_at = time.perf_counter()
+    hashlib.sha256(data)
+    return (time.perf_counter() - began_at) / len(data)

@@ -1,0 +1,224 @@
+"""Memory that runs out in the middle of a run: the step is done again with half as many rows at once.
+
+The errors are injected: in a forward pass, in a backward pass, between the micro-batches of one step. Each step is two
+micro-batches of 16 rows until then. A step that was done again must leave no trace of the attempt: so a run that ran
+out of memory in its first step must equal, bit for bit, one that was given the smaller size from the start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pocketlm import checkpoint, distributed
+from pocketlm.cli.main import main
+from pocketlm.config import Config
+from pocketlm.files import Journal
+from pocketlm.model.loss import linear_cross_entropy
+from pocketlm.training import resolve
+from pocketlm.training import step as step_file
+from pocketlm.training.loop import train
+
+ROWS, CONTEXT, STEPS = 32, 32, 100
+FIELDS = {
+    "train.total_steps": STEPS,
+    "train.tokens_per_step": ROWS * CONTEXT,
+    "train.micro_batch": 16,
+    "train.eval_every": 0,
+    "train.checkpoint_every": 20,
+    "train.keep_last": 10,
+    "sample.prompts": [],
+}
+MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB."
+Loss = Callable[..., Tensor]
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as nearly as that goes inside one process."""
+
+
+class _FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError(MESSAGE)
+
+
+class Faults:
+    """Stands for the loss function, and fails in chosen calls: {number of the call: what happens}."""
+
+    def __init__(self, faults: dict[int, str]) -> None:
+        self.faults, self.calls = faults, 0
+        self.rows: list[int] = []
+        """Of each call."""
+
+    def __call__(self, hidden: Tensor, *rest: Any, **options: Any) -> Tensor:
+        fault, self.calls = self.faults.get(self.calls), self.calls + 1
+        self.rows.append(len(hidden) // CONTEXT)
+        if fault == "forward":
+            raise torch.OutOfMemoryError(MESSAGE)
+        if fault == "cpu":
+            torch.empty(1 << 60, dtype=torch.uint8)
+        if fault == "bug":
+            raise RuntimeError("shapes cannot be multiplied")
+        if fault == "kill":
+            raise Killed
+        loss = linear_cross_entropy(hidden, *rest, **options)
+        return _FailingBackward.apply(loss) if fault == "backward" else loss  # type: ignore[no-untyped-call,no-any-return]
+
+
+@pytest.fixture
+def run_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Path, Faults]]:
+    """Trains in `name` with faults, or goes on there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resolve, "matmul_rate", lambda config, device, dtype: 1e9)
+
+    def run(name: str, faults: dict[int, str] | None = None, **fields: Any) -> tuple[Path, Faults]:
+        loss = Faults(faults or {})
+        monkeypatch.setattr(step_file, "linear_cross_entropy", loss)
+        return train(Config.preset("debug", FIELDS | fields), out=Path(name)), loss
+
+    return run
+
+
+def losses(run: Path) -> list[float]:
+    records = [record for record in Journal.read(run / "metrics.jsonl") if record["kind"] == "train"]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [record["loss"] for record in records]
+
+
+def halvings(run: Path) -> list[dict[str, Any]]:
+    return [record for record in Journal.read(run / "metrics.jsonl") if record["kind"] == "micro_batch"]
+
+
+def newest(run: Path) -> Path:
+    return checkpoint.list_checkpoints(run)[-1]
+
+
+def weights_and_moments(run: Path) -> dict[str, bytes]:
+    return {name: (newest(run) / name).read_bytes() for name in (checkpoint.WEIGHTS, checkpoint.OPTIMIZER)}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("call", [0, 1], ids=["first micro-batch", "second micro-batch"])
+@pytest.mark.parametrize("where", ["forward", "backward", "cpu"])
+def test_nothing_of_the_attempt_is_left(where: str, call: int, dtype: str, run_with: Any) -> None:
+    fields = {"train.total_steps": 6, "train.dtype": dtype}
+    disturbed, faults = run_with("disturbed", {call: where}, **fields)
+    smaller, _ = run_with("smaller", **fields, **{"train.micro_batch": 8})
+    assert faults.rows == [16] * (call + 1) + [8] * 4 * 6
+    assert losses(disturbed) == losses(smaller)
+    assert weights_and_moments(disturbed) == weights_and_moments(smaller)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_curve_stays(dtype: str, where: str, run_with: Any) -> None:
+    fields = {"train.dtype": dtype, "optim.lr": 2e-3}  # the preset's rate of 1e-2 multiplies bf16's rounding tenfold
+    whole, _ = run_with("whole", **fields)
+    at = 2 * 10 + 1  # the second micro-batch of step 11
+    again = at + 1 + 4 * 30 + 2  # then of size 8: the third of step 41
+    disturbed, faults = run_with("disturbed", {at: where, again: where}, **fields)
+    assert set(faults.rows) == {16, 8, 4}
+    assert [(r["step"], r["before"], r["micro_batch"]) for r in halvings(disturbed)] == [(10, 16, 8), (40, 8, 4)]
+    assert MESSAGE in halvings(disturbed)[0]["reason"]
+    ours, theirs = losses(disturbed), losses(whole)
+    assert len(ours) == STEPS
+    assert ours[:10] == theirs[:10]
+    assert ours != theirs
+    assert max(abs(mine - yours) for mine, yours in zip(ours, theirs, strict=True)) < 1e-3
+    assert theirs[-1] < theirs[0] - 1, "nothing was learned: close losses would mean little"
+
+
+def test_a_resume_keeps_the_smaller_size(run_with: Any) -> None:
+    at = 2 * 24
+    whole, _ = run_with("whole", {at: "forward"})
+    killed_at = at + 1 + 4 * 30  # in step 55
+    with pytest.raises(Killed):
+        run_with("killed", {at: "forward", killed_at: "kill"})
+    run, faults = run_with("killed")
+    assert faults.rows == [8] * 4 * (STEPS - 40), "it goes on from step 40, with the size of step 40"
+    assert losses(run) == losses(whole)
+    assert len(halvings(run)) == 1
+    assert checkpoint.state_hash(newest(run)) == checkpoint.state_hash(newest(whole))
+    state = checkpoint.read_state(newest(run))
+    assert (state["micro_batch"], state["resolved"]["micro_batch"]) == (8, 16)
+
+
+def test_a_run_that_goes_back_keeps_the_smaller_size(run_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = 2 * 24
+
+    class Broken(Faults):
+        def __call__(self, *rest: Any, **options: Any) -> Tensor:
+            loss = super().__call__(*rest, **options)
+            return loss * math.nan if 61 <= self.calls < 72 else loss
+
+    monkeypatch.setattr("test_out_of_memory.Faults", Broken)
+    run, faults = run_with("run", {at: "forward"}, **{"guard.max_skips": 0})
+    kinds = [record["kind"] for record in Journal.read(run / "metrics.jsonl")]
+    assert "rollback" in kinds
+    assert 16 not in faults.rows[at + 1 :]
+
+
+def test_at_one_row_it_ends_and_what_was_saved_stands(
+    run_with: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = 2 * 25
+    monkeypatch.setattr(step_file, "linear_cross_entropy", Faults({call: "forward" for call in range(first, 999)}))
+    words = ["train", "debug", "--out", "run", "--sample.prompts", "[]"]
+    flags = {name: value for name, value in FIELDS.items() if name != "sample.prompts"}
+    words += [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("pocketlm: step 26: one row at once does not fit into memory (CUDA out of memory")
+    assert "what was saved before stands" in last
+    assert "8 rows at once instead of 16" in said
+    assert checkpoint.step_of(newest(Path("run"))) == 20
+    checkpoint.verify(newest(Path("run")))
+    run, _ = run_with("run")  # with room again
+    whole, _ = run_with("whole")
+    assert losses(run) == losses(whole)
+
+
+def test_other_errors_are_not_taken_for_it(run_with: Any) -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run_with("run", {3: "bug"})
+
+
+def test_the_update_is_never_done_twice(run_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    monkeypatch.setattr("pocketlm.optim.optimizer.Optimizer.step", full)
+    from pocketlm.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="step 1: the update does not fit into memory"):
+        run_with("run")
+    assert halvings(Path("run")) == []
+
+
+def test_where_another_rank_ran_out_all_of_them_halve(run_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[bool]()
+
+    def agree(mine: bool) -> bool:
+        asked.append(mine)
+        return mine and len(asked) != 3
+
+    fields = {"train.total_steps": 6}
+    smaller, _ = run_with("smaller", **fields)
+    monkeypatch.setattr(distributed, "all_agree", agree)
+    run, faults = run_with("run", **fields)
+    assert asked == [True] * 7, "every rank is asked in every step, before anything is advanced"
+    assert faults.rows == [16] * 6 + [8] * 16
+    assert [(record["step"], record["reason"]) for record in halvings(run)] == [(2, "on another rank")]
+    assert losses(run)[:2] == losses(smaller)[:2]

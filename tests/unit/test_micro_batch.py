@@ -1,0 +1,158 @@
+"""How many rows at once: by what is available, by speed, as given; and refused where nothing fits."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from pocketlm import checkpoint
+from pocketlm.config import Config
+from pocketlm.errors import ConfigError
+from pocketlm.model import sizes
+from pocketlm.training import micro_batch as file
+from pocketlm.training import resolve
+from pocketlm.training.log import Silent
+from pocketlm.training.loop import train
+from pocketlm.training.micro_batch import chosen, evenly, is_out_of_memory, largest_that_fits, needs
+from pocketlm.training.state import read_state
+
+PLENTY = 10**15
+
+
+def smallm(**fields: object) -> Config:
+    return Config.preset("smallm", {f"train.{name}": value for name, value in fields.items()})
+
+
+def test_a_cpu_takes_as_many_as_reach_full_speed() -> None:
+    assert chosen(smallm(), "cpu", "bf16", PLENTY)[0] == 16  # 4,096 tokens are 16 rows; 248 rows are 15.5 times 16
+    assert chosen(Config.preset("tiny"), "cpu", "bf16", PLENTY)[0] == 8, "a step has no more"
+    long = Config.preset("smollm2-135m", {"train.micro_batch": "auto"})
+    assert chosen(long, "cpu", "bf16", PLENTY)[0] == 2
+    longer = Config.preset(
+        "smollm2-135m",
+        {"train.micro_batch": "auto", "data.context": 8192, "model.max_position_embeddings": 8192},
+    )
+    assert chosen(longer, "cpu", "bf16", PLENTY)[0] == 1, "one row at least"
+
+
+def test_a_gpu_takes_all_that_fits() -> None:
+    config = smallm()
+    assert config.rows_per_step == 248
+    assert chosen(config, "cuda", "bf16", PLENTY)[0] == 248
+    half = int(sizes.training_memory(config, 150, "bf16").total / file.USABLE["cuda"]) + 1
+    rows, reason = chosen(config, "cuda", "bf16", half)
+    assert rows == 124, "150 would fit; two times 124 take as many turns as 150 and 98"
+    assert "all that fits" in reason
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "even"),
+    [(62, 40, 31), (62, 31, 31), (62, 62, 62), (62, 99, 62), (7, 3, 3), (5, 1, 1), (512, 37, 32), (248, 16, 16)],
+)
+def test_turns_are_even(rows: int, most: int, even: int) -> None:
+    assert evenly(rows, most) == even
+
+
+def test_what_fits_is_found_by_trying_every_size() -> None:
+    config = Config.preset("smallm", {"train.tokens_per_step": 20 * 256})
+    totals = [needs(config, rows, "fp32", "cpu").total for rows in range(1, 21)]
+    for room in (*totals, *(total - 1 for total in totals), 0):
+        want = len(list(itertools.takewhile(lambda total, room=room: total <= room, totals)))
+        assert largest_that_fits(config, "fp32", room, "cpu") == want
+
+
+def test_little_memory_bounds_a_cpu_too() -> None:
+    config = smallm()
+    room = int(needs(config, 5, "bf16", "cpu").total / file.USABLE["cpu"]) + 1
+    rows, reason = chosen(config, "cpu", "bf16", room)
+    assert rows == 4, "62 turns of 4, all alike, and not 49 of 5 and one of 3"
+    assert needs(config, rows, "bf16", "cpu").total <= room
+    assert f"all that fits in {room / 1e9:.1f} GB" in reason
+    assert f"{rows * 256} tokens at once, of 63488 a step" in reason
+
+
+def test_where_one_row_just_fits_it_is_taken() -> None:
+    config = smallm()
+    assert chosen(config, "cpu", "bf16", needs(config, 1, "bf16", "cpu").total)[0] == 1
+
+
+def test_where_one_row_does_not_fit_the_line_says_what_would_help() -> None:
+    config = Config.preset("smollm2-135m", {"train.micro_batch": "auto"})
+    one = needs(config, 1, "fp32", "cpu").total
+    recomputed = needs(Config.preset("smollm2-135m", {"train.gradient_checkpointing": True}), 1, "fp32", "cpu").total
+    assert recomputed < one - 10**9
+    with pytest.raises(ConfigError) as refused:
+        chosen(config, "cpu", "fp32", one - 1)
+    line = str(refused.value)
+    assert "\n" not in line
+    assert f"needs about {one / 1e9:.1f} GB to train with 1 row(s) of 2048 at once" in line
+    assert line.endswith("add --train.gradient-checkpointing true")
+    kept = 16 * 134_515_008
+    with pytest.raises(ConfigError, match=rf"{kept / 1e9:.1f} GB for the parameters.*take a smaller preset"):
+        chosen(config, "cpu", "fp32", 10**9)
+
+
+def test_a_shorter_context_helps_where_recomputing_is_on_already() -> None:
+    fields = {"train.gradient_checkpointing": True, "train.micro_batch": "auto", "train.loss_chunk": 4096}
+    config = Config.preset("smollm2-135m", fields)
+    shorter = Config.preset("smollm2-135m", fields | {"data.context": 1024})
+    room = needs(shorter, 1, "fp32", "cpu").total
+    with pytest.raises(ConfigError, match=r"add --data.context 1024 --train.tokens-per-step 16384$"):
+        chosen(config, "cpu", "fp32", room)
+
+
+def test_what_is_given_is_kept_or_refused() -> None:
+    assert chosen(smallm(micro_batch=100), "cpu", "bf16", PLENTY) == (100, "as given")
+    assert chosen(smallm(micro_batch=10**6), "cpu", "bf16", PLENTY) == (248, "as given")
+    room = needs(smallm(), 60, "bf16", "cpu").total
+    assert chosen(smallm(micro_batch=60), "cpu", "bf16", room) == (60, "as given")
+    with pytest.raises(ConfigError, match=r"add --train.micro-batch 60, or leave it to auto"):
+        chosen(smallm(micro_batch=100), "cpu", "bf16", room)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resolve, "matmul_rate", lambda config, device, dtype: 1e9)
+    monkeypatch.setattr(file, "available_bytes", lambda device: 100_000)
+    with pytest.raises(ConfigError, match=r"debug needs about 0.0 GB"):
+        train(Config.preset("debug"), out=Path("run"))
+    assert not Path("run/config.toml").exists()
+    assert not Path("run/checkpoints").exists()
+
+
+def test_a_run_that_goes_on_with_less_memory_is_warned_of_and_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Notes(Silent):
+        def __init__(self) -> None:
+            self.notes: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resolve, "matmul_rate", lambda config, device, dtype: 1e9)
+    config = Config.preset("debug", {"train.total_steps": 10, "train.stop_at_step": 5, "sample.prompts": []})
+    train(config, out=Path("run"))
+    monkeypatch.setattr(file, "available_bytes", lambda device: 100_000)
+    heard = Notes()
+    run = train(
+        Config.preset("debug", {"train.total_steps": 10, "sample.prompts": []}), out=Path("run"), listener=heard
+    )
+    assert [note for note in heard.notes if "it may be killed" in note and "with 8 row(s) at once" in note]
+    assert read_state(checkpoint.list_checkpoints(run)[-1]).micro_batch == 8
+
+
+def test_errors_that_say_that_memory_ran_out() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 60, dtype=torch.uint8)  # more than any address space
+    assert is_out_of_memory(refused.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError("you tried to allocate"))
