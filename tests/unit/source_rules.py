@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 ALLOWED_MODULES = {
-    *("__future__", "argparse", "array", "base64", "bisect", "codecs", "collections", "contextlib", "copy", "ctypes"),
+    *("__future__", "argparse", "array", "base64", "bisect", "codecs", "collections", "contextlib", "ctypes"),
     *("dataclasses", "difflib", "errno", "fcntl", "functools", "glob", "hashlib", "html", "importlib", "io"),
     *("itertools", "json", "math", "os", "pathlib", "platform", "random", "re", "readline", "secrets", "shlex"),
     *(

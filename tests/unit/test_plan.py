@@ -230,7 +230,16 @@ def test_what_takes_too_long_is_tried_with_less_at_once(
     monkeypatch.setattr(plan, "probe", tries)
     config = Config.preset("smollm2-135m", {"data.context": 1024, "train.tokens_per_step": 20 * 1024})
     slow = resolve.Resolved(
-        dtype="fp32", micro_batch=5, threads=1, device="cpu", determinism="bitwise", peak_flops=rate, reasons={}
+        dtype="fp32",
+        attention="sdpa",
+        fp32_matmul="highest",
+        compile=False,
+        micro_batch=5,
+        threads=1,
+        device="cpu",
+        determinism="bitwise",
+        peak_flops=rate,
+        reasons={},
     )
     trial = plan._try(config, slow, None, lambda text: None)  # type: ignore[arg-type]
     assert asked == [(*tried, 20)]

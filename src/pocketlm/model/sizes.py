@@ -89,7 +89,7 @@ class TrainingMemory:
     weights: int
     """fp32, the only ones that are stored."""
     gradients: int
-    """fp32 sums over the micro-batches of a step; a step of one micro-batch in bf16 needs none."""
+    """fp32 sums over the micro-batches of a step; counted also for a step of one, which needs none in bf16."""
     moments: int
     """fp32; AdamW has two for each parameter, Muon one."""
     compute_copy: int
@@ -135,7 +135,7 @@ def training_memory(
     block = rows * activation_bytes_per_token(model.model_copy(update={"num_hidden_layers": 1}), dtype, False, keys)
     return TrainingMemory(
         weights=4 * num,
-        gradients=0 if half and micro_batch >= config.rows_per_step else 4 * num,
+        gradients=4 * num,
         moments=moments,
         compute_copy=4 * num if half else 0,
         snapshot=4 * num + moments if snapshot else 0,
