@@ -109,7 +109,7 @@ class InitConfig(Section):
     output_projections: Literal["same", "depth-scaled", "zero"] = "same"
     """o_proj and down_proj: as the others, divided by sqrt(2 x layers) (GPT-2, Megatron), or zero (muP)."""
     previous_token_layers: Natural = 0
-    """First layers whose first head begins by reading the token before; takes rotary positions and qk_norm."""
+    """First layers whose first head begins by reading the token before (model/init.py says what it takes)."""
 
 
 class DataConfig(Section):
@@ -388,6 +388,19 @@ def _known_ids(tokenizer: str) -> int | None:
     return int(size) if kind == "bpe" and size.isdecimal() else {"gpt2": 50257, "byte": 257}.get(tokenizer)
 
 
+def _previous_token_misses(config: Config) -> list[str]:
+    """What a head that begins by reading the token before needs of a model, and this one has not."""
+    model, init = config.model, config.init
+    wanted = {
+        "model.position rope": model.position == "rope",
+        "model.qk_norm true": model.qk_norm,
+        "as many key-value as query heads": model.num_key_value_heads == model.num_attention_heads,
+        "init.output_projections zero": init.output_projections == "zero",
+        f"at least {init.previous_token_layers} layers": model.num_hidden_layers >= init.previous_token_layers,
+    }
+    return [name for name, has in wanted.items() if not has]
+
+
 def _clashes(config: Config) -> Iterator[str]:
     """Fields that are right alone and wrong together."""
     data, train, model = config.data, config.train, config.model
@@ -402,10 +415,10 @@ def _clashes(config: Config) -> Iterator[str]:
             f"train.tokens_per_step {train.tokens_per_step} is no multiple of data.context {data.context}; "
             f"the nearest is --train.tokens-per-step {nearest}"
         )
-    if config.init.previous_token_layers and not (model.position == "rope" and model.qk_norm):
+    if config.init.previous_token_layers and (missing := _previous_token_misses(config)):
         yield (
-            f"init.previous_token_layers {config.init.previous_token_layers} takes model.position rope and "
-            f"model.qk_norm true; given are {model.position} and {str(model.qk_norm).lower()}; set it to 0"
+            f"init.previous_token_layers {config.init.previous_token_layers} takes {', '.join(missing)}; change these, "
+            f"or add --init.previous-token-layers 0"
         )
     ids = _known_ids(data.tokenizer)
     if ids and ids > model.vocab_size:

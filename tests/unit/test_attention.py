@@ -84,11 +84,24 @@ def test_rounding_is_of_the_size_of_pytorchs(dtype: torch.dtype) -> None:
     assert error < 2.5 * their_error, "in bf16 the logits are rounded, too"
 
 
-def test_without_gradients_nothing_is_kept() -> None:
-    x = inputs(1, 2, 1, 8, 8)
-    with torch.no_grad():
-        assert folded_attention(*x).grad_fn is None
-    assert torch.equal(folded_attention(*x), folded_attention(*(part.detach() for part in x)))
+@pytest.mark.parametrize(("T", "kept"), [(5, 1), (128, 1), (300, 3), (1024, 8), (1025, 0)])
+def test_what_the_backward_pass_is_left(T: int, kept: int) -> None:
+    """q, k and v, and the weights of each block of 128 queries in rows of up to 1,024 tokens."""
+    held: list[Tensor] = []
+
+    def hold(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        return tensor
+
+    q, k, v = inputs(1, 2, 1, T, 8)
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        made = attention._FoldedAttention.apply(q.reshape(1, 2, T, 8), k[:, 0], v[:, 0])
+        assert len(held) == 3 + kept
+        held.clear()
+        with torch.no_grad():
+            without = attention._FoldedAttention.apply(q.reshape(1, 2, T, 8), k[:, 0], v[:, 0])
+    assert held == []
+    assert torch.equal(made, without)
 
 
 @pytest.mark.parametrize("position", ["rope", "learned"])

@@ -128,26 +128,37 @@ def test_smollm2_begins_near_ln_v_with_depth_scaled_outputs() -> None:
 
 
 def test_a_previous_token_head_reads_the_token_before_whatever_the_tokens_are() -> None:
-    """Read from the attention of the model itself: a value that marks one token arrives at the next, and only there."""
-    config = Config.preset("tiny")
-    model = made(config.model, InitConfig(**config.init.model_dump() | {"previous_token_layers": 2}))
+    """Read from the attention of the model itself: a mark in place of each value arrives at the next token."""
+    config = Config.preset("tiny", {"init.previous_token_layers": 2})
+    model = made(config.model, config.init)
     T, D = 250, config.model.head_dim
-    ids = torch.randint(4096, (1, T), generator=torch.Generator().manual_seed(0))
-    for block in model.model.layers[:2]:
-        attention = block.self_attn
-        h = block.input_layernorm(model.model.embed_tokens(ids))
-        marks = torch.eye(T)[None, None]  # (1, 1, T, T) in place of v: what comes out is the weights
+    inputs: list[torch.Tensor] = []
+    for block in model.model.layers:
+        block.register_forward_pre_hook(lambda block, given: inputs.append(given[0]))
+    model.hidden(torch.randint(4096, (1, T), generator=torch.Generator().manual_seed(0)))
+    rotary = rotary_table(torch.arange(T), D, config.model.rope_theta, torch.float32)
+    sharpest = []
+    for block, x in zip(model.model.layers, inputs, strict=True):
+        h, attention = block.input_layernorm(x), block.self_attn
         q, k = attention.q_norm(attention.q_proj(h)[..., :D]), attention.k_norm(attention.k_proj(h)[..., :D])
-        rotary = rotary_table(torch.arange(T), D, config.model.rope_theta, torch.float32)
         q, k = (rotate(x[:, :, None], rotary).transpose(1, 2) for x in (q, k))
+        marks = torch.eye(T)[None, None]  # (1, 1, T, T): what comes out is the weights
         weights = torch.nn.functional.scaled_dot_product_attention(q, k, marks, is_causal=True)[0, 0]
-        before = weights.diagonal(-1)
-        assert before[:20].min() > 0.95
-        assert before.min() > 0.8, "rotations that nearly return take a little of it in long rows"
-    others = made(config.model, config.init.model_copy(update={"previous_token_layers": 0}))
-    assert torch.equal(model.model.layers[2].self_attn.q_proj.weight, others.model.layers[2].self_attn.q_proj.weight)
+        sharpest.append(weights.diagonal(-1).min().item())
+    assert min(sharpest[:2]) > 0.8, "rotations that nearly return take a little of it in long rows"
+    assert sharpest[2] < 0.1, "the third layer begins as ever"
 
 
-def test_a_previous_token_head_needs_rotations_and_a_norm() -> None:
-    with pytest.raises(ConfigError, match=r"takes model\.position rope and model\.qk_norm true"):
-        Config.preset("debug", {"init.previous_token_layers": 1})
+@pytest.mark.parametrize(
+    ("changed", "missing"),
+    [
+        ({"model.qk_norm": False}, "model.qk_norm true"),
+        ({"model.position": "learned"}, "model.position rope"),
+        ({"model.num_key_value_heads": 1}, "as many key-value as query heads"),
+        ({"init.output_projections": "same"}, "init.output_projections zero"),
+        ({"model.num_hidden_layers": 1}, "at least 2 layers"),
+    ],
+)
+def test_a_previous_token_head_says_what_it_takes(changed: dict[str, object], missing: str) -> None:
+    with pytest.raises(ConfigError, match=f"previous_token_layers 2 takes {missing}; change"):
+        Config.preset("tiny", {"init.previous_token_layers": 2} | changed)

@@ -15,7 +15,9 @@ query d tokens after a key scores
 
     sqrt(D) g^2 mean_i cos(theta_i (d - 1))                  g: the gain of the query-key norm in those pairs
 
-which is largest at d = 1. It is a beginning only: every weight of it is trained like the others.
+which is largest at d = 1. The channel is still alone in deeper layers, as the blocks begin with adding nothing (zero
+output projections); the gain is the whole layer's, for the norm is; and each head has its own keys. It is a beginning
+only: every weight of it is trained like the others.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def _read_the_token_before(model: Transformer, config: InitConfig) -> None:
     angles = shape.rope_theta ** (-2 * pairs / D)  # what one token turns
     model.model.embed_tokens.weight[:, 0] = CONSTANT * config.std * math.sqrt(shape.hidden_size)
     weights = dict(model.named_parameters())
-    for layer in range(min(config.previous_token_layers, shape.num_hidden_layers)):
+    for layer in range(config.previous_token_layers):
         attention = f"model.layers.{layer}.self_attn"
         query, key = (weights[f"{attention}.{name}.weight"][:D] for name in ("q_proj", "k_proj"))
         query.zero_()

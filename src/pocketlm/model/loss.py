@@ -108,22 +108,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dW = ctx.saved_tensors
+        if grad.device.type == "cpu" and grad == 1:  # as nearly always; on a GPU, to look would be to wait
+            return dx, dW, None, None, None
         return dx * grad, dW * grad, None, None, None
 
 
 @torch.no_grad()
 def _token_losses(hidden: Tensor, head: Tensor, targets: Tensor, options: _Options) -> Tensor:
     chunks = (torch.split(rows, options.chunk) for rows in (hidden, targets))
-    return torch.cat([_softmax(x, head, t, options).nats for x, t in zip(*chunks, strict=True)])
+    return torch.cat([_softmax(x, head, t, options, want_D=False).nats for x, t in zip(*chunks, strict=True)])
 
 
 class _Softmax(NamedTuple):
     nats: Tensor  # (n,), zero where ignored
-    D: Tensor  # (n, V) in the dtype of x, times the slope of the soft-cap
+    D: Tensor  # (n, V) in the dtype of x, times the slope of the soft-cap; the logits where it is not wanted
     s: Tensor  # (n, 1)
 
 
-def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options) -> _Softmax:
+def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options, *, want_D: bool = True) -> _Softmax:
     """One chunk of n rows, with the names of the formulas above.
 
     The logits are one product, and D takes their place. Between the two a few rows at a time are worked on, which stay
@@ -132,13 +134,15 @@ def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options) -> _Softmax:
     z = x @ head.t()  # (n, V)
     column = t.clamp(min=0)[:, None]  # what an ignored target reads does not matter
     rows = max(1, CACHED_VALUES // z.shape[1]) if z.device.type == "cpu" else max(1, len(z))
-    parts = [_to_D(*part, options) for part in zip(torch.split(z, rows), torch.split(column, rows), strict=True)]
+    parts = [
+        _row_sums(*part, options, want_D) for part in zip(torch.split(z, rows), torch.split(column, rows), strict=True)
+    ]
     nats, s = (torch.cat(column) for column in zip(*parts, strict=True))
     return _Softmax(torch.where(t != options.ignore, nats.squeeze(1), 0.0), z, s)
 
 
-def _to_D(logits: Tensor, column: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """Writes D over logits (r, V); returns log s - z_t and s, both (r, 1)."""
+def _row_sums(logits: Tensor, column: Tensor, options: _Options, want_D: bool) -> tuple[Tensor, Tensor]:
+    """log s - z_t and s of logits (r, V), both (r, 1); writes D over the logits where it is wanted."""
     z = logits.to(_wide(logits))
     slopes: Tensor | None = None
     if options.softcap is not None:
@@ -150,8 +154,9 @@ def _to_D(logits: Tensor, column: Tensor, options: _Options) -> tuple[Tensor, Te
     z_t, E = z.gather(1, column), z.exp_()
     others = E.scatter_(1, column, 0).sum(1, keepdim=True)
     s = z_t.exp() + others
-    D = E.scatter_(1, column, -others)
-    logits.copy_(D if slopes is None else D.mul_(slopes))
+    if want_D:
+        D = E.scatter_(1, column, -others)
+        logits.copy_(D if slopes is None else D.mul_(slopes))
     return s.log() - z_t, s
 
 

@@ -7,8 +7,9 @@ not is dropped and done again by the next process.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pocketlm.errors import FileError
 from pocketlm.evaluate.loss import evaluate_stream
@@ -30,6 +31,8 @@ class Late:
     def __init__(self, run: Run, state: TrainState) -> None:
         self.run, self.state = run, state
         self.unread: Outcome | None = None
+        self.ended_at = 0.0
+        """When the last step that was read had ended."""
 
     def put(self, outcome: Outcome) -> None:
         """
@@ -46,45 +49,55 @@ class Late:
         """
         outcome, self.unread = self.unread, None
         if outcome is not None:
-            _hear(self.run, self.state, outcome)
+            figures = _Figures(outcome.loss.item(), outcome.grad_norm.item(), int(outcome.verdict.item()))
+            ended_at = outcome.ended_at or time.perf_counter()  # a GPU has just told its figures
+            seconds = ended_at - max(outcome.started_at, self.ended_at)
+            self.ended_at = ended_at
+            _hear(self.run, self.state, outcome.progress, figures, seconds)
 
     def forget(self) -> None:
         """Drops figures of a step that will not have been."""
         self.unread = None
 
 
-def _hear(run: Run, state: TrainState, outcome: Outcome) -> None:
-    """Reads a step's figures, counts and records them.
+class _Figures(NamedTuple):
+    loss: float
+    grad_norm: float
+    verdict: int
+
+
+def _hear(run: Run, state: TrainState, after: Progress, figures: _Figures, seconds: float) -> None:
+    """Counts and records a step's figures.
 
     Raises:
         Trouble: more steps of the window were skipped than `guard.max_skips`.
     """
-    loss, grad_norm, verdict = outcome.loss.item(), outcome.grad_norm.item(), int(outcome.verdict.item())
-    now, step, guard = state.progress, outcome.progress.step, run.config.guard
-    now.elapsed_s += outcome.seconds
+    loss, grad_norm, verdict = figures
+    now, step, guard = state.progress, after.step, run.config.guard
+    now.elapsed_s += seconds
     now.skips = [skipped for skipped in now.skips if skipped > step - guard.window]
     if verdict == APPLIED:
         now.smooth(loss)
-        record(run, _train_record(run, now, outcome, loss, grad_norm))
+        record(run, _train_record(run, now, after, figures, seconds))
         return
     now.skips = [*now.skips, step]
     record(run, {"kind": "skip", "step": step, "reason": REASONS[verdict], "loss": loss, "grad_norm": grad_norm})
     if len(now.skips) > guard.max_skips:
-        there = outcome.progress.model_copy(update={"skips": now.skips})
+        there = after.model_copy(update={"skips": now.skips})
         raise Trouble(f"{len(now.skips)} of the last {guard.window} steps were skipped", there)
 
 
-def _train_record(run: Run, now: Progress, outcome: Outcome, loss: float, grad_norm: float) -> dict[str, Any]:
-    config, step = run.config, outcome.progress.step
-    rate = config.train.tokens_per_step / outcome.seconds
+def _train_record(run: Run, now: Progress, after: Progress, figures: _Figures, seconds: float) -> dict[str, Any]:
+    config, step = run.config, after.step
+    rate = config.train.tokens_per_step / seconds
     return {
         "kind": "train",
         "step": step,
-        "loss": loss,
+        "loss": figures.loss,
         "smoothed_loss": now.smoothed_loss,
         "lr": config.optim.lr * factor(config.schedule, step - 1, config.train.total_steps),
-        "grad_norm": grad_norm,
-        "tokens": outcome.progress.tokens,
+        "grad_norm": figures.grad_norm,
+        "tokens": after.tokens,
         "tokens_per_s": rate,
         "mfu": rate * run.flops_per_token / run.resolved.peak_flops,
         "elapsed_s": now.elapsed_s,

@@ -45,7 +45,10 @@ class Outcome:
     """() fp32, before clipping."""
     verdict: Tensor
     """() int64, the guard's."""
-    seconds: float
+    started_at: float
+    """By the clock of time.perf_counter."""
+    ended_at: float | None
+    """None on a GPU, which may still be at it."""
 
 
 def train_step(
@@ -79,7 +82,8 @@ def train_step(
     now.step += 1
     now.position += rows
     now.tokens += rows * config.data.context
-    return Outcome(now.model_copy(), loss, norm, verdict, time.perf_counter() - started_at)
+    ended_at = time.perf_counter() if loss.device.type == "cpu" else None
+    return Outcome(now.model_copy(), loss, norm, verdict, started_at, ended_at)
 
 
 def _gradients_or_nothing(
@@ -103,10 +107,15 @@ def _gradients_or_nothing(
     return loss
 
 
+def _moved(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows on the device; from pinned memory, for a copy from any other would wait for the GPU's last step."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+
+
 def _gradients(state: TrainState, loader: Rows, config: Config, micro_batch: int, check: Callable[[], None]) -> Tensor:
     """The sums of a step's gradients, as `precision.gradients()` gives them; returns the loss, () fp32."""
     model, rows = state.precision.compute, config.rows_per_step
-    batch = loader.read(state.progress.position, rows).to(model.head.device)  # (rows, T + 1)
+    batch = _moved(loader.read(state.progress.position, rows), model.head.device)  # (rows, T + 1)
     scale = 1.0 / (rows * config.data.context)  # every target of the step weighs the same, whatever the micro-batch
     loss = torch.zeros((), device=batch.device)
     parts = torch.split(batch, micro_batch)
