@@ -134,9 +134,8 @@ def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options, *, want_D: b
     z = x @ head.t()  # (n, V)
     column = t.clamp(min=0)[:, None]  # what an ignored target reads does not matter
     rows = max(1, CACHED_VALUES // z.shape[1]) if z.device.type == "cpu" else max(1, len(z))
-    parts = [
-        _row_sums(*part, options, want_D) for part in zip(torch.split(z, rows), torch.split(column, rows), strict=True)
-    ]
+    split = zip(torch.split(z, rows), torch.split(column, rows), strict=True)
+    parts = [_row_sums(z_rows, column_rows, options, want_D) for z_rows, column_rows in split]
     nats, s = (torch.cat(column) for column in zip(*parts, strict=True))
     return _Softmax(torch.where(t != options.ignore, nats.squeeze(1), 0.0), z, s)
 
