@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
     micro_batch = config.train.micro_batch if config.train.micro_batch != "auto" else 1
     dtype = config.train.dtype if config.train.dtype != "auto" else "bf16"
     assumed = ", assumed for auto" if "auto" in (config.train.micro_batch, config.train.dtype) else ""
-    memory = sizes.training_memory(config, micro_batch, dtype)
+    memory = sizes.training_memory(config, micro_batch, dtype, snapshot=True)
     cache = sizes.kv_cache_bytes_per_token(config.model, 4)
     if arguments.json:
         print_json(
