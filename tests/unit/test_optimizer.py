@@ -9,7 +9,7 @@ from torch import nn
 from pocketlm.config import Config, OptimConfig
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import Transformer, allocate
-from pocketlm.optim import adamw
+from pocketlm.optim import adamw, muon
 from pocketlm.optim.clip import clip_coefficient, global_norm
 from pocketlm.optim.groups import split
 from pocketlm.optim.muon import Muon, orthogonalize
@@ -201,3 +201,16 @@ def test_a_bf16_copy_is_what_the_parameters_round_to(kind: str, skip: torch.Tens
     Optimizer(model, config.optim, copies).step(gradients, 1.0, 0, 10, skip=skip, clip=torch.tensor(0.5))
     assert all(torch.equal(copies[name], p.bfloat16()) for name, p in model.named_parameters())
     assert all(torch.equal(gradient, before[name]) for name, gradient in gradients.items())
+
+
+def test_muon_gives_the_same_in_batches_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for most in (2**23, 1):
+        monkeypatch.setattr(muon, "BATCH_VALUES", most)
+        model, config = small_model(kind="muon")
+        optimizer = Optimizer(model, config.optim)
+        for step in range(2):
+            optimizer.step(random_gradients(model, step), 1.0, step, 10, skip=GO)
+        runs.append(dict(model.named_parameters()))
+    for name, whole in runs[0].items():
+        torch.testing.assert_close(whole, runs[1][name], rtol=1e-3, atol=1e-4, msg=name)

@@ -8,7 +8,8 @@ For a matrix W of m rows and n columns with gradient G (Jordan et al., "Muon: An
     W <- W (1 - lr decay) - lr sqrt(max(1, m / n)) O
 
 Newton-Schulz repeats X <- a X + (b A + c A A) X with A = X X^T, whose coefficients push every singular value into
-0.7 .. 1.2 in five steps. Matrices of equal shape go through it together. bf16 is enough: the products forget errors.
+0.7 .. 1.2 in five steps. Matrices of equal shape go through it together, as many as memory bears. bf16 is enough: the
+products forget errors.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+BATCH_VALUES = 2**23
+"""Values that go through it together; each takes some 26 bytes meanwhile."""
 
 
 class Muon:
@@ -37,9 +40,13 @@ class Muon:
         self.momentum = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
         self.num_steps = num_steps
         self.weight_decay = weight_decay
-        self._by_shape: dict[torch.Size, list[str]] = defaultdict(list)
+        by_shape: dict[torch.Size, list[str]] = defaultdict(list)
         for name, matrix in matrices.items():
-            self._by_shape[matrix.shape].append(name)
+            by_shape[matrix.shape].append(name)
+        self._batches: list[tuple[torch.Size, list[str]]] = []
+        for shape, names in by_shape.items():
+            most = max(1, BATCH_VALUES // shape.numel())
+            self._batches += [(shape, names[i : i + most]) for i in range(0, len(names), most)]
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], lr: float, mu: float, clip: Tensor | None, skip: Tensor) -> None:
@@ -49,7 +56,7 @@ class Muon:
             gradients: in any float dtype; left as they are.
             clip: () fp32, multiplies them all.
         """
-        for (rows, columns), names in self._by_shape.items():
+        for (rows, columns), names in self._batches:
             clipped = [gradients[name].float() for name in names]
             if clip is not None:
                 clipped = list(torch._foreach_mul(clipped, clip))
