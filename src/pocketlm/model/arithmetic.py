@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from pocketlm.config import AttentionKernel, Dtype, FP32Matmul
-from pocketlm.model.transformer import Transformer
+from pocketlm.model.transformer import Transformer, allocate
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCAB_MULTIPLE = 64
@@ -40,9 +40,8 @@ def computing(model: Transformer, arithmetic: Arithmetic) -> Transformer:
         model.use_attention(arithmetic.attention)
         return model
     padded = -(-model.config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    with torch.device("meta"):
-        copied = Transformer(model.config, vocab_rows=padded).to(TORCH_DTYPES[arithmetic.dtype])
-    copied.to_empty(device=model.head.device)
+    dtype = TORCH_DTYPES[arithmetic.dtype]
+    copied = allocate(model.config, vocab_rows=padded, dtype=dtype, device=model.head.device)
     copied.use_attention(arithmetic.attention)
     copied.gradient_checkpointing = model.gradient_checkpointing
     for mine, theirs in zip(copied.parameters(), model.parameters(), strict=True):

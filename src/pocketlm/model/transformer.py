@@ -250,14 +250,25 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin  # rolled by half: (b, a)
 
 
-def allocate(config: ModelConfig) -> Transformer:
-    """A model on the CPU whose weights are memory not yet written, for those who fill every one: init, loading.
+def allocate(
+    config: ModelConfig,
+    *,
+    vocab_rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Transformer:
+    """A model whose weights are memory not yet written, for those who fill every one: init, loading, copies.
 
-    PyTorch's own random start would be thrown away, and costs up to a second per 100M parameters.
+    PyTorch's own random start would be thrown away, and costs up to a second per 100M parameters. Module.to_empty
+    would import PyTorch's symbolic mathematics for it.
     """
     with torch.device("meta"):
-        model = Transformer(config)
-    return model.to_empty(device="cpu")
+        model = Transformer(config, vocab_rows)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            unwritten = torch.empty(tuple(parameter.shape), dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(unwritten))
+    return model
 
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:
