@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pocketlm.config import InitConfig, ModelConfig
-from pocketlm.model.arithmetic import VOCAB_MULTIPLE, Arithmetic, computing
+from pocketlm.model import arithmetic as file
+from pocketlm.model.arithmetic import VOCAB_MULTIPLE, Arithmetic, computing, usable
 from pocketlm.model.init import init_weights
 from pocketlm.model.loss import linear_cross_entropy
 from pocketlm.model.transformer import Transformer, allocate
@@ -88,3 +89,28 @@ def test_refresh_writes_the_copy_and_leaves_the_padding() -> None:
     for name, parameter in precision.model.named_parameters():
         assert torch.equal(precision.copies[name], parameter.bfloat16()), name
     assert not precision.compute.head[V:].any()
+
+
+def test_what_another_machine_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = Arithmetic("bf16", "folded", "medium")
+    kept, why = usable(fast, torch.device("cuda"))
+    assert kept == Arithmetic("bf16", "sdpa", "highest")
+    assert "attention is sdpa, not folded" in why
+    assert "medium, which rounds on a cuda" in why
+    for error, precision in ((2e-7, "medium"), (2e-3, "highest")):
+        monkeypatch.setattr(file, "fp32_error", lambda error=error: error)
+        kept, why = usable(fast, torch.device("cpu"))
+        assert kept == Arithmetic("bf16", "folded", precision)
+        assert bool(why) is (precision == "highest")
+
+
+def test_only_use_sets_the_precision_of_the_process() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        Precision(model_of(True), Arithmetic(fp32_matmul="medium"))
+        assert torch.get_float32_matmul_precision() == "highest"
+        Arithmetic(fp32_matmul="medium").use()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -18,15 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from pocketlm.config import AttentionKernel, Config, Determinism, Dtype, FP32Matmul
 from pocketlm.distributed import Runtime, versions
 from pocketlm.errors import UsageError
-from pocketlm.model.arithmetic import TORCH_DTYPES, Arithmetic
+from pocketlm.model.arithmetic import FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
 from pocketlm.model.sizes import flops_per_token
 from pocketlm.model.transformer import Attention
 from pocketlm.training import micro_batch as micro_batches
 
 MUST_GAIN = 1.2
 """What is chosen for its speed has to be faster by more than a probe's noise, so that a second run chooses the same."""
-FP32_ERROR = 1e-5
-"""Relative; fp32 products are below 1e-6, those of TF32 or bf16 above 1e-4."""
 COMPILE_S, COMPILE_GAIN, RATE = 30.0, 0.05, 0.5
 """What compiling costs once, what it saves of a run, and the share of the matmul rate that a run reaches: measured in
 docs/performance-log.md, and good enough to tell minutes from hours."""
@@ -110,19 +108,11 @@ def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str]
     for precision in get_args(FP32Matmul):
         torch.set_float32_matmul_precision(precision)
         rates[precision] = matmul_rate(config, device, torch.float32)
-    if (error := _fp32_error()) > FP32_ERROR:  # with medium, the last one set
+    if (error := fp32_error()) > FP32_ERROR:  # with medium, the last one set
         return "highest", f"medium rounds here: a relative error of {error:.0e}"
     gain = rates["medium"] / rates["highest"]
     reason = f"medium runs at {gain:.1f} times the rate of highest here, and is fp32: a relative error of {error:.0e}"
     return ("medium" if gain >= MUST_GAIN else "highest"), reason
-
-
-def _fp32_error() -> float:
-    """Of an fp32 product against fp64, norm of the difference over norm."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
-    truth = left.double() @ right.double()
-    return float(((left @ right).double() - truth).norm() / truth.norm())
 
 
 def _dtype(config: Config, rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:

@@ -18,6 +18,7 @@ from pocketlm.data.shards import Dataset, open_dataset, unigram_entropy
 from pocketlm.errors import ConfigError, DataError
 from pocketlm.files import Journal, set_aside, write_file
 from pocketlm.model import sizes
+from pocketlm.model.arithmetic import usable
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.training import micro_batch
@@ -99,14 +100,19 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
 def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener) -> Resolved:
     """Says loudly what bit-exact arithmetic rests on and is not as it was; from then on less is promised."""
     resolved = stored.resolved
+    changes = distributed.changes(stored.versions | {"device": resolved.device}, runtime.device)
+    arithmetic, why = usable(resolved.arithmetic, runtime.device) if changes else (resolved.arithmetic, "")
+    if why:
+        listener.note(f"the run computes otherwise from here on: {why}")
+        kept = {"attention": arithmetic.attention, "fp32_matmul": arithmetic.fp32_matmul}
+        other = {name: why for name, value in kept.items() if value != resolved.model_dump()[name]}
+        resolved = resolved.model_copy(update={**kept, "reasons": resolved.reasons | other})
     if resolved.compile and (refusal := why_not_compile(runtime.device)):
         listener.note(f"the run began with compiled blocks, and goes on without: nothing compiles here: {refusal}")
         reasons = resolved.reasons | {"compile": f"on until nothing compiled here: {refusal}"}
         level = "same-data" if resolved.determinism == "bitwise" else resolved.determinism
         resolved = resolved.model_copy(update={"compile": False, "determinism": level, "reasons": reasons})
-    then = stored.versions | {"device": resolved.device}
-    now = distributed.versions() | {"device": runtime.device.type}
-    if changes := [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]:
+    if changes:
         listener.note(f"this run was begun elsewhere, its next steps may differ in the last bits: {'; '.join(changes)}")
         if resolved.determinism == "bitwise":
             reasons = resolved.reasons | {"determinism": f"bitwise until {'; '.join(changes)}"}
@@ -164,7 +170,8 @@ def _check_fits(config: Config, dataset: Dataset) -> None:
 
 
 def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime) -> TrainState:
-    """The state before the first step: a function of the configuration."""
+    """The state before the first step: a function of the configuration. Sets the process's precision of products."""
+    resolved.arithmetic.use()
     model = allocate(config.model)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.to(runtime.device)
