@@ -67,3 +67,15 @@ class Notes(Silent):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+def test_an_eval_takes_the_threads_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    try:
+        train(Config.preset("debug", FAST | {"train.threads": 2}), out=Path("run"))
+        torch.set_num_threads(1)
+        assert main(["eval", "run", "--limit", "40"]) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -32,6 +32,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
 
+    import torch
+
     from pocketlm import checkpoint, distributed
     from pocketlm.evaluate.loss import evaluate_stream
     from pocketlm.evaluate.source import open_stream, own_dataset, own_source
@@ -59,6 +61,8 @@ def run(argv: list[str]) -> int:
     if data == own_source(folder):
         say(f"{folder} was trained on {data}: this is how it remembers; without --data, what was held out is scored")
     arithmetic.use()
+    if threads := _threads(folder):
+        torch.set_num_threads(threads)  # sums are split by it: as in training, to the last bit
     model = computing(model.to(device), arithmetic)
     report = evaluate_stream(model, stream, tokenizer, context=context, stride=stride, limit=arguments.limit)
     if arguments.json:
@@ -90,6 +94,12 @@ def _arithmetic(folder: Path, device: torch.device) -> Arithmetic:
     if why:
         say(f"{folder} was trained elsewhere: {why}")
     return arithmetic
+
+
+def _threads(folder: Path) -> int | None:
+    """With how many it was trained; None where nothing says so."""
+    threads = _tree(_state(folder).get("resolved")).get("threads")
+    return threads if type(threads) is int and 1 <= threads <= 1024 else None
 
 
 def _state(folder: Path) -> dict[str, Any]:
