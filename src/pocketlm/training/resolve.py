@@ -75,7 +75,7 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     dtype, dtype_reason = _dtype(config, rates)
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
-    micro_batch, micro_reason = micro_batches.choose(config, device, dtype)
+    micro_batch, micro_reason = micro_batches.choose(config, device, dtype, attention)
     return Resolved(
         dtype=dtype,
         attention=attention,

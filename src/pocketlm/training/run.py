@@ -82,7 +82,9 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
     runtime = distributed.start(config.train, stored.resolved.determinism if stored else None)
     resolved = _as_before(stored, runtime, listener) if stored else resolve(config, runtime)
     runtime = replace(distributed.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
-    if stored and (line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, runtime.device)):
+    if stored and (
+        line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, resolved.attention, runtime.device)
+    ):
         listener.note(line)
     state = new_state(config, resolved, runtime)
     if start:
