@@ -114,3 +114,17 @@ def test_only_use_sets_the_precision_of_the_process() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_folded_attention_recomputed_gives_the_same_gradients(dtype: str) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = model_of(True)
+        model.gradient_checkpointing = recompute
+        precision = Precision(model, Arithmetic("bf16" if dtype == "bf16" else "fp32", "folded"))
+        backward(precision.compute, *rows(3))
+        gradients.append(precision.gradients())
+    for name, gradient in gradients[0].items():
+        assert gradient.any(), name
+        assert torch.equal(gradient, gradients[1][name]), name

@@ -20,6 +20,15 @@ from pocketlm.training.micro_batch import chosen, evenly, is_out_of_memory, larg
 from pocketlm.training.state import read_state
 
 PLENTY = 10**15
+TOLD = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "1152921504606846976 bytes. Error code 12 (Cannot allocate memory)",
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+    "CUDA driver error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+)
+"""As PyTorch and its libraries write it."""
 
 
 def smallm(**fields: object) -> Config:
@@ -167,5 +176,19 @@ def test_errors_that_say_that_memory_ran_out() -> None:
     assert is_out_of_memory(refused.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(MemoryError())
+    for text in TOLD:
+        assert is_out_of_memory(RuntimeError(text)), text
+        assert not is_out_of_memory(ValueError(text)), text
+    assert not is_out_of_memory(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("you tried to allocate"))
+
+
+def test_an_error_that_was_raised_from_one_of_them_says_so_too() -> None:
+    wrapped, in_passing = RuntimeError("backend='inductor' raised"), RuntimeError("while that was handled")
+    wrapped.__cause__ = torch.OutOfMemoryError("CUDA out of memory.")
+    in_passing.__context__ = wrapped
+    assert is_out_of_memory(wrapped)
+    assert is_out_of_memory(in_passing)
+    in_passing.__cause__ = None  # `from None`: another matter
+    assert not is_out_of_memory(in_passing)

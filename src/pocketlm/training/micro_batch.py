@@ -22,14 +22,28 @@ USABLE = {"cpu": 0.85, "cuda": 0.92}
 """Share of what is available that the closed form may fill: it is an estimate, and others live on the machine."""
 
 
+REFUSALS = (
+    "you tried to allocate",  # PyTorch's CPU allocator
+    "out of memory",  # CUDA error, CUDA driver error
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+"""What a RuntimeError says that means it; only PyTorch's caching allocator on a GPU has an error of its own."""
+
+
 class OutOfMemory(Exception):
     """A step's micro-batch did not fit: nothing was advanced and no gradient is left."""
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out: on a GPU, in PyTorch's CPU allocator, or in Python."""
-    refused = isinstance(error, RuntimeError) and "you tried to allocate" in str(error)
-    return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, says that memory ran out: on a GPU, in a library, or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in REFUSALS):
+        return True
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return before is not None and is_out_of_memory(before)
 
 
 def choose(config: Config, device: torch.device, dtype: Dtype, attention: AttentionKernel) -> tuple[int, str]:
