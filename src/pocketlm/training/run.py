@@ -15,7 +15,7 @@ from pocketlm.config import Config
 from pocketlm.data.loader import Loader
 from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import Dataset, open_dataset, unigram_entropy
-from pocketlm.errors import ConfigError, DataError
+from pocketlm.errors import ConfigError, DataError, one_line
 from pocketlm.files import Journal, set_aside, write_file
 from pocketlm.model import sizes
 from pocketlm.model.arithmetic import usable
@@ -89,14 +89,21 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
     state = new_state(config, resolved, runtime)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
-    compile_if_wanted(state, config, resolved, listener.note)
     loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle)
 
     set_aside_later(folder, checkpoint.step_of(start) if start else None, listener)
     write_file(folder / "config.toml", config.to_toml().encode())
-    write_file(folder / "resolved.toml", resolved.to_toml(config).encode())
+    write_file(folder / "resolved.toml", _as_it_is_now(resolved, state).to_toml(config).encode())
     journal = _open_journal(folder / "metrics.jsonl", stored, listener)
     return Run(folder, config, resolved, runtime, dataset, loader, journal, listener), state
+
+
+def _as_it_is_now(resolved: Resolved, state: TrainState) -> Resolved:
+    """With the rows at once that the run goes on with, which may be fewer than it began with."""
+    if (at_once := state.progress.micro_batch) == resolved.micro_batch:
+        return resolved
+    reasons = resolved.reasons | {"micro_batch": f"memory ran out with more; the run began with {resolved.micro_batch}"}
+    return resolved.model_copy(update={"micro_batch": at_once, "reasons": reasons})
 
 
 def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener) -> Resolved:
@@ -125,18 +132,35 @@ def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener
 
 
 def compile_if_wanted(state: TrainState, config: Config, resolved: Resolved, note: Callable[[str], None]) -> None:
-    """Compiles the blocks before the first step, for both sizes of micro-batch; weights stay as they are."""
+    """Compiles the blocks before the first step, for both sizes of micro-batch; weights stay as they are.
+
+    Raises:
+        OutOfMemory: so many rows at once do not fit; no gradient is left.
+    """
     if not resolved.compile:
         return
     note("compiling the blocks: about half a minute, a few seconds when this machine has done it before")
     started_at = time.perf_counter()
-    model, rows, at_once = state.precision.compute, config.rows_per_step, state.progress.micro_batch
-    model.compile_blocks()
-    for size in {min(at_once, rows), rows % at_once} - {0}:
-        ids = torch.zeros(size, config.data.context, dtype=torch.int64, device=model.head.device)
-        model.hidden(ids).sum().backward()  # type: ignore[no-untyped-call]
+    state.precision.compute.compile_blocks()
+    refusal = _warm_up(state, config)
     state.precision.drop_gradients()
+    if refusal:
+        raise micro_batch.OutOfMemory(refusal)
     note(f"compiled in {time.perf_counter() - started_at:.0f} s")
+
+
+def _warm_up(state: TrainState, config: Config) -> str:
+    """Forward and backward once for each size of micro-batch. Says why where memory runs out, else nothing."""
+    model, rows, at_once = state.precision.compute, config.rows_per_step, state.progress.micro_batch
+    try:
+        for size in {min(at_once, rows), rows % at_once} - {0}:
+            ids = torch.zeros(size, config.data.context, dtype=torch.int64, device=model.head.device)
+            model.hidden(ids).sum().backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, MemoryError) as error:
+        if not micro_batch.is_out_of_memory(error):
+            raise
+        return one_line(str(error)) or type(error).__name__
+    return ""
 
 
 def set_aside_later(folder: Path, step: int | None, listener: Listener) -> None:
@@ -188,7 +212,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
     """The plan of a run, printed before its first step."""
     config, resolved = run.config, run.resolved
     train, stream, step = config.train, run.dataset.train, state.progress.step
-    count = sizes.parameters(config.model)
+    count, now = sizes.parameters(config.model), _as_it_is_now(resolved, state)
     rows, at_once = run.loader.rows, state.progress.micro_batch
     accumulation = math.ceil(config.rows_per_step / at_once)
     epochs = train.total_steps * config.rows_per_step / rows.total
@@ -203,10 +227,12 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"unigram entropy of the corpus: {unigram_nats:.4f} nats/token, {unigram_bits:.4f} bits/byte",
         f"plan: {train.total_steps:,} steps x {train.tokens_per_step:,} tokens = "
         f"{train.total_steps * train.tokens_per_step:,} tokens, {epochs:.2f} epochs",
-        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once}; "
+        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once} "
+        f"({now.reasons['micro_batch']}); "
         f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",
         f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
         f"{run.runtime.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",
+        f"fp32 products: {resolved.fp32_matmul} ({resolved.reasons['fp32_matmul']})",
         f"attention: {resolved.attention} ({resolved.reasons['attention']}); "
         f"blocks {'compiled' if resolved.compile else 'not compiled'} ({resolved.reasons['compile']})",
         f"determinism: {run.runtime.determinism}: {distributed.PROMISES[run.runtime.determinism]}",
