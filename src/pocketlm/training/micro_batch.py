@@ -94,7 +94,7 @@ def _as_given(
 def needs(
     config: Config, micro_batch: int, dtype: Dtype, attention: AttentionKernel, device: str
 ) -> sizes.TrainingMemory:
-    """Bytes on a device of this type. Folded attention keeps probabilities; a CPU also holds what a save writes from."""
+    """Bytes on a device of this type. Folded attention keeps probabilities; on a CPU a save copies."""
     folded = attention == "folded"
     return sizes.training_memory(config, micro_batch, dtype, folded=folded, snapshot=device == "cpu")
 

@@ -13,14 +13,16 @@ from typing import Annotated, get_args
 
 import tomli_w
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from pocketlm.config import AttentionKernel, Config, Determinism, Dtype, FP32Matmul
 from pocketlm.distributed import Runtime, versions
 from pocketlm.errors import UsageError
 from pocketlm.model.arithmetic import FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
+from pocketlm.model.attention import folded_attention
 from pocketlm.model.sizes import flops_per_token
-from pocketlm.model.transformer import Attention
 from pocketlm.training import micro_batch as micro_batches
 
 MUST_GAIN = 1.2
@@ -30,6 +32,8 @@ COMPILE_S, COMPILE_GAIN, RATE = 30.0, 0.05, 0.5
 docs/performance-log.md, and good enough to tell minutes from hours."""
 PROBE_ROWS = 2048
 PROBE_S = 0.25
+ATTENTION_ROWS = 4
+"""At most, in the probe of attention: enough for all cores."""
 
 
 class Resolved(BaseModel):
@@ -135,11 +139,26 @@ def _attention(config: Config, device: torch.device, dtype: Dtype) -> tuple[Atte
 
 
 def _attention_s(config: Config, dtype: torch.dtype, kernel: AttentionKernel) -> float:
-    """Seconds of one row's attention forward and backward in one layer."""
-    attention = Attention(config.model, layer=0).to(dtype)
-    attention.kernel = kernel
-    x = torch.ones(1, config.data.context, config.model.hidden_size, dtype=dtype)
-    return _best_s(lambda: attention(x, None, None).sum().backward())
+    """Seconds of a layer's attention, forward and backward, without the projections around it."""
+    rows, model = min(ATTENTION_ROWS, config.rows_per_step), config.model
+    generator = torch.Generator().manual_seed(0)
+
+    def heads(num: int) -> Tensor:
+        shape = (rows, num, config.data.context, model.head_dim)
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+    q, k, v = (heads(num) for num in (model.num_attention_heads, *[model.num_key_value_heads] * 2))
+    upstream = torch.ones_like(q)
+
+    def work() -> None:
+        if kernel == "folded":
+            y = folded_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(y, (q, k, v), upstream)
+
+    work()  # the first call chooses kernels and takes memory
+    return _best_s(work)
 
 
 def _compile(config: Config, device: torch.device, peak_flops: float) -> tuple[bool, str]:
