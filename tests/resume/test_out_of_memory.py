@@ -213,6 +213,24 @@ def test_a_run_that_goes_back_keeps_the_smaller_size(run_with: Any, monkeypatch:
     assert 16 not in faults.rows[at + 1 :]
 
 
+def test_going_back_for_the_step_before_a_halving_keeps_the_smaller_size(
+    run_with: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 31 is one skip too many; that is read when step 32 has been done, after memory ran out in it."""
+    at = 2 * 31
+
+    class Broken(Faults):
+        def __call__(self, *rest: Any, **options: Any) -> Tensor:
+            loss = super().__call__(*rest, **options)
+            return loss * math.nan if self.calls == at else loss
+
+    monkeypatch.setattr("test_out_of_memory.Faults", Broken)
+    run, faults = run_with("run", {at: "forward"}, **{"guard.max_skips": 0, "train.total_steps": 40})
+    back = [record for record in Journal.read(run / "metrics.jsonl") if record["kind"] == "rollback"]
+    assert [(record["from_step"], record["step"]) for record in back] == [(31, 20)]
+    assert faults.rows[at + 1 :] == [8] * 4 * (1 + 20)
+
+
 def test_at_one_row_it_ends_and_what_was_saved_stands(
     run_with: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
