@@ -8,7 +8,10 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -100,9 +103,30 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{cpu_name()}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "gpu": _gpu() if torch.cuda.is_available() else "none",
     }
+
+
+def changes(then: Mapping[str, object], device: torch.device) -> list[str]:
+    """What is not as it was where a run began, one phrase each.
+
+    Args:
+        then: its `versions()`, and its device's type as "device".
+    """
+    now = versions() | {"device": device.type}
+    return [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+
+
+@cache
+def cpu_name() -> str:
+    """What the CPU calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _gpu() -> str:

@@ -83,7 +83,7 @@ def shown_fields(text: str) -> dict[str, str]:
     """Every `--section.field KIND ... (default: VALUE)` of a help, as flag to value."""
     entries = re.split(r"\n  (?=--)", re.split(r"\n\n(?=presets:)", text)[0])
     flat = [" ".join(entry.split("\n\n")[0].split()) for entry in entries]
-    found = (re.fullmatch(r"(--[a-z.-]+) .*\(default: (.*)\)", entry) for entry in flat)
+    found = (re.fullmatch(r"(--[a-z0-9.-]+) .*\(default: (.*)\)", entry) for entry in flat)
     return {match[1]: match[2] for match in found if match and match[1] != "--out"}
 
 
@@ -118,7 +118,7 @@ def test_help_names_every_choice_of_a_field(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_help_has_only_flags_that_are_read(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = set(re.findall(r"^  (--[a-z][a-z_.-]*)", help_of(capsys, "train"), flags=re.MULTILINE))
+    flags = set(re.findall(r"^  (--[a-z][a-z0-9_.-]*)", help_of(capsys, "train"), flags=re.MULTILINE))
     assert flags > {f"--{name}".replace("_", "-") for name in FIELDS}
     own = {"--out", "--total-steps", "--seed", "--determinism", "--resume", "--json"}
     assert flags - own == {f"--{name}".replace("_", "-") for name in FIELDS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from typing import Any
 
@@ -14,6 +15,8 @@ from rig import Rig, flags
 BASE = {"train.total_steps": 20, "train.tokens_per_step": 96 * 32, "train.eval_every": 4, "sample.every": 10}
 STOPS = (4, 13)
 CELLS = list(product(["adamw", "muon"], ["fp32", "bf16"], [1, 3]))
+# What `auto` takes on a CPU, where the preset pins what is the same everywhere.
+FAST = {"train.attention": "folded", "train.fp32_matmul": "medium"}
 # 16 rows of 128 and 32,768 weights in a matrix: enough for the threads to be given work.
 WIDE = {
     "model.hidden_size": 128,
@@ -48,6 +51,29 @@ def test_stopped_and_resumed_equals_uninterrupted(kind: str, dtype: str, accumul
     stopped_equals_whole(rig, BASE, cell)
     assert f"{accumulation} micro-batch(es)" in rig.children[0].stderr
     assert (rig.children[0].stderr.count(f"computation: {dtype}"), rig.children[0].stderr.count(f"; {kind}")) == (1, 1)
+
+
+@pytest.mark.goal("R4")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_stopped_and_resumed_on_the_fast_path(dtype: str, rig: Rig) -> None:
+    cell = FAST | {"train.dtype": dtype, "train.micro_batch": 32}
+    stopped_equals_whole(rig, BASE, cell)
+    for plan in ("attention: folded (as given)", "fp32 products: medium (as given)", "of up to 32 (as given)"):
+        assert plan in rig.children[0].stderr, plan
+    state = oracle.state(oracle.newest(rig.folder / "run"))
+    assert (state["resolved.attention"], state["resolved.fp32_matmul"]) == ('"folded"', '"medium"')
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_eval_in_another_process_gives_what_training_measured(dtype: str, threads: int, rig: Rig) -> None:
+    """With the run's own threads and kernels, and 257 ids, which are no multiple of anything."""
+    rig.run(words("run", WIDE, FAST, {"train.dtype": dtype, "train.threads": threads, "train.eval_tokens": 0}))
+    measured = [record for record in oracle.journal(rig.folder / "run") if record["kind"] == "eval"][-1]
+    child = rig.run(["eval", "run", "--json"], fresh=True, environment={"OMP_NUM_THREADS": str(3 - threads)})
+    evaluated = json.loads(child.stdout)
+    names = ("loss", "bits_per_byte", "perplexity", "tokens", "bytes")
+    assert {name: evaluated[name] for name in names} == {name: measured[name] for name in names}
 
 
 @pytest.mark.goal("R4")

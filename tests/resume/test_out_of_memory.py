@@ -8,6 +8,7 @@ out of memory in its first step must equal, bit for bit, one that was given the 
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from pocketlm.cli.main import main
 from pocketlm.config import Config
 from pocketlm.files import Journal
 from pocketlm.model.loss import linear_cross_entropy
+from pocketlm.model.transformer import Transformer
 from pocketlm.training import resolve
 from pocketlm.training import step as step_file
 from pocketlm.training.loop import train
+from pocketlm.training.saving import regular_steps
 
 ROWS, CONTEXT, STEPS = 32, 32, 100
 FIELDS = {
@@ -154,6 +157,47 @@ def test_a_resume_keeps_the_smaller_size(run_with: Any) -> None:
     assert (state["micro_batch"], state["resolved"]["micro_batch"]) == (8, 16)
 
 
+def test_what_was_halved_is_saved_with_the_step(run_with: Any) -> None:
+    """Killed before the next regular checkpoint; the memory is there again, and the run computes as before all the
+    same."""
+    at = 2 * 24
+    whole, _ = run_with("whole", {at: "forward"})
+    with pytest.raises(Killed):
+        run_with("killed", {at: "forward", at + 1 + 4 * 5: "kill"})  # in step 30
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(Path("killed"))] == [0, 20, 25]
+    assert regular_steps(Path("killed")) == [0, 20], "nothing goes back to it"
+    run, faults = run_with("killed")
+    assert faults.rows == [8] * 4 * (STEPS - 25)
+    assert losses(run) == losses(whole)
+    assert len(halvings(run)) == 1
+    assert checkpoint.state_hash(newest(run)) == checkpoint.state_hash(newest(whole))
+    ran = tomllib.loads((run / "resolved.toml").read_text())
+    assert ran["train"]["micro_batch"] == ran["resolved"]["micro_batch"] == 8
+    assert "began with 16" in ran["resolved"]["reasons"]["micro_batch"]
+
+
+def test_compiled_blocks_are_compiled_anew_for_the_smaller_size(run_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a compiler that does nothing; where it runs out of memory itself, that halves too."""
+    compiled, forgotten, warmed, hidden = list[str](), list[str](), list[int](), Transformer.hidden
+
+    def full_at_first(model: Transformer, ids: Tensor) -> Tensor:
+        warmed.append(len(ids))
+        if len(warmed) == 1:
+            raise RuntimeError("CUDA driver error: out of memory")
+        return hidden(model, ids)
+
+    monkeypatch.setattr(resolve, "why_not_compile", lambda device: "")
+    monkeypatch.setattr(Transformer, "compile_blocks", lambda model: compiled.append("blocks"))
+    monkeypatch.setattr(Transformer, "hidden", full_at_first)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: forgotten.append("all"))
+    fields = {"train.compile": "on", "train.total_steps": 3, "train.eval_tokens": 32}
+    run, faults = run_with("run", {5: "backward"}, **fields)
+    assert [(record["step"], record["micro_batch"]) for record in halvings(run)] == [(0, 8), (1, 4)]
+    assert faults.rows == [8] * 6 + [4] * 8 * 2
+    assert (len(compiled), len(forgotten)) == (3, 2)
+    assert warmed[:2] == [16, 8]
+
+
 def test_a_run_that_goes_back_keeps_the_smaller_size(run_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     at = 2 * 24
 
@@ -167,6 +211,24 @@ def test_a_run_that_goes_back_keeps_the_smaller_size(run_with: Any, monkeypatch:
     kinds = [record["kind"] for record in Journal.read(run / "metrics.jsonl")]
     assert "rollback" in kinds
     assert 16 not in faults.rows[at + 1 :]
+
+
+def test_going_back_for_the_step_before_a_halving_keeps_the_smaller_size(
+    run_with: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 31 is one skip too many; that is read when step 32 has been done, after memory ran out in it."""
+    at = 2 * 31
+
+    class Broken(Faults):
+        def __call__(self, *rest: Any, **options: Any) -> Tensor:
+            loss = super().__call__(*rest, **options)
+            return loss * math.nan if self.calls == at else loss
+
+    monkeypatch.setattr("test_out_of_memory.Faults", Broken)
+    run, faults = run_with("run", {at: "forward"}, **{"guard.max_skips": 0, "train.total_steps": 40})
+    back = [record for record in Journal.read(run / "metrics.jsonl") if record["kind"] == "rollback"]
+    assert [(record["from_step"], record["step"]) for record in back] == [(31, 20)]
+    assert faults.rows[at + 1 :] == [8] * 4 * (1 + 20)
 
 
 def test_at_one_row_it_ends_and_what_was_saved_stands(
@@ -202,8 +264,9 @@ def test_the_update_is_never_done_twice(run_with: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr("pocketlm.optim.optimizer.Optimizer.step", full)
     from pocketlm.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="step 1: the update does not fit into memory"):
+    with pytest.raises(ConfigError, match="step 1: the update does not fit into memory") as refused:
         run_with("run")
+    assert str(refused.value).endswith("or give a new --out with a smaller preset"), "fewer rows would not help"
     assert halvings(Path("run")) == []
 
 

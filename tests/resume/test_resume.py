@@ -7,8 +7,13 @@ from typing import Any
 
 import oracle
 import pytest
+import torch
 
+from pocketlm import distributed
+from pocketlm.cli.main import main
 from pocketlm.config import Config
+from pocketlm.model import arithmetic
+from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
 
 
@@ -29,3 +34,48 @@ def test_a_resume_never_probes_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def resolved(run: Path) -> dict[str, Any]:
     state = oracle.state(oracle.newest(run))
     return {name.rpartition(".")[2]: state[name] for name in ("step", "resolved.dtype", "resolved.micro_batch")}
+
+
+FAST = {"train.total_steps": 4, "train.attention": "folded", "train.fp32_matmul": "medium", "sample.prompts": []}
+
+
+def test_where_fp32_would_be_rounded_a_resume_and_an_eval_take_the_exact_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = train(Config.preset("debug", FAST | {"train.stop_at_step": 2}), out=Path("run"))
+    monkeypatch.setattr(arithmetic, "fp32_error", lambda: 1e-3)
+    assert main(["eval", "run", "--limit", "40"]) == 0
+    assert "elsewhere" not in capsys.readouterr().err, "on the same machine it is as it was chosen"
+    monkeypatch.setattr(distributed, "cpu_name", lambda: "another")
+    assert main(["eval", "run", "--limit", "40"]) == 0
+    assert "was trained elsewhere: fp32_matmul is highest, not medium" in capsys.readouterr().err
+    heard = Notes()
+    train(Config.preset("debug", FAST), out=run, listener=heard)
+    assert torch.get_float32_matmul_precision() == "highest"
+    said = "\n".join(heard.notes)
+    assert "the run computes otherwise from here on: fp32_matmul is highest, not medium" in said
+    assert "is another," in said
+    after = oracle.state(oracle.newest(run))
+    names = ("fp32_matmul", "attention", "determinism")
+    assert [after[f"resolved.{name}"] for name in names] == ['"highest"', '"folded"', '"same-data"']
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_an_eval_takes_the_threads_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    try:
+        train(Config.preset("debug", FAST | {"train.threads": 2}), out=Path("run"))
+        torch.set_num_threads(1)
+        assert main(["eval", "run", "--limit", "40"]) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

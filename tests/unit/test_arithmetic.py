@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pocketlm.config import InitConfig, ModelConfig
-from pocketlm.model.arithmetic import VOCAB_MULTIPLE, Arithmetic, computing
+from pocketlm.model import arithmetic as file
+from pocketlm.model.arithmetic import VOCAB_MULTIPLE, Arithmetic, computing, usable
 from pocketlm.model.init import init_weights
 from pocketlm.model.loss import linear_cross_entropy, token_losses
 from pocketlm.model.transformer import Transformer, allocate, look_up
@@ -110,3 +111,42 @@ def test_losses_on_the_padded_copy_are_those_without_padding(softcap: float | No
     padded = torch.cat((head, torch.zeros(27, 32)))
     mine = token_losses(hidden, padded, targets, chunk=7, softcap=softcap, num_ids=V)
     torch.testing.assert_close(mine, token_losses(hidden, head, targets, softcap=softcap))
+
+
+def test_what_another_machine_cannot_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = Arithmetic("bf16", "folded", "medium")
+    kept, why = usable(fast, torch.device("cuda"))
+    assert kept == Arithmetic("bf16", "sdpa", "highest")
+    assert "attention is sdpa, not folded" in why
+    assert "medium, which rounds on a cuda" in why
+    for error, precision in ((2e-7, "medium"), (2e-3, "highest")):
+        monkeypatch.setattr(file, "fp32_error", lambda error=error: error)
+        kept, why = usable(fast, torch.device("cpu"))
+        assert kept == Arithmetic("bf16", "folded", precision)
+        assert bool(why) is (precision == "highest")
+
+
+def test_only_use_sets_the_precision_of_the_process() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        Precision(model_of(True), Arithmetic(fp32_matmul="medium"))
+        assert torch.get_float32_matmul_precision() == "highest"
+        Arithmetic(fp32_matmul="medium").use()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_folded_attention_recomputed_gives_the_same_gradients(dtype: str) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = model_of(True)
+        model.gradient_checkpointing = recompute
+        precision = Precision(model, Arithmetic("bf16" if dtype == "bf16" else "fp32", "folded"))
+        backward(precision.compute, *rows(3))
+        gradients.append(precision.gradients())
+    for name, gradient in gradients[0].items():
+        assert gradient.any(), name
+        assert torch.equal(gradient, gradients[1][name]), name

@@ -20,6 +20,15 @@ from pocketlm.training.micro_batch import chosen, evenly, is_out_of_memory, larg
 from pocketlm.training.state import read_state
 
 PLENTY = 10**15
+TOLD = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "1152921504606846976 bytes. Error code 12 (Cannot allocate memory)",
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+    "CUDA driver error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+)
+"""As PyTorch and its libraries write it."""
 
 
 def smallm(**fields: object) -> Config:
@@ -27,23 +36,25 @@ def smallm(**fields: object) -> Config:
 
 
 def test_a_cpu_takes_as_many_as_reach_full_speed() -> None:
-    assert chosen(smallm(), "cpu", "bf16", PLENTY)[0] == 16  # 4,096 tokens are 16 rows; 248 rows are 15.5 times 16
-    assert chosen(Config.preset("tiny"), "cpu", "bf16", PLENTY)[0] == 8, "a step has no more"
+    assert (
+        chosen(smallm(), "cpu", "bf16", "folded", PLENTY)[0] == 16
+    )  # 4,096 tokens are 16 rows; 248 rows are 15.5 times 16
+    assert chosen(Config.preset("tiny"), "cpu", "bf16", "folded", PLENTY)[0] == 8, "a step has no more"
     long = Config.preset("smollm2-135m", {"train.micro_batch": "auto"})
-    assert chosen(long, "cpu", "bf16", PLENTY)[0] == 2
+    assert chosen(long, "cpu", "bf16", "folded", PLENTY)[0] == 2
     longer = Config.preset(
         "smollm2-135m",
         {"train.micro_batch": "auto", "data.context": 8192, "model.max_position_embeddings": 8192},
     )
-    assert chosen(longer, "cpu", "bf16", PLENTY)[0] == 1, "one row at least"
+    assert chosen(longer, "cpu", "bf16", "folded", PLENTY)[0] == 1, "one row at least"
 
 
 def test_a_gpu_takes_all_that_fits() -> None:
     config = smallm()
     assert config.rows_per_step == 248
-    assert chosen(config, "cuda", "bf16", PLENTY)[0] == 248
+    assert chosen(config, "cuda", "bf16", "sdpa", PLENTY)[0] == 248
     half = int(sizes.training_memory(config, 150, "bf16").total / file.USABLE["cuda"]) + 1
-    rows, reason = chosen(config, "cuda", "bf16", half)
+    rows, reason = chosen(config, "cuda", "bf16", "sdpa", half)
     assert rows == 124, "150 would fit; two times 124 take as many turns as 150 and 98"
     assert "all that fits" in reason
 
@@ -58,59 +69,70 @@ def test_turns_are_even(rows: int, most: int, even: int) -> None:
 
 def test_what_fits_is_found_by_trying_every_size() -> None:
     config = Config.preset("smallm", {"train.tokens_per_step": 20 * 256})
-    totals = [needs(config, rows, "fp32", "cpu").total for rows in range(1, 21)]
+    totals = [needs(config, rows, "fp32", "folded", "cpu").total for rows in range(1, 21)]
     for room in (*totals, *(total - 1 for total in totals), 0):
         want = len(list(itertools.takewhile(lambda total, room=room: total <= room, totals)))
-        assert largest_that_fits(config, "fp32", room, "cpu") == want
+        assert largest_that_fits(config, "fp32", "folded", room, "cpu") == want
 
 
 def test_little_memory_bounds_a_cpu_too() -> None:
     config = smallm()
-    room = int(needs(config, 5, "bf16", "cpu").total / file.USABLE["cpu"]) + 1
-    rows, reason = chosen(config, "cpu", "bf16", room)
+    room = int(needs(config, 5, "bf16", "folded", "cpu").total / file.USABLE["cpu"]) + 1
+    rows, reason = chosen(config, "cpu", "bf16", "folded", room)
     assert rows == 4, "62 turns of 4, all alike, and not 49 of 5 and one of 3"
-    assert needs(config, rows, "bf16", "cpu").total <= room
+    assert needs(config, rows, "bf16", "folded", "cpu").total <= room
     assert f"all that fits in {room / 1e9:.1f} GB" in reason
     assert f"{rows * 256} tokens at once, of 63488 a step" in reason
 
 
+def test_what_attention_keeps_is_counted_where_it_is_folded() -> None:
+    for device in ("cpu", "cuda"):
+        folded, plain = (needs(smallm(), 16, "bf16", kernel, device) for kernel in ("folded", "sdpa"))
+        assert folded.activations > plain.activations, device
+    room = int(needs(smallm(), 16, "bf16", "sdpa", "cpu").total / file.USABLE["cpu"]) + 1
+    assert chosen(smallm(), "cpu", "bf16", "sdpa", room)[0] == 16
+    assert chosen(smallm(), "cpu", "bf16", "folded", room)[0] < 16
+
+
 def test_where_one_row_just_fits_it_is_taken() -> None:
     config = smallm()
-    assert chosen(config, "cpu", "bf16", needs(config, 1, "bf16", "cpu").total)[0] == 1
+    assert chosen(config, "cpu", "bf16", "folded", needs(config, 1, "bf16", "folded", "cpu").total)[0] == 1
 
 
 def test_where_one_row_does_not_fit_the_line_says_what_would_help() -> None:
     config = Config.preset("smollm2-135m", {"train.micro_batch": "auto"})
-    one = needs(config, 1, "fp32", "cpu").total
-    recomputed = needs(Config.preset("smollm2-135m", {"train.gradient_checkpointing": True}), 1, "fp32", "cpu").total
+    one = needs(config, 1, "fp32", "folded", "cpu").total
+    recomputed = needs(
+        Config.preset("smollm2-135m", {"train.gradient_checkpointing": True}), 1, "fp32", "folded", "cpu"
+    ).total
     assert recomputed < one - 10**9
     with pytest.raises(ConfigError) as refused:
-        chosen(config, "cpu", "fp32", one - 1)
+        chosen(config, "cpu", "fp32", "folded", one - 1)
     line = str(refused.value)
     assert "\n" not in line
     assert f"needs about {one / 1e9:.1f} GB to train with 1 row(s) of 2048 at once" in line
     assert line.endswith("add --train.gradient-checkpointing true")
     kept = 28 * 134_515_008  # weights, gradients, moments; weights and moments again for a save
     with pytest.raises(ConfigError, match=rf"{kept / 1e9:.1f} GB for the parameters.*take a smaller preset"):
-        chosen(config, "cpu", "fp32", 10**9)
+        chosen(config, "cpu", "fp32", "folded", 10**9)
 
 
 def test_a_shorter_context_helps_where_recomputing_is_on_already() -> None:
     fields = {"train.gradient_checkpointing": True, "train.micro_batch": "auto", "train.loss_chunk": 4096}
     config = Config.preset("smollm2-135m", fields)
     shorter = Config.preset("smollm2-135m", fields | {"data.context": 1024})
-    room = needs(shorter, 1, "fp32", "cpu").total
+    room = needs(shorter, 1, "fp32", "folded", "cpu").total
     with pytest.raises(ConfigError, match=r"add --data.context 1024 --train.tokens-per-step 16384$"):
-        chosen(config, "cpu", "fp32", room)
+        chosen(config, "cpu", "fp32", "folded", room)
 
 
 def test_what_is_given_is_kept_or_refused() -> None:
-    assert chosen(smallm(micro_batch=100), "cpu", "bf16", PLENTY) == (100, "as given")
-    assert chosen(smallm(micro_batch=10**6), "cpu", "bf16", PLENTY) == (248, "as given")
-    room = needs(smallm(), 60, "bf16", "cpu").total
-    assert chosen(smallm(micro_batch=60), "cpu", "bf16", room) == (60, "as given")
+    assert chosen(smallm(micro_batch=100), "cpu", "bf16", "folded", PLENTY) == (100, "as given")
+    assert chosen(smallm(micro_batch=10**6), "cpu", "bf16", "folded", PLENTY) == (248, "as given")
+    room = needs(smallm(), 60, "bf16", "folded", "cpu").total
+    assert chosen(smallm(micro_batch=60), "cpu", "bf16", "folded", room) == (60, "as given")
     with pytest.raises(ConfigError, match=r"add --train.micro-batch 60, or leave it to auto"):
-        chosen(smallm(micro_batch=100), "cpu", "bf16", room)
+        chosen(smallm(micro_batch=100), "cpu", "bf16", "folded", room)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_made(
@@ -154,5 +176,19 @@ def test_errors_that_say_that_memory_ran_out() -> None:
     assert is_out_of_memory(refused.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(MemoryError())
+    for text in TOLD:
+        assert is_out_of_memory(RuntimeError(text)), text
+        assert not is_out_of_memory(ValueError(text)), text
+    assert not is_out_of_memory(RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("you tried to allocate"))
+
+
+def test_an_error_that_was_raised_from_one_of_them_says_so_too() -> None:
+    wrapped, in_passing = RuntimeError("backend='inductor' raised"), RuntimeError("while that was handled")
+    wrapped.__cause__ = torch.OutOfMemoryError("CUDA out of memory.")
+    in_passing.__context__ = wrapped
+    assert is_out_of_memory(wrapped)
+    assert is_out_of_memory(in_passing)
+    in_passing.__cause__ = None  # `from None`: another matter
+    assert not is_out_of_memory(in_passing)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pocketlm.cli.arguments import Parser, print_json, print_table, say
 from pocketlm.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pocketlm.model.arithmetic import Arithmetic
 
 
 def run(argv: list[str]) -> int:
@@ -26,6 +32,8 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
 
+    import torch
+
     from pocketlm import checkpoint, distributed
     from pocketlm.evaluate.loss import evaluate_stream
     from pocketlm.evaluate.source import open_stream, own_dataset, own_source
@@ -44,14 +52,18 @@ def run(argv: list[str]) -> int:
         raise UsageError(f"--stride {stride} is not in 1..{context}, the context")
     if arguments.limit < 0:
         raise UsageError(f"--limit {arguments.limit} is below 0, which scores all")
-    arithmetic = checkpoint.trained_with(folder)
+    device = distributed.default_device()
+    arithmetic = _arithmetic(folder, device)
     if arguments.dtype != "auto":
         arithmetic = replace(arithmetic, dtype=arguments.dtype)
     data = str(own_dataset(folder).path) if arguments.data is None else arguments.data
     stream = open_stream(data, tokenizer, folder)
     if data == own_source(folder):
         say(f"{folder} was trained on {data}: this is how it remembers; without --data, what was held out is scored")
-    model = computing(model.to(distributed.default_device()), arithmetic)
+    arithmetic.use()
+    if threads := _threads(folder):
+        torch.set_num_threads(threads)  # sums are split by it: as in training, to the last bit
+    model = computing(model.to(device), arithmetic)
     report = evaluate_stream(model, stream, tokenizer, context=context, stride=stride, limit=arguments.limit)
     if arguments.json:
         print_json({"model": str(folder), "data": data, "dtype": arithmetic.dtype, "context": context, **report.tree()})
@@ -67,3 +79,35 @@ def run(argv: list[str]) -> int:
     print_table(rows)
     say(f"{folder} on {data} in {arithmetic.dtype}, windows of {context} tokens, stride {stride}")
     return 0
+
+
+def _arithmetic(folder: Path, device: torch.device) -> Arithmetic:
+    """As in training; on another machine what of that can be kept, and says so."""
+    from pocketlm import checkpoint, distributed
+    from pocketlm.model.arithmetic import usable
+
+    arithmetic, state = checkpoint.trained_with(folder), _state(folder)
+    then = _tree(state.get("versions")) | {"device": _tree(state.get("resolved")).get("device")}
+    if not state or not distributed.changes(then, device):
+        return arithmetic
+    arithmetic, why = usable(arithmetic, device)
+    if why:
+        say(f"{folder} was trained elsewhere: {why}")
+    return arithmetic
+
+
+def _threads(folder: Path) -> int | None:
+    """With how many it was trained; None where nothing says so."""
+    threads = _tree(_state(folder).get("resolved")).get("threads")
+    return threads if type(threads) is int and 1 <= threads <= 1024 else None
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint's state; empty for a model folder that has none."""
+    from pocketlm import checkpoint
+
+    return checkpoint.read_state(folder) if (folder / checkpoint.STATE).is_file() else {}
+
+
+def _tree(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

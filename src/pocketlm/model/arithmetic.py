@@ -9,7 +9,7 @@ odd widths (GPT-2's 50,257). The rows added are zero, their logits count as -inf
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,24 +18,59 @@ from pocketlm.model.transformer import Transformer, allocate
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCAB_MULTIPLE = 64
+FP32_ERROR = 1e-5
+"""Relative; fp32 products are below 1e-6, those of TF32 or bf16 above 1e-4."""
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a model's numbers depend on beside its weights and input."""
+    """What of a model's rounding is chosen and stored.
+
+    The last bits depend on more: the number of threads, compiled blocks, the rows at once, the machine and its
+    libraries.
+    """
 
     dtype: Dtype = "fp32"
     attention: AttentionKernel = "sdpa"
     fp32_matmul: FP32Matmul = "highest"
+
+    def use(self) -> None:
+        """Sets PyTorch's precision of fp32 products, which holds for the whole process."""
+        torch.set_float32_matmul_precision(self.fp32_matmul)
+
+
+def usable(arithmetic: Arithmetic, device: torch.device) -> tuple[Arithmetic, str]:
+    """What of an arithmetic that was chosen on another machine can be kept on a device here, and why not all of it.
+
+    The folded kernel is made for CPUs, and fp32 stays fp32. Changes the precision of the process while it looks.
+    """
+    kept, reasons = arithmetic, list[str]()
+    if device.type != "cpu" and kept.attention == "folded":
+        kept = replace(kept, attention="sdpa")
+        reasons.append(f"attention is sdpa, not folded: PyTorch's kernel is made for a {device.type}")
+    if kept.fp32_matmul == "medium":
+        kept.use()
+        where = f"on a {device.type}" if device.type != "cpu" else "here"
+        if device.type != "cpu" or fp32_error() > FP32_ERROR:
+            kept = replace(kept, fp32_matmul="highest")
+            reasons.append(f"fp32_matmul is highest, not medium, which rounds {where}")
+    return kept, "; ".join(reasons)
+
+
+def fp32_error() -> float:
+    """Of an fp32 product of this process on the CPU against fp64, norm of the difference over norm."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
+    truth = left.double() @ right.double()
+    return float(((left @ right).double() - truth).norm() / truth.norm())
 
 
 @torch.no_grad()
 def computing(model: Transformer, arithmetic: Arithmetic) -> Transformer:
     """The model that computes what an fp32 model says: itself, or a copy in another precision.
 
-    Sets PyTorch's precision of fp32 products, which holds for the whole process.
+    The precision of fp32 products is the process's, and not touched: see `Arithmetic.use`.
     """
-    torch.set_float32_matmul_precision(arithmetic.fp32_matmul)
     if arithmetic.dtype == "fp32":
         model.use_attention(arithmetic.attention)
         return model

@@ -18,7 +18,7 @@ from pocketlm.errors import ConfigError, Diverged, FileError, Interrupted, Pocke
 from pocketlm.files import Lock, make_folder, sweep
 from pocketlm.training.boundary import Late, record, serve
 from pocketlm.training.guard import Trouble
-from pocketlm.training.halving import step_that_fits
+from pocketlm.training.halving import compile_that_fits, step_that_fits
 from pocketlm.training.log import Listener, Silent
 from pocketlm.training.report import write_report
 from pocketlm.training.run import Run, begin, info, set_aside_later
@@ -65,6 +65,7 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
         run, state = begin(folder, config, start, listener)
         try:
             listener.started(info(run, state))
+            compile_that_fits(run, state)
             with stop_on_signal() as stop:
                 _loop(run, state, stop)
         finally:
@@ -147,7 +148,13 @@ def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequ
             late.read()
             return
         stop.check()
+        at_once = state.progress.micro_batch
         late.put(step_that_fits(run, state, stop.check))
+        if state.progress.micro_batch != at_once and not run.saves(state.progress.step):
+            late.read()
+            state.check_finite()
+            saver.begin(must=False)
+            saver.wait()
 
 
 def _keep(state: TrainState, late: Late, saver: Saver) -> None:
@@ -184,7 +191,7 @@ def _go_back(run: Run, state: TrainState, late: Late, saver: Saver, trouble: Tro
     """
     late.forget()
     saver.wait()  # what is being saved may be what is gone back to
-    there, warn = trouble.progress, run.listener.note
+    there, warn, at_once = trouble.progress, run.listener.note, state.progress.micro_batch
     regular = {step for step in regular_steps(run.folder) if step < there.trouble_began}
     anchor = checkpoint.newest_valid(run.folder, warn, regular.__contains__)
     if anchor is None or there.rollbacks >= run.config.guard.max_rollbacks:
@@ -200,6 +207,6 @@ def _go_back(run: Run, state: TrainState, late: Late, saver: Saver, trouble: Tro
     back = state.progress
     left_out = there.position - back.position
     back.position, back.rollbacks, back.skips = there.position, there.rollbacks + 1, []
-    back.micro_batch = min(back.micro_batch, there.micro_batch)  # what did not fit would not fit again
+    back.micro_batch = min(back.micro_batch, at_once)  # what did not fit would not fit again
     what = {"kind": "rollback", "step": back.step, "from_step": there.step, "reason": str(trouble)}
     record(run, what | {"rows_left_out": left_out, "skipped": there.skips})

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from pocketlm.config import Config, Dtype
+from pocketlm.config import AttentionKernel, Config, Dtype
 from pocketlm.errors import ConfigError
 from pocketlm.model import sizes
 from pocketlm.training.memory import available_bytes
@@ -22,33 +22,47 @@ USABLE = {"cpu": 0.85, "cuda": 0.92}
 """Share of what is available that the closed form may fill: it is an estimate, and others live on the machine."""
 
 
+REFUSALS = (
+    "you tried to allocate",  # PyTorch's CPU allocator
+    "out of memory",  # CUDA error, CUDA driver error
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+)
+"""What a RuntimeError says that means it; only PyTorch's caching allocator on a GPU has an error of its own."""
+
+
 class OutOfMemory(Exception):
     """A step's micro-batch did not fit: nothing was advanced and no gradient is left."""
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out: on a GPU, in PyTorch's CPU allocator, or in Python."""
-    refused = isinstance(error, RuntimeError) and "you tried to allocate" in str(error)
-    return refused or isinstance(error, torch.OutOfMemoryError | MemoryError)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, says that memory ran out: on a GPU, in a library, or on the CPU."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in REFUSALS):
+        return True
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return before is not None and is_out_of_memory(before)
 
 
-def choose(config: Config, device: torch.device, dtype: Dtype) -> tuple[int, str]:
+def choose(config: Config, device: torch.device, dtype: Dtype, attention: AttentionKernel) -> tuple[int, str]:
     """Rows at once, and why so many.
 
     Raises:
         ConfigError: not even one row fits, or not as many as were asked for.
     """
-    return chosen(config, device.type, dtype, available_bytes(device))
+    return chosen(config, device.type, dtype, attention, available_bytes(device))
 
 
-def chosen(config: Config, device: str, dtype: Dtype, available: int) -> tuple[int, str]:
+def chosen(config: Config, device: str, dtype: Dtype, attention: AttentionKernel, available: int) -> tuple[int, str]:
     """The same as a function of what is available, in bytes."""
     rows, given = config.rows_per_step, config.train.micro_batch
     if given != "auto":
-        return _as_given(config, min(given, rows), dtype, available, device), "as given"
-    fits = largest_that_fits(config, dtype, int(available * USABLE[device]), device)
-    if fits == 0 and not largest_that_fits(config, dtype, available, device):
-        raise ConfigError(refusal(config, 1, dtype, available, device))
+        return _as_given(config, min(given, rows), dtype, attention, available, device), "as given"
+    fits = largest_that_fits(config, dtype, attention, int(available * USABLE[device]), device)
+    if fits == 0 and not largest_that_fits(config, dtype, attention, available, device):
+        raise ConfigError(refusal(config, 1, dtype, attention, available, device))
     wanted = rows if device == "cuda" else max(1, FULL_SPEED_TOKENS // config.data.context)
     micro_batch = evenly(rows, max(1, min(rows, wanted, fits)))
     bounded = f", all that fits in {_gb(available)}" if fits < min(rows, wanted) else ""
@@ -56,10 +70,12 @@ def chosen(config: Config, device: str, dtype: Dtype, available: int) -> tuple[i
     return micro_batch, f"{tokens} tokens at once, of {config.train.tokens_per_step} a step{bounded}"
 
 
-def warning(config: Config, micro_batch: int, dtype: Dtype, device: torch.device) -> str | None:
+def warning(
+    config: Config, micro_batch: int, dtype: Dtype, attention: AttentionKernel, device: torch.device
+) -> str | None:
     """What to say of a run that goes on with the rows it had, where there is less memory than they need."""
     available = available_bytes(device)
-    if (total := needs(config, micro_batch, dtype, device.type).total) <= available:
+    if (total := needs(config, micro_batch, dtype, attention, device.type).total) <= available:
         return None
     return (
         f"this run goes on with {micro_batch} row(s) at once, which need about {_gb(total)}; "
@@ -67,23 +83,28 @@ def warning(config: Config, micro_batch: int, dtype: Dtype, device: torch.device
     )
 
 
-def _as_given(config: Config, micro_batch: int, dtype: Dtype, available: int, device: str) -> int:
-    if needs(config, micro_batch, dtype, device).total > available:
-        raise ConfigError(refusal(config, micro_batch, dtype, available, device))
+def _as_given(
+    config: Config, micro_batch: int, dtype: Dtype, attention: AttentionKernel, available: int, device: str
+) -> int:
+    if needs(config, micro_batch, dtype, attention, device).total > available:
+        raise ConfigError(refusal(config, micro_batch, dtype, attention, available, device))
     return micro_batch
 
 
-def needs(config: Config, micro_batch: int, dtype: Dtype, device: str) -> sizes.TrainingMemory:
-    """Bytes on a device of this type. A CPU may fold its attention, and then keeps probabilities."""
-    return sizes.training_memory(config, micro_batch, dtype, folded=device == "cpu", snapshot=device == "cpu")
+def needs(
+    config: Config, micro_batch: int, dtype: Dtype, attention: AttentionKernel, device: str
+) -> sizes.TrainingMemory:
+    """Bytes on a device of this type. Folded attention keeps probabilities; on a CPU a save copies."""
+    folded = attention == "folded"
+    return sizes.training_memory(config, micro_batch, dtype, folded=folded, snapshot=device == "cpu")
 
 
-def largest_that_fits(config: Config, dtype: Dtype, room: int, device: str) -> int:
+def largest_that_fits(config: Config, dtype: Dtype, attention: AttentionKernel, room: int, device: str) -> int:
     """The most rows, of a step's, whose training takes no more than `room` bytes; 0 if one takes more."""
     low, high = 0, config.rows_per_step
     while low < high:  # memory grows with the rows: bisection
         middle = (low + high + 1) // 2
-        if needs(config, middle, dtype, device).total <= room:
+        if needs(config, middle, dtype, attention, device).total <= room:
             low = middle
         else:
             high = middle - 1
@@ -100,24 +121,26 @@ def evenly(rows: int, most: int) -> int:
     return divisor if 4 * divisor >= 3 * fewest_turns else fewest_turns
 
 
-def refusal(config: Config, micro_batch: int, dtype: Dtype, available: int, device: str) -> str:
+def refusal(
+    config: Config, micro_batch: int, dtype: Dtype, attention: AttentionKernel, available: int, device: str
+) -> str:
     """One line: what it needs, what there is, and what would help."""
-    memory = needs(config, micro_batch, dtype, device)
+    memory = needs(config, micro_batch, dtype, attention, device)
     kept = memory.per_parameter
     what = (
         f"{config.name} needs about {_gb(memory.total)} to train with {micro_batch} row(s) of {config.data.context} at "
         f"once ({_gb(kept)} for the parameters, {_gb(memory.total - kept)} for the rows), {_gb(available)} are free"
     )
-    if fits := largest_that_fits(config, dtype, available, device):
+    if fits := largest_that_fits(config, dtype, attention, available, device):
         return f"{what}; add --train.micro-batch {min(fits, micro_batch - 1)}, or leave it to auto"
-    return f"{what}; {_advice(config, dtype, available, device)}"
+    return f"{what}; {_advice(config, dtype, attention, available, device)}"
 
 
-def _advice(config: Config, dtype: Dtype, available: int, device: str) -> str:
+def _advice(config: Config, dtype: Dtype, attention: AttentionKernel, available: int, device: str) -> str:
     """What makes a row smaller, as far as it would; else a smaller model."""
 
     def fits(changed: Config) -> bool:
-        return needs(changed, 1, dtype, device).total <= available
+        return needs(changed, 1, dtype, attention, device).total <= available
 
     train, data, rows = config.train, config.data, config.rows_per_step
     recomputed = train.model_copy(update={"gradient_checkpointing": True})

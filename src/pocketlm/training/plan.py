@@ -16,7 +16,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from pocketlm import checkpoint, distributed
-from pocketlm.config import Config, Dtype
+from pocketlm.config import AttentionKernel, Config, Dtype
 from pocketlm.data.prepare import find_prepared
 from pocketlm.data.shards import Dataset, open_dataset
 from pocketlm.errors import PocketError
@@ -269,7 +269,8 @@ def plan_for(config: Config, gpu: Gpu) -> Plan:
         ConfigError: it does not fit into the GPU's memory.
     """
     dtype = gpu.dtype if config.train.dtype == "auto" or gpu.dtype == "fp32" else config.train.dtype
-    micro_batch, _ = chosen(config, "cuda", dtype, gpu.memory_bytes)
+    attention: AttentionKernel = "folded" if config.train.attention == "folded" else "sdpa"
+    micro_batch, _ = chosen(config, "cuda", dtype, attention, gpu.memory_bytes)
     dataset, left_out = _dataset(config)
     work = work_of(config, dataset)
     rate = gpu.flops if dtype == gpu.dtype else gpu.flops / 2  # fp32 in TF32
@@ -300,7 +301,7 @@ def plan_for(config: Config, gpu: Gpu) -> Plan:
         peak_flops=rate,
         step_s=step_s,
         seconds=Seconds(0.0, work.steps * step_s, evaluated / (ASSUMED_MFU * rate), 0.0),
-        memory=_memory(config, dtype, micro_batch, gpu.memory_bytes, 0, folded=False, on_cpu=False),
+        memory=_memory(config, dtype, micro_batch, gpu.memory_bytes, 0, folded=attention == "folded", on_cpu=False),
         checkpoint_bytes=checkpoint_bytes(config, _tokenizer(dataset, left_out), resolved),
         data_bytes=_data_bytes(dataset),
         joules=None,

@@ -10,18 +10,16 @@ Both are had from short steps of one and of several micro-batches, where a whole
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pocketlm.config import Config
-from pocketlm.distributed import Runtime
+from pocketlm.distributed import Runtime, cpu_name
 from pocketlm.errors import ConfigError
 from pocketlm.evaluate.loss import BATCH_TOKENS
 from pocketlm.model.loss import token_losses
@@ -219,12 +217,7 @@ def device_name(device: torch.device) -> str:
     """What a GPU or a CPU calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return cpu_name()
 
 
 def _median(values: list[float]) -> float:

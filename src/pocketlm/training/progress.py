@@ -10,7 +10,7 @@ SMOOTHING = 0.95
 
 Natural = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Mark = tuple[int, int, int, int]
+Mark = tuple[int, int, int, int, int]
 
 
 class Progress(BaseModel):
@@ -47,7 +47,7 @@ class Progress(BaseModel):
     @property
     def mark(self) -> Mark:
         """What tells two states of one run apart."""
-        return self.step, self.evaluated_at, self.sampled_at, self.rollbacks
+        return self.step, self.evaluated_at, self.sampled_at, self.rollbacks, self.micro_batch
 
     @property
     def trouble_began(self) -> int:

@@ -13,25 +13,27 @@ from typing import Annotated, get_args
 
 import tomli_w
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from pocketlm.config import AttentionKernel, Config, Determinism, Dtype, FP32Matmul
 from pocketlm.distributed import Runtime, versions
 from pocketlm.errors import UsageError
-from pocketlm.model.arithmetic import TORCH_DTYPES, Arithmetic
+from pocketlm.model.arithmetic import FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
+from pocketlm.model.attention import folded_attention
 from pocketlm.model.sizes import flops_per_token
-from pocketlm.model.transformer import Attention
 from pocketlm.training import micro_batch as micro_batches
 
 MUST_GAIN = 1.2
 """What is chosen for its speed has to be faster by more than a probe's noise, so that a second run chooses the same."""
-FP32_ERROR = 1e-5
-"""Relative; fp32 products are below 1e-6, those of TF32 or bf16 above 1e-4."""
 COMPILE_S, COMPILE_GAIN, RATE = 30.0, 0.05, 0.5
 """What compiling costs once, what it saves of a run, and the share of the matmul rate that a run reaches: measured in
 docs/performance-log.md, and good enough to tell minutes from hours."""
 PROBE_ROWS = 2048
 PROBE_S = 0.25
+ATTENTION_ROWS = 4
+"""At most, in the probe of attention: enough for all cores."""
 
 
 class Resolved(BaseModel):
@@ -77,7 +79,7 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     dtype, dtype_reason = _dtype(config, rates)
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
-    micro_batch, micro_reason = micro_batches.choose(config, device, dtype)
+    micro_batch, micro_reason = micro_batches.choose(config, device, dtype, attention)
     return Resolved(
         dtype=dtype,
         attention=attention,
@@ -110,19 +112,11 @@ def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str]
     for precision in get_args(FP32Matmul):
         torch.set_float32_matmul_precision(precision)
         rates[precision] = matmul_rate(config, device, torch.float32)
-    if (error := _fp32_error()) > FP32_ERROR:  # with medium, the last one set
+    if (error := fp32_error()) > FP32_ERROR:  # with medium, the last one set
         return "highest", f"medium rounds here: a relative error of {error:.0e}"
     gain = rates["medium"] / rates["highest"]
     reason = f"medium runs at {gain:.1f} times the rate of highest here, and is fp32: a relative error of {error:.0e}"
     return ("medium" if gain >= MUST_GAIN else "highest"), reason
-
-
-def _fp32_error() -> float:
-    """Of an fp32 product against fp64, norm of the difference over norm."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
-    truth = left.double() @ right.double()
-    return float(((left @ right).double() - truth).norm() / truth.norm())
 
 
 def _dtype(config: Config, rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
@@ -141,15 +135,30 @@ def _attention(config: Config, device: torch.device, dtype: Dtype) -> tuple[Atte
     seconds = {kernel: _attention_s(config, TORCH_DTYPES[dtype], kernel) for kernel in get_args(AttentionKernel)}
     gain = seconds["sdpa"] / seconds["folded"]
     reason = f"the folded kernel runs at {gain:.1f} times the rate of PyTorch's here"
-    return ("folded" if gain >= MUST_GAIN else "sdpa"), reason
+    return ("folded" if gain > 1 else "sdpa"), reason
 
 
 def _attention_s(config: Config, dtype: torch.dtype, kernel: AttentionKernel) -> float:
-    """Seconds of one row's attention forward and backward in one layer."""
-    attention = Attention(config.model, layer=0).to(dtype)
-    attention.kernel = kernel
-    x = torch.ones(1, config.data.context, config.model.hidden_size, dtype=dtype)
-    return _best_s(lambda: attention(x, None, None).sum().backward())
+    """Seconds of a layer's attention, forward and backward, without the projections around it."""
+    rows, model = min(ATTENTION_ROWS, config.rows_per_step), config.model
+    generator = torch.Generator().manual_seed(0)
+
+    def heads(num: int) -> Tensor:
+        shape = (rows, num, config.data.context, model.head_dim)
+        return torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+
+    q, k, v = (heads(num) for num in (model.num_attention_heads, *[model.num_key_value_heads] * 2))
+    upstream = torch.ones_like(q)
+
+    def work() -> None:
+        if kernel == "folded":
+            y = folded_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(y, (q, k, v), upstream)
+
+    work()  # the first call chooses kernels and takes memory
+    return _best_s(work)
 
 
 def _compile(config: Config, device: torch.device, peak_flops: float) -> tuple[bool, str]:

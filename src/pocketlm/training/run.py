@@ -15,9 +15,10 @@ from pocketlm.config import Config
 from pocketlm.data.loader import Loader
 from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import Dataset, open_dataset, unigram_entropy
-from pocketlm.errors import ConfigError, DataError
+from pocketlm.errors import ConfigError, DataError, one_line
 from pocketlm.files import Journal, set_aside, write_file
 from pocketlm.model import sizes
+from pocketlm.model.arithmetic import usable
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.training import micro_batch
@@ -81,32 +82,46 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
     runtime = distributed.start(config.train, stored.resolved.determinism if stored else None)
     resolved = _as_before(stored, runtime, listener) if stored else resolve(config, runtime)
     runtime = replace(distributed.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
-    if stored and (line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, runtime.device)):
+    if stored and (
+        line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, resolved.attention, runtime.device)
+    ):
         listener.note(line)
     state = new_state(config, resolved, runtime)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
-    compile_if_wanted(state, config, resolved, listener.note)
     loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle)
 
     set_aside_later(folder, checkpoint.step_of(start) if start else None, listener)
     write_file(folder / "config.toml", config.to_toml().encode())
-    write_file(folder / "resolved.toml", resolved.to_toml(config).encode())
+    write_file(folder / "resolved.toml", _as_it_is_now(resolved, state).to_toml(config).encode())
     journal = _open_journal(folder / "metrics.jsonl", stored, listener)
     return Run(folder, config, resolved, runtime, dataset, loader, journal, listener), state
+
+
+def _as_it_is_now(resolved: Resolved, state: TrainState) -> Resolved:
+    """With the rows at once that the run goes on with, which may be fewer than it began with."""
+    if (at_once := state.progress.micro_batch) == resolved.micro_batch:
+        return resolved
+    reasons = resolved.reasons | {"micro_batch": f"memory ran out with more; the run began with {resolved.micro_batch}"}
+    return resolved.model_copy(update={"micro_batch": at_once, "reasons": reasons})
 
 
 def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener) -> Resolved:
     """Says loudly what bit-exact arithmetic rests on and is not as it was; from then on less is promised."""
     resolved = stored.resolved
+    changes = distributed.changes(stored.versions | {"device": resolved.device}, runtime.device)
+    arithmetic, why = usable(resolved.arithmetic, runtime.device) if changes else (resolved.arithmetic, "")
+    if why:
+        listener.note(f"the run computes otherwise from here on: {why}")
+        kept = {"attention": arithmetic.attention, "fp32_matmul": arithmetic.fp32_matmul}
+        other = {name: why for name, value in kept.items() if value != resolved.model_dump()[name]}
+        resolved = resolved.model_copy(update={**kept, "reasons": resolved.reasons | other})
     if resolved.compile and (refusal := why_not_compile(runtime.device)):
         listener.note(f"the run began with compiled blocks, and goes on without: nothing compiles here: {refusal}")
         reasons = resolved.reasons | {"compile": f"on until nothing compiled here: {refusal}"}
         level = "same-data" if resolved.determinism == "bitwise" else resolved.determinism
         resolved = resolved.model_copy(update={"compile": False, "determinism": level, "reasons": reasons})
-    then = stored.versions | {"device": resolved.device}
-    now = distributed.versions() | {"device": runtime.device.type}
-    if changes := [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]:
+    if changes:
         listener.note(f"this run was begun elsewhere, its next steps may differ in the last bits: {'; '.join(changes)}")
         if resolved.determinism == "bitwise":
             reasons = resolved.reasons | {"determinism": f"bitwise until {'; '.join(changes)}"}
@@ -117,18 +132,35 @@ def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener
 
 
 def compile_if_wanted(state: TrainState, config: Config, resolved: Resolved, note: Callable[[str], None]) -> None:
-    """Compiles the blocks before the first step, for both sizes of micro-batch; weights stay as they are."""
+    """Compiles the blocks before the first step, for both sizes of micro-batch; weights stay as they are.
+
+    Raises:
+        OutOfMemory: so many rows at once do not fit; no gradient is left.
+    """
     if not resolved.compile:
         return
     note("compiling the blocks: about half a minute, a few seconds when this machine has done it before")
     started_at = time.perf_counter()
-    model, rows, at_once = state.precision.compute, config.rows_per_step, state.progress.micro_batch
-    model.compile_blocks()
-    for size in {min(at_once, rows), rows % at_once} - {0}:
-        ids = torch.zeros(size, config.data.context, dtype=torch.int64, device=model.head.device)
-        model.hidden(ids).sum().backward()  # type: ignore[no-untyped-call]
+    state.precision.compute.compile_blocks()
+    refusal = _warm_up(state, config)
     state.precision.drop_gradients()
+    if refusal:
+        raise micro_batch.OutOfMemory(refusal)
     note(f"compiled in {time.perf_counter() - started_at:.0f} s")
+
+
+def _warm_up(state: TrainState, config: Config) -> str:
+    """Forward and backward once for each size of micro-batch. Says why where memory runs out, else nothing."""
+    model, rows, at_once = state.precision.compute, config.rows_per_step, state.progress.micro_batch
+    try:
+        for size in {min(at_once, rows), rows % at_once} - {0}:
+            ids = torch.zeros(size, config.data.context, dtype=torch.int64, device=model.head.device)
+            model.hidden(ids).sum().backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, MemoryError) as error:
+        if not micro_batch.is_out_of_memory(error):
+            raise
+        return one_line(str(error)) or type(error).__name__
+    return ""
 
 
 def set_aside_later(folder: Path, step: int | None, listener: Listener) -> None:
@@ -164,7 +196,8 @@ def _check_fits(config: Config, dataset: Dataset) -> None:
 
 
 def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime) -> TrainState:
-    """The state before the first step: a function of the configuration."""
+    """The state before the first step: a function of the configuration. Sets the process's precision of products."""
+    resolved.arithmetic.use()
     model = allocate(config.model)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.to(runtime.device)
@@ -179,7 +212,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
     """The plan of a run, printed before its first step."""
     config, resolved = run.config, run.resolved
     train, stream, step = config.train, run.dataset.train, state.progress.step
-    count = sizes.parameters(config.model)
+    count, now = sizes.parameters(config.model), _as_it_is_now(resolved, state)
     rows, at_once = run.loader.rows, state.progress.micro_batch
     accumulation = math.ceil(config.rows_per_step / at_once)
     epochs = train.total_steps * config.rows_per_step / rows.total
@@ -194,10 +227,12 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"unigram entropy of the corpus: {unigram_nats:.4f} nats/token, {unigram_bits:.4f} bits/byte",
         f"plan: {train.total_steps:,} steps x {train.tokens_per_step:,} tokens = "
         f"{train.total_steps * train.tokens_per_step:,} tokens, {epochs:.2f} epochs",
-        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once}; "
+        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once} "
+        f"({now.reasons['micro_batch']}); "
         f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",
         f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
         f"{run.runtime.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",
+        f"fp32 products: {resolved.fp32_matmul} ({resolved.reasons['fp32_matmul']})",
         f"attention: {resolved.attention} ({resolved.reasons['attention']}); "
         f"blocks {'compiled' if resolved.compile else 'not compiled'} ({resolved.reasons['compile']})",
         f"determinism: {run.runtime.determinism}: {distributed.PROMISES[run.runtime.determinism]}",
