@@ -24,7 +24,7 @@ from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.data.loader import Loader
 from pocketlm.errors import Diverged, FileError
-from pocketlm.training import loop, saving
+from pocketlm.training import halving, saving
 from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
 
@@ -154,7 +154,7 @@ class Story(Silent):
 def test_an_error_beside_the_training_is_known_at_the_next_step(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk refuses the save of step 10 in the middle of step 12: step 13 is begun only where the run goes on."""
     whole = train(config_of(), out=Path("whole"))
-    story, steps, real = Story(), list[int](), loop.train_step
+    story, steps, real = Story(), list[int](), halving.train_step
     with monkeypatch.context() as patch:
         disk = SlowDisk(patch, 10)
         disk.refusal = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -171,7 +171,7 @@ def test_an_error_beside_the_training_is_known_at_the_next_step(then: str, monke
                         thread.join()
             return outcome
 
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(halving, "train_step", step)
         if then == "stop":
             with pytest.raises(FileError, match=r"cannot save step 10 .*: No space left on device") as caught:
                 train(config_of(), out=Path("run"), listener=story)
