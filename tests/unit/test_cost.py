@@ -114,9 +114,7 @@ class Tokens:
 
 def counted(spoil: Spoil, fields: dict[str, Any]) -> tuple[Ledger, int]:
     """The second step of `debug` with other fields, after `spoil` has been at its state; and its parameters."""
-    config = Config.preset(
-        "debug", {"train.micro_batch": 4, "train.tokens_per_step": 4 * 32, "train.attention": "folded"} | fields
-    )
+    config = Config.preset("debug", {"train.micro_batch": 4, "train.tokens_per_step": 4 * 32, "train.attention": "folded"} | fields)
     runtime = Runtime(torch.device("cpu"), torch.get_num_threads(), "off")
     resolved = resolve(config, runtime)
     state = new_state(config, resolved, runtime)
