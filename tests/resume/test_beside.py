@@ -23,7 +23,7 @@ from world import EVERY, TRAIN, Whole, trained
 from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.data.loader import Loader
-from pocketlm.errors import Diverged, FileError
+from pocketlm.errors import Diverged, FileError, Interrupted
 from pocketlm.training import halving, saving
 from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
@@ -183,6 +183,51 @@ def test_an_error_beside_the_training_is_known_at_the_next_step(then: str, monke
             assert list(states(Path("run"))) == [0, 5, 15, 20]
     run = train(config_of(), out=Path("run"))
     oracle.assert_equal(run, whole)
+
+
+@pytest.mark.goal("R11", "R19")
+@pytest.mark.parametrize("known", ["at the boundary", "when it is waited for"])
+def test_a_refused_save_does_not_keep_the_last_from_being_made(known: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk refuses step 10 and has room again; the signal comes in step 12, which is saved."""
+    whole = train(config_of(), out=Path("whole"))
+    story, real = Story(), halving.train_step
+    with monkeypatch.context() as patch:
+        disk = SlowDisk(patch, 10)
+        disk.refusal = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def step(state: Any, *arguments: Any, **options: Any) -> Any:
+            outcome = real(state, *arguments, **options)
+            if outcome.progress.step == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+                if known == "at the boundary":
+                    disk.go.set()
+                    for thread in threading.enumerate():
+                        if thread.name == saving.THREAD:
+                            thread.join()
+            return outcome
+
+        patch.setattr(halving, "train_step", step)
+        with pytest.raises(Interrupted) as caught:
+            train(config_of(), out=Path("run"), listener=story)
+    assert caught.value.exit_code == 143
+    assert sum("cannot save step 10" in note for note in story.notes) == 1
+    assert list(states(Path("run"))) == [0, 5, 12]
+    oracle.assert_equal(train(config_of(), out=Path("run")), whole)
+
+
+def test_without_a_thread_a_save_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(config_of(), out=Path("whole"))
+    story, start = Story(), threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == saving.THREAD:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    run = train(config_of(), out=Path("run"), listener=story)
+    assert [note for note in story.notes if "thread:" in note] == ["can't start new thread: training waits for each save"]
+    assert states(run) == states(whole)
 
 
 def test_what_no_disk_refuses_comes_out_where_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
