@@ -21,7 +21,8 @@ from power import FileSystem, Recorder
 from pocketlm import checkpoint, files
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError, PocketError
-from pocketlm.files import Journal, remove_folder, sweep, write_file
+from pocketlm.files import remove_folder, sweep, write_file
+from pocketlm.journal import Journal
 from pocketlm.training.loop import train
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES)

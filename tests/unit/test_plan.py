@@ -13,7 +13,7 @@ from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.data.shards import open_dataset
 from pocketlm.errors import ConfigError, UsageError
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.training import gpus, plan, resolve
 from pocketlm.training.gpus import ASSUMED_MFU, find_gpu, rate_by_name
 from pocketlm.training.log import Silent
