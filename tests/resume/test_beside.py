@@ -20,7 +20,7 @@ from rig import Rig
 from torch import Tensor
 from world import EVERY, TRAIN, Whole, trained
 
-from pocketlm import checkpoint
+from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
 from pocketlm.data.loader import Loader
 from pocketlm.errors import Diverged, FileError, Interrupted
@@ -237,7 +237,7 @@ def test_what_no_disk_refuses_comes_out_where_the_run_is(monkeypatch: pytest.Mon
         raise ZeroDivisionError("a mistake")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "prune", broken)
+        patch.setattr(pruning, "prune", broken)
         with pytest.raises(ZeroDivisionError, match="a mistake"):
             train(config_of(), out=Path("run"))
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(Path("run"))] == [0]

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pocketlm import checkpoint
+from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
 from pocketlm.errors import FileError
 from pocketlm.files import free_bytes
@@ -56,7 +56,7 @@ class Saver:
     def __init__(self, run: Run, state: TrainState) -> None:
         self.run, self.state = run, state
         self._weights, self._moments = Copies(), Copies()
-        self._verified = checkpoint.Verified()
+        self._verified = pruning.Verified()
         self._under_way: tuple[Saving, threading.Thread] | None = None
         self._is_alone = False
 
@@ -240,7 +240,7 @@ def prune(
     anchors = {max((step for step in regular if step < begun), default=0) for begun in may_begin}
     metrics = dict(zip(now.best_steps, now.best_metrics, strict=True))
     keep_last, keep_best = config.train.keep_last, config.train.keep_best
-    checkpoint.prune(folder, keep_last, keep_best, metrics, warn=warn, keep=anchors, check=check)
+    pruning.prune(folder, keep_last, keep_best, metrics, warn=warn, keep=anchors, check=check)
 
 
 def regular_steps(folder: Path) -> list[int]:
