@@ -70,15 +70,16 @@ $(TORCH_STAMP):
 		$(if $(wildcard $(VENV)/.torch-* $(VENV)/.ready*),--force-reinstall) torch==$(TORCH_VERSION)
 	@touch $@
 
-# [fast] is left out where it has no wheel: what it does, pocketlm does without it, slower.
+# [fast] is left out where it has no wheel: what it does, pocketlm does without it, slower. pip's last line says why.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FAST := --only-binary gigatoken,awkward-cpp
-WITHOUT := echo "without gigatoken, which this Python or machine does not have: text is tokenized more slowly"
+WHY := $(VENV)/.why-not-fast
+WITHOUT := echo "without gigatoken, text is tokenized more slowly: $$(tail -n 1 $(WHY))"
 
 $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml constraints.txt
-	@$(PIP) $(FAST) --editable '.[fast]' 2>/dev/null || { $(PIP) --editable . && $(WITHOUT); }
+	@$(PIP) $(FAST) --editable '.[fast]' 2>$(WHY) || { $(PIP) --editable . && $(WITHOUT); }
 	@touch $@
 
 $(VENV)/.ready-dev: $(TORCH_STAMP) pyproject.toml constraints.txt
-	@$(PIP) $(FAST) --editable '.[dev,fast]' 2>/dev/null || { $(PIP) --editable '.[dev]' && $(WITHOUT); }
+	@$(PIP) $(FAST) --editable '.[dev,fast]' 2>$(WHY) || { $(PIP) --editable '.[dev]' && $(WITHOUT); }
 	@touch $@ $(VENV)/.ready

@@ -1,6 +1,6 @@
 """Who is measured, each in the loop that its own documentation shows. A contestant is named by its peer and flags:
 
-    pocketlm                     what `pocketlm train` does; its flags are in OUR_FLAGS
+    pocketlm                     what `pocketlm train` does, with the copies that it saves from; its flags: OUR_FLAGS
     transformers                 the Trainer's loop: fused AdamW, clipping by PyTorch
     litgpt                       the loop of `litgpt pretrain` over Fabric
     lightning                    a LightningModule around transformers' model, in Lightning's Trainer
@@ -30,8 +30,9 @@ from pocketlm.data.loader import Loader
 from pocketlm.data.shards import open_dataset
 from pocketlm.formats.huggingface import config_json
 from pocketlm.model import sizes
+from pocketlm.tensors import Copies
 from pocketlm.training.resolve import resolve
-from pocketlm.training.run import new_state
+from pocketlm.training.run import compile_if_wanted, new_state
 from pocketlm.training.step import train_step
 from worker import Boundary, Task
 
@@ -41,6 +42,8 @@ SEED = 0
 OUR_FLAGS: Mapping[str, Mapping[str, Any]] = {
     "fp32": {"train.dtype": "fp32"},
     "bf16": {"train.dtype": "bf16"},
+    "eager": {"train.compile": "off"},
+    "compile": {"train.compile": "on"},
 }
 """What a flag of pocketlm changes in its configuration."""
 
@@ -74,6 +77,11 @@ def pocketlm(task: Task, flags: Set[str], boundary: Boundary) -> None:
     state = new_state(config, resolved, runtime)
     loader = Loader(open_dataset(task.dataset).train, task.context, SEED, config.data.shuffle)
     flops = sizes.flops_per_token(config.model, task.context)
+    compile_if_wanted(state, config, resolved, lambda text: None)
+    # What a run holds from its first save on: the copies that are written beside the steps.
+    copies = Copies(), Copies()
+    copies[0].of(dict(state.precision.model.named_parameters()))
+    copies[1].of(state.tensors())
     boundary.ready(sum(p.numel() for p in state.precision.model.parameters()), flops)
     while True:
         boundary(train_step(state, loader, config, resolved.micro_batch).loss.item())

@@ -38,7 +38,8 @@ class Table:
         return self.gib[max((begin for begin in self.gib if name.startswith(begin)), key=len)]
 
 
-OURS = ("pocketlm",)
+OURS = ("pocketlm+eager", "pocketlm+compile")
+"""Both by name: which of them `auto` takes depends on how long the run is, and goals hold for both."""
 
 TABLES: Mapping[str, Table] = {
     "smollm2-512": Table(
@@ -57,7 +58,7 @@ TABLES: Mapping[str, Table] = {
             "transformers+bf16+malloc": Goal(1.3, 1.6),
             "litgpt+bf16": Goal(1.7, 2.2),
         },
-        gib={"": 5.0, "pocketlm": 4.0},
+        gib={"": 5.0, "pocketlm": 5.6},
     ),
     "smollm2-2048": Table(
         preset="smollm2-135m",
@@ -65,7 +66,7 @@ TABLES: Mapping[str, Table] = {
         context=2048,
         contestants=(*OURS, "transformers+bf16", "litgpt+bf16", "transformers+bf16+malloc", "litgpt+bf16+malloc"),
         goals={"transformers+bf16": Goal(1.2, 1.5, memory=0.65)},
-        gib={"": 9.5, "transformers+bf16+malloc": 12.0, "litgpt+bf16+malloc": 12.0, "pocketlm": 6.0},
+        gib={"": 9.5, "transformers+bf16+malloc": 12.0, "litgpt+bf16+malloc": 12.0, "pocketlm": 7.6},
     ),
     "smallm": Table(
         preset="smallm",
@@ -77,7 +78,7 @@ TABLES: Mapping[str, Table] = {
             *("lightning+bf16", "transformers", "transformers+bf16+compile+malloc", "litgpt+bf16+compile+fused+malloc"),
         ),
         goals={"transformers+bf16": Goal(3.0, 4.0)},
-        gib={"": 6.5, "transformers+bf16+malloc": 10.0, "litgpt+bf16+malloc": 10.0, "pocketlm": 2.7},
+        gib={"": 6.5, "transformers+bf16+malloc": 10.0, "litgpt+bf16+malloc": 10.0, "pocketlm": 3.0},
         tolerance=0.01,
         most_mib=2500 * 1e6 / 2**20,
         notes=(

@@ -100,17 +100,20 @@ def check(names: Sequence[str]) -> None:
 
 
 def packed(names: Sequence[str], table: Table, gib: float) -> list[list[str]]:
-    """Groups that fit, pocketlm's contestants in each."""
+    """Groups that fit: pocketlm's contestants in each, or each of them in groups of its own if that is too much."""
     ours = [name for name in names if name.partition("+")[0] == "pocketlm"]
     if not ours:
         raise SystemExit("name pocketlm among the contestants: ratios are over it")
+    peers = [name for name in names if name not in ours]
+    largest = max(map(table.gib_of, peers), default=0.0)
+    if len(ours) > 1 and sum(map(table.gib_of, ours)) + largest > gib:
+        return [group for own in ours for group in packed([own, *peers], table, gib)]
     groups: list[list[str]] = []
-    for peer in [name for name in names if name not in ours] or [None]:
-        peers = [] if peer is None else [peer]
-        if groups and sum(map(table.gib_of, [*groups[-1], *peers])) <= gib:
-            groups[-1] += peers
+    for each in [[peer] for peer in peers] or [[]]:
+        if groups and sum(map(table.gib_of, [*groups[-1], *each])) <= gib:
+            groups[-1] += each
         else:
-            groups.append([*ours, *peers])
+            groups.append([*ours, *each])
         if sum(map(table.gib_of, groups[-1])) > gib:
             raise SystemExit(f"{', '.join(groups[-1])} may not fit into {gib} GiB at once; give --gib, or fewer")
     return groups

@@ -22,7 +22,7 @@ import torch
 import pocketlm
 from pocketlm.cli.main import main
 from pocketlm.evaluate.loss import LossReport
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.training import resolve
 
 SOURCES = Path(pocketlm.__file__).parent

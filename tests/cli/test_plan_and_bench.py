@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,19 @@ def test_plan_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert (tree["parameters"], tree["tokens"], tree["steps"]) == (26_816, 60 * 256, 60)
     assert set(tree["time_s"]) == {"start_up", "steps", "evaluations", "checkpoints", "total"}
     assert tree["assumed_mfu"] is None
+
+
+def test_an_interrupted_plan_is_none(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when some steps were measured: nothing is known of evaluations then, and little of the steps."""
+    interrupt_at(monkeypatch, 2 + 4)
+    out, _ = out_of(capsys, "plan", "debug", "--json", code=130)
+    assert out == ""
+
+
+def test_the_next_command_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    field = '--sample.prompts=["Once upon", "a"]'
+    _, err = out_of(capsys, "plan", "tiny", "--device", "H100", field)
+    assert shlex.split(err.splitlines()[-1]) == ["next:", "pocketlm", "train", "tiny", field]
 
 
 def test_plan_for_another_device_needs_no_probe(
@@ -135,7 +149,7 @@ def test_bench_counts_no_step_twice_and_leaves_the_warm_up_out(
     (probed,) = made
     assert (probed.long, probed.num_micro_batches) == (4, 4)
     assert (len(probed.long_s), len(probed.short_s)) == (4, 1)
-    assert sorted(1024 / seconds for seconds in probed.long_s)[0] == json.loads(out)["tokens_per_s_lowest"]
+    assert json.loads(out)["tokens_per_s_lowest"] == pytest.approx(1024 / max(probed.long_s))
 
 
 def test_bench_without_a_preset_takes_the_default_ones(small_default: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,6 +170,15 @@ def test_bench_goes_on_where_one_of_the_default_presets_does_not_fit(
     out, err = out_of(capsys, "bench", "--steps", "2", "--json")
     assert [result["preset"] for result in json.loads(out)] == ["debug"]
     assert "tiny needs about" in err
+
+
+def test_a_bench_of_which_nothing_fits_has_failed(
+    small_default: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocketlm.training.micro_batch.available_bytes", lambda device: 10)
+    out, err = out_of(capsys, "bench", "--steps", "2", "--json", code=2)
+    assert out == ""
+    assert err.splitlines()[-1] == "pocketlm: none of debug, tiny fits; type: pocketlm bench debug"
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:

@@ -14,7 +14,8 @@ import pytest
 from pocketlm import checkpoint
 from pocketlm.cli.main import main
 from pocketlm.config import Config
-from pocketlm.files import Journal, write_manifest
+from pocketlm.files import write_manifest
+from pocketlm.journal import Journal
 from pocketlm.reading import sha256_of
 from pocketlm.training.loop import train
 

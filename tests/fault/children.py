@@ -21,7 +21,7 @@ from disks import Killing, KillingBesideSteps
 
 from pocketlm import checkpoint, files
 from pocketlm.config import Config
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.training.loop import train
 
 HANGS_AFTER_S = 120

@@ -18,10 +18,11 @@ from disks import REAL, Counting, Failing, Lying, Operation, Waiting
 from populations import snapshot_of
 from power import FileSystem, Recorder
 
-from pocketlm import checkpoint, files
+from pocketlm import checkpoint, files, pruning
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError, PocketError
-from pocketlm.files import Journal, remove_folder, sweep, write_file
+from pocketlm.files import remove_folder, sweep, write_file
+from pocketlm.journal import Journal
 from pocketlm.training.loop import train
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES)
@@ -351,7 +352,7 @@ def test_what_a_lying_disk_wrote_is_never_believed(proof, tmp_path: Path, use: U
         use(REAL)
         with pytest.raises(FileError, match=disk.operations[spoiled].path.name):
             checkpoint.verify(path)
-        assert checkpoint.prune(run, 2, 0, {}, warn=lambda _: None) == []
+        assert pruning.prune(run, 2, 0, {}, warn=lambda _: None) == []
         found = checkpoint.newest_valid(run, lambda _: None)
         assert found == run / "checkpoints" / "step-00000001"
 

@@ -12,6 +12,7 @@ from children import Children, config_of, litter, outcome
 from disks import KILLED, REAL, Counting, Operation
 
 from pocketlm import checkpoint, files
+from pocketlm.journal import Journal
 from pocketlm.training.loop import train
 
 LARGE_BYTES = 4096
@@ -117,7 +118,7 @@ def test_a_kill_at_any_operation_of_a_save_beside_later_steps_loses_nothing(
         newest = checkpoint.newest_valid(run, print)
         assert (newest.name if newest else None) == kill.newest, kill
         known = checkpoint.read_state(newest)["records"] if newest else 0
-        assert len(files.Journal.read(run / "metrics.jsonl")) >= known + num_lines, "it has trained on meanwhile"
+        assert len(Journal.read(run / "metrics.jsonl")) >= known + num_lines, "it has trained on meanwhile"
         train(config_of(world), out=run)
         assert outcome(run) == whole, kill
         assert litter(run) == [], kill

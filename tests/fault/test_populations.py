@@ -12,7 +12,7 @@ import pytest
 from disks import Failing
 from populations import CONFIG, FOREIGN, KINDS, Kind, make, snapshot_of
 
-from pocketlm import checkpoint, files
+from pocketlm import checkpoint, files, pruning
 from pocketlm.errors import Unreadable
 from pocketlm.training.loop import train
 
@@ -88,7 +88,7 @@ def test_pruning_any_population(proof, tmp_path: Path) -> None:
         doomed = {step for step, kind in kinds.items() if kind.removable and step < oldest_kept} - stay
 
         before = content(run)
-        removed = checkpoint.prune(run, keep_last, keep_best, metrics, warn=lambda _: None, keep=keep)
+        removed = pruning.prune(run, keep_last, keep_best, metrics, warn=lambda _: None, keep=keep)
         assert {checkpoint.step_of(path) for path in removed} == doomed, (case, kinds, metrics)
         gone = tuple(f"checkpoints/step-{step:08d}" for step in doomed)
         assert content(run) == {
@@ -105,7 +105,7 @@ def test_a_disk_that_refuses_a_removal_stops_nothing(tmp_path: Path, monkeypatch
         checkpoint.save(tmp_path / "checkpoints", snapshot_of(step))
     told: list[str] = []
     monkeypatch.setattr(files, "DISK", Failing(5, 0, only=frozenset({"rename"})))
-    removed = checkpoint.prune(tmp_path, 2, 0, {}, warn=told.append)
+    removed = pruning.prune(tmp_path, 2, 0, {}, warn=told.append)
     assert [checkpoint.step_of(path) for path in removed] == [1, 2]
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [0, 3, 4]
     (line,) = told
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_cannot_be_read_now_is_neither_passed_over_nor_pruned_
     with pytest.raises(Unreadable, match=f"cannot read {newest / name}: .*; it may be whole: .* again"):
         checkpoint.newest_valid(tmp_path, told.append)
     assert told == []
-    assert checkpoint.prune(tmp_path, 2, 0, {}, warn=told.append) == []
+    assert pruning.prune(tmp_path, 2, 0, {}, warn=told.append) == []
     assert len(checkpoint.list_checkpoints(tmp_path)) == 4
     (line,) = told
     assert line.startswith(f"no checkpoint of {tmp_path} is removed: cannot read {newest / name}: ")
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_format_is_refused_by_name_and_stays(tmp_path: P
     before = content(tmp_path)
     with pytest.raises(Unreadable, match=f"{newest}/manifest.json has format 3, this pocketlm reads 2; use "):
         checkpoint.newest_valid(tmp_path, print)
-    assert checkpoint.prune(tmp_path, 2, 0, {}, warn=lambda _: None) == []
+    assert pruning.prune(tmp_path, 2, 0, {}, warn=lambda _: None) == []
     with pytest.raises(Unreadable, match="has format 3"):
         train(CONFIG, out=tmp_path)
     after = content(tmp_path)
@@ -188,7 +188,7 @@ def test_a_folder_that_cannot_be_listed_stops_no_training(
     told: list[str] = []
     with monkeypatch.context() as patch:
         refuse(patch, method, tmp_path / "checkpoints" / inside, errno.EACCES)
-        assert checkpoint.prune(tmp_path, 2, 0, {}, warn=told.append) == []
+        assert pruning.prune(tmp_path, 2, 0, {}, warn=told.append) == []
     assert len(told) == 1
     assert "Permission denied" in told[0]
     assert len(checkpoint.list_checkpoints(tmp_path)) == 4
@@ -205,7 +205,7 @@ def test_what_may_not_be_listed_inside_a_checkpoint_keeps_it(tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", scandir)
-        assert checkpoint.prune(tmp_path, 2, 0, {}, warn=told.append) == []
+        assert pruning.prune(tmp_path, 2, 0, {}, warn=told.append) == []
     assert len(told) == 1
     assert str(shut) in told[0]
 
@@ -216,7 +216,7 @@ def test_newer_checkpoints_of_another_run_do_not_cost_the_run_its_own(tmp_path: 
     for step in (7, 8):
         checkpoint.save(tmp_path / "checkpoints", snapshot_of(step, config=FOREIGN))
     told: list[str] = []
-    removed = checkpoint.prune(tmp_path, 2, 0, {}, warn=told.append)
+    removed = pruning.prune(tmp_path, 2, 0, {}, warn=told.append)
     assert [checkpoint.step_of(path) for path in removed] == [0]
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [1, 2, 7, 8]
     assert told == [f"{tmp_path}/checkpoints/step-{step:08d} is kept: it is of another run" for step in (7, 8)]

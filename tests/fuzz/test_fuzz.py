@@ -30,8 +30,8 @@ from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import describe, open_dataset
 from pocketlm.disk import Disk
 from pocketlm.errors import PocketError
-from pocketlm.files import Journal
 from pocketlm.formats import huggingface
+from pocketlm.journal import Journal
 from pocketlm.reading import read_json, verify_folder
 from pocketlm.tensors import read_tensors
 from pocketlm.text.sources import read_documents

@@ -22,7 +22,7 @@ import torch
 from pocketlm.config import Config
 from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import open_dataset
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.training import resolve
 from pocketlm.training.loop import train
 

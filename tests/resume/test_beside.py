@@ -20,11 +20,11 @@ from rig import Rig
 from torch import Tensor
 from world import EVERY, TRAIN, Whole, trained
 
-from pocketlm import checkpoint
+from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
 from pocketlm.data.loader import Loader
-from pocketlm.errors import Diverged, FileError
-from pocketlm.training import loop, saving
+from pocketlm.errors import Diverged, FileError, Interrupted
+from pocketlm.training import halving, saving
 from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
 
@@ -154,7 +154,7 @@ class Story(Silent):
 def test_an_error_beside_the_training_is_known_at_the_next_step(then: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk refuses the save of step 10 in the middle of step 12: step 13 is begun only where the run goes on."""
     whole = train(config_of(), out=Path("whole"))
-    story, steps, real = Story(), list[int](), loop.train_step
+    story, steps, real = Story(), list[int](), halving.train_step
     with monkeypatch.context() as patch:
         disk = SlowDisk(patch, 10)
         disk.refusal = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -171,7 +171,7 @@ def test_an_error_beside_the_training_is_known_at_the_next_step(then: str, monke
                         thread.join()
             return outcome
 
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(halving, "train_step", step)
         if then == "stop":
             with pytest.raises(FileError, match=r"cannot save step 10 .*: No space left on device") as caught:
                 train(config_of(), out=Path("run"), listener=story)
@@ -185,6 +185,51 @@ def test_an_error_beside_the_training_is_known_at_the_next_step(then: str, monke
     oracle.assert_equal(run, whole)
 
 
+@pytest.mark.goal("R11", "R19")
+@pytest.mark.parametrize("known", ["at the boundary", "when it is waited for"])
+def test_a_refused_save_does_not_keep_the_last_from_being_made(known: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk refuses step 10 and has room again; the signal comes in step 12, which is saved."""
+    whole = train(config_of(), out=Path("whole"))
+    story, real = Story(), halving.train_step
+    with monkeypatch.context() as patch:
+        disk = SlowDisk(patch, 10)
+        disk.refusal = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def step(state: Any, *arguments: Any, **options: Any) -> Any:
+            outcome = real(state, *arguments, **options)
+            if outcome.progress.step == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+                if known == "at the boundary":
+                    disk.go.set()
+                    for thread in threading.enumerate():
+                        if thread.name == saving.THREAD:
+                            thread.join()
+            return outcome
+
+        patch.setattr(halving, "train_step", step)
+        with pytest.raises(Interrupted) as caught:
+            train(config_of(), out=Path("run"), listener=story)
+    assert caught.value.exit_code == 143
+    assert sum("cannot save step 10" in note for note in story.notes) == 1
+    assert list(states(Path("run"))) == [0, 5, 12]
+    oracle.assert_equal(train(config_of(), out=Path("run")), whole)
+
+
+def test_without_a_thread_a_save_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(config_of(), out=Path("whole"))
+    story, start = Story(), threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == saving.THREAD:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    run = train(config_of(), out=Path("run"), listener=story)
+    assert story.notes.count("can't start new thread: training waits for each save") == 1
+    assert states(run) == states(whole)
+
+
 def test_what_no_disk_refuses_comes_out_where_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mistake of ours in the thread is no note: it ends the run as it would have in the main thread."""
 
@@ -192,7 +237,7 @@ def test_what_no_disk_refuses_comes_out_where_the_run_is(monkeypatch: pytest.Mon
         raise ZeroDivisionError("a mistake")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "prune", broken)
+        patch.setattr(pruning, "prune", broken)
         with pytest.raises(ZeroDivisionError, match="a mistake"):
             train(config_of(), out=Path("run"))
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(Path("run"))] == [0]

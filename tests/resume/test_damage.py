@@ -13,7 +13,8 @@ import pytest
 from pocketlm import checkpoint, files
 from pocketlm.config import Config
 from pocketlm.errors import ConfigError, Diverged, Interrupted
-from pocketlm.files import Journal, write_file, write_manifest
+from pocketlm.files import write_file, write_manifest
+from pocketlm.journal import Journal
 from pocketlm.reading import read_manifest, sha256_of, verify_folder
 from pocketlm.training import boundary
 from pocketlm.training.log import RunInfo, Silent

@@ -20,7 +20,7 @@ from torch import Tensor
 from pocketlm import checkpoint, distributed
 from pocketlm.cli.main import main
 from pocketlm.config import Config
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.model.loss import linear_cross_entropy
 from pocketlm.model.transformer import Transformer
 from pocketlm.training import resolve

@@ -15,7 +15,7 @@ from pocketlm.cli.main import main
 from pocketlm.config import Config
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
 from pocketlm.training.saving import THREAD

@@ -30,7 +30,7 @@ from pocketlm.config import Config, GuardConfig, OptimConfig
 from pocketlm.data.loader import Loader
 from pocketlm.disk import Disk
 from pocketlm.errors import Diverged, FileError, Interrupted
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.clip import clip_coefficient, global_norm

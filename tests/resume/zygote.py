@@ -36,11 +36,11 @@ PHASES = {
     "evaluation": "pocketlm.training.boundary:evaluate",
     "sample": "pocketlm.training.boundary:sample",
     "save": "pocketlm.checkpoint:save",
-    "prune": "pocketlm.checkpoint:prune",
+    "prune": "pocketlm.pruning:prune",
     "wait": "pocketlm.training.saving:Saver.wait",
     "signal": "pocketlm.training.signals:StopRequest.note",
     "forward": "pocketlm.model.transformer:Transformer.hidden",
-    "record": "pocketlm.files:Journal.append",
+    "record": "pocketlm.journal:Journal.append",
     "sync": "os:fsync",
 }
 

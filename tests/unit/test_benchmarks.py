@@ -10,6 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+
+from pocketlm.config import DataConfig
+from pocketlm.data.prepare import prepare
+from pocketlm.distributed import Runtime
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 MODULES = ("worker", "peak", "tables", "rounds", "report", "contestants", "training")
@@ -126,13 +131,16 @@ def test_a_comparison_of_unequal_models_is_void(bench: Any) -> None:
 
 
 def test_groups_fit_and_hold_ours(bench: Any) -> None:
-    table = bench.tables.TABLES["smollm2-512"]  # 4 GiB for ours, 5 for a peer
+    table = bench.tables.TABLES["smollm2-512"]  # 5.6 GiB for ours, 5 for a peer
     packed = bench.training.packed
-    assert packed(["pocketlm", "litgpt", "lightning", "transformers"], table, 14.0) == [
+    assert packed(["pocketlm", "litgpt", "lightning", "transformers"], table, 16.0) == [
         ["pocketlm", "litgpt", "lightning"],
         ["pocketlm", "transformers"],
     ]
     assert packed(["pocketlm"], table, 14.0) == [["pocketlm"]]
+    both = ["pocketlm+eager", "pocketlm+compile"]
+    assert packed([*both, "litgpt"], table, 16.2) == [[*both, "litgpt"]]
+    assert packed([*both, "litgpt"], table, 16.1) == [[both[0], "litgpt"], [both[1], "litgpt"]]
     with pytest.raises(SystemExit, match="may not fit"):
         packed(["pocketlm", "litgpt"], table, 8.0)
     with pytest.raises(SystemExit, match="name pocketlm"):
@@ -144,6 +152,39 @@ def test_every_contestant_of_a_table_has_a_size_and_every_goal_a_contestant(benc
         assert all(table.gib_of(name) > 0 for name in table.contestants)
         assert set(table.goals) <= set(table.contestants)
         assert [bench.contestants.unknown(name) for name in table.contestants if bench.contestants.unknown(name)] == []
+
+
+def test_ours_is_ready_when_it_is_compiled_and_holds_its_copies(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order in which it happens: what comes after `ready` would be in the time or the memory of a step."""
+    contestants, events = bench.contestants, list[str]()
+    folder = prepare(DataConfig(source="synthetic", tokenizer="byte", context=32), root=tmp_path, progress=print)
+    task = bench.worker.Task("debug", 8, 32, 1, folder, tmp_path / "batches")
+
+    class Boundary:
+        def ready(self, parameters: int, flops: float) -> None:
+            events.append("ready")
+
+        def __call__(self, loss: float) -> None:
+            raise bench.worker.Finished
+
+    real = contestants.Copies.of
+
+    def of(copies: Any, tensors: Any) -> Any:
+        events.append("copy")
+        return real(copies, tensors)
+
+    def compiled(state: Any, config: Any, resolved: Any, note: Any) -> None:
+        events.append("on" if resolved.compile else "off")
+
+    monkeypatch.setattr(contestants.Copies, "of", of)
+    monkeypatch.setattr(contestants, "compile_if_wanted", compiled)
+    monkeypatch.setattr(contestants.distributed, "start", lambda train: Runtime(torch.device("cpu"), 1, "off"))
+    with pytest.raises(bench.worker.Finished):
+        contestants.pocketlm(task, {"eager"}, Boundary())
+    assert events == ["off", "copy", "copy", "ready"]
+    assert contestants.config_of(task, {"compile"}).train.compile == "on"
 
 
 def test_a_flag_that_nobody_reads_is_refused(bench: Any) -> None:

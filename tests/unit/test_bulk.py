@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +14,12 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pocketlm import files
 from pocketlm.config import DataConfig
 from pocketlm.data import pieces
 from pocketlm.data.prepare import prepare
+from pocketlm.disk import Disk
+from pocketlm.errors import DataError
 from pocketlm.text import bulk, fast_encoders
 from pocketlm.text.bulk import HARD_TEXTS, BulkEncoder, Unequal
 from pocketlm.text.fast_encoders import Encode, Unsuited, gigatoken_encoder, tiktoken_encoder
@@ -217,6 +221,18 @@ def drops_a_text(tokenizer: Tokenizer, wrong: Callable[[str], bool]) -> Encode:
     return lambda texts: tokenizer.encode_batch([text for text in texts if not wrong(text)])
 
 
+def wrong_from(tokenizer: Tokenizer, character: int) -> Encode:
+    """Byte by byte from that character on: a part cut out of the text would come out right."""
+    bytewise = split_in_bytes(tokenizer, lambda text: True)
+
+    def encode(texts: list[str]) -> list[Ids]:
+        heads = tokenizer.encode_batch([text[:character] for text in texts])
+        tails = bytewise([text[character:] for text in texts])
+        return list(map(np.concatenate, zip(heads, tails, strict=True)))
+
+    return encode
+
+
 def not_installed(tokenizer: Tokenizer) -> Encode:
     raise ModuleNotFoundError("No module named 'gigatoken'", name="gigatoken")
 
@@ -235,6 +251,8 @@ def has_a_camel(text: str) -> bool:
 
 LIARS = {
     "another split of most documents": (partial(split_in_bytes, wrong=lambda text: "words" in text), "is wrong about"),
+    "another split of long texts": (partial(split_in_bytes, wrong=lambda text: len(text) > 4096), "is wrong about"),
+    "another split after character 3000": (partial(wrong_from, character=3000), "is wrong about"),
     "another split of a character": (partial(split_in_bytes, wrong=has_a_camel), "is wrong about"),
     "too few bytes in one document": (partial(short_by_one, wrong=is_of_the_corpus), "is wrong about"),
     "an id beyond all in one document": (partial(outside, wrong=is_of_the_corpus), "is wrong about"),
@@ -245,7 +263,8 @@ LIARS = {
     "not installed": (not_installed, "type: pip install 'pocketlm[fast]'"),
 }
 CORPUS = [
-    f"document {number} in words \u00e9 \u16c3: {STORIES[number % 400]}" * (1 + number % 9) for number in range(900)
+    f"document {number} in words \u00e9 \u16c3: {STORIES[number % 400]}" * (60 if number % 30 == 8 else 1 + number % 9)
+    for number in range(900)
 ]
 
 
@@ -310,29 +329,65 @@ def test_a_set_has_the_same_bytes_of_every_library(
     assert named == ["tokenizers" if library == "none" else library]
 
 
-@pytest.mark.usefixtures("many_batches")
-def test_pieces_of_a_library_that_was_wrong_are_made_anew(
-    corpus: str, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first run makes pieces with a liar that no check catches in them, and stops; the second finds it out."""
-    lies = {"lies": True, "caught": False}
-    liar = partial(split_in_bytes, wrong=lambda text: lies["lies"] and text in CORPUS[:250])
-    monkeypatch.setattr(bulk, "LIBRARIES", (("liar", liar),))
-    monkeypatch.setattr(BulkEncoder, "_compare", lambda self, texts, ids: None)
+class DyingDisk(Disk):
+    """Dies before the n-th change of a name, once it is armed."""
 
-    def stop(line: str) -> None:
-        if "tokenized" in line and (tmp_path / "set" / "piece-00001.json").exists():
+    def __init__(self, dies_at: int) -> None:
+        self.left, self.armed = dies_at, False
+
+    def _change(self) -> None:
+        self.left -= self.armed
+        if self.armed and self.left == 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pieces, "REPORT_EVERY_S", -1.0)
-    with pytest.raises(KeyboardInterrupt):
-        prepared(corpus, tmp_path / "set", stop)
-    kept = (tmp_path / "set" / "train-00000.tokens").read_bytes()
-    assert kept != expected["train-00000.tokens"], "the lie is on the disk"
-    monkeypatch.undo()
-    monkeypatch.setattr(bulk, "SMALL_BYTES", 0)
+    def rename(self, source: Path, target: Path) -> None:
+        self._change()
+        super().rename(source, target)
+
+    def remove_file(self, path: Path) -> None:
+        self._change()
+        super().remove_file(path)
+
+
+@pytest.fixture
+def half_a_lie(corpus: str, many_batches: None, tmp_path: Path) -> Path:
+    """Two pieces of a liar that no check caught in them, and a stop."""
+    folder = tmp_path / "set"
+
+    def stop(line: str) -> None:
+        if "tokenized" in line and (folder / "piece-00001.json").exists():
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        liar = partial(split_in_bytes, wrong=lambda text: text in CORPUS[:500])
+        patch.setattr(bulk, "LIBRARIES", (("liar", liar),))
+        patch.setattr(BulkEncoder, "_compare", lambda self, texts, ids: None)
+        patch.setattr(pieces, "REPORT_EVERY_S", -1.0)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(corpus, folder, stop)
+    return folder
+
+
+@pytest.mark.parametrize("dies_at", [0, 1, 2, 3, 4], ids=lambda number: f"dies at {number}" if number else "lives")
+def test_pieces_of_a_library_that_was_wrong_are_made_anew(
+    dies_at: int, corpus: str, expected: dict[str, bytes], half_a_lie: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run finds it out. Wherever it dies then, a third believes all of the pieces that were there or none."""
+    lies = {name: (half_a_lie / name).read_bytes() for name in ("train-00000.tokens", "train-00001.tokens")}
+    assert all(lies[name] != expected[name] for name in lies)
+    disk = DyingDisk(dies_at)
+
+    def arm(line: str) -> None:
+        disk.armed |= "is wrong about" in line
+
+    monkeypatch.setattr(files, "DISK", disk)
     monkeypatch.setattr(bulk, "LIBRARIES", (("liar", partial(short_by_one, wrong=is_of_the_corpus)),))
-    assert prepared(corpus, tmp_path / "set", lambda line: None) == expected
+    with pytest.raises(KeyboardInterrupt) if dies_at else contextlib.nullcontext():
+        assert prepared(corpus, half_a_lie, arm) == expected
+    assert disk.armed
+    monkeypatch.setattr(bulk, "LIBRARIES", (("honest", honest),))
+    made = prepared(corpus, half_a_lie, lambda line: None)
+    assert {name: made[name] for name in lies} == (lies if dies_at == 1 else {name: expected[name] for name in lies})
 
 
 # --- what is checked, and how much of it
@@ -361,22 +416,44 @@ def test_a_library_is_never_asked_again(said: list[str]) -> None:
 
 
 def test_places_are_spread_over_the_work(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    """32 places in the first batch, then one for each CHECK_EVERY_CHARS, of CHECK_CHARS at most."""
-    monkeypatch.setattr(bulk, "CHECK_EVERY_CHARS", 10_000)
-    seen = list[str]()
+    """131,072 characters in the first batch, then one of CHECK_EVERY, in the ids that are given back."""
+    monkeypatch.setattr(bulk, "CHECK_EVERY", 8)
+    text = ("".join(STORIES) * 4)[:200_000]
+    seen = list[tuple[str, Ids]]()
     fast = encoder(byte_tokenizer(), said, ("honest", honest))
     compare = BulkEncoder._compare
-    monkeypatch.setattr(
-        BulkEncoder, "_compare", lambda self, texts, ids: (seen.extend(texts), compare(self, texts, ids))
-    )
-    fast.encode(["".join(STORIES)])
-    first = len(seen)
-    assert first == 32 + len("".join(STORIES)) // 10_000
-    for _ in range(10):
-        fast.encode(["".join(STORIES)])
-    assert len(seen) == 32 + 11 * len("".join(STORIES)) // 10_000
-    assert {len(text) for text in seen} == {bulk.CHECK_CHARS}
-    assert len(set(seen)) == len(seen)
+
+    def compared(self: BulkEncoder, texts: list[str], ids: list[Ids]) -> None:
+        seen.extend(zip(texts, ids, strict=True))
+        compare(self, texts, ids)
+
+    monkeypatch.setattr(BulkEncoder, "_compare", compared)
+    for batch in range(11):
+        fast.encode([text])
+        checked = sum(len(part) for part, _ in seen)
+        due = 131_072 + (batch + 1) * len(text) / 8
+        assert due <= checked < due + 2 * bulk.PART_CHARS
+    assert len({part for part, _ in seen}) > 40, "of some 48"
+    assert all(bytes(ids.tolist()).decode() == part for part, ids in seen)
+
+
+def test_a_text_that_cannot_be_cut_is_compared_whole(said: list[str]) -> None:
+    own = KINDS["own"]()
+    fast = encoder(own, said, ("liar", partial(split_in_bytes, wrong=lambda text: len(text) > 40_000)))
+    with pytest.raises(Unequal):
+        fast.encode(["the," * 12_000])
+
+
+@pytest.mark.parametrize("name", [*LIBRARIES, "none"])
+def test_half_a_surrogate_pair_is_refused(name: str, said: list[str]) -> None:
+    """In the words of the reference; and no library is dropped for it."""
+    if name != "none":
+        pytest.importorskip(name, reason="the [fast] extra is not installed")
+    fast = encoder(KINDS["own"](), said, *[(own, make) for own, make in LIBRARIES.items() if own == name])
+    for text in ("a \ud800", "\udfff"):
+        with pytest.raises(DataError, match="half of a surrogate pair"):
+            fast.encode(["fine", text])
+    assert fast.name == ("tokenizers" if name == "none" else name)
 
 
 def test_a_small_corpus_is_left_to_the_reference(said: list[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pocketlm import checkpoint
+from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
 from pocketlm.errors import FileError
 from pocketlm.model.init import init_weights
@@ -98,7 +98,7 @@ def test_pruning_keeps_the_newest_and_the_best_and_strangers(tmp_path: Path) -> 
     stranger = tmp_path / "checkpoints" / "step-00000002-mine"
     stranger.mkdir()
     metrics, told = {1: 3.0, 2: 1.0, 4: 2.0, 5: 1.0, 6: 4.0, 7: 5.0}, list[str]()
-    removed = checkpoint.prune(tmp_path, keep_last=2, keep_best=2, metrics=metrics, warn=told.append)
+    removed = pruning.prune(tmp_path, keep_last=2, keep_best=2, metrics=metrics, warn=told.append)
     assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [2, 5, 6, 7]
     assert [checkpoint.step_of(path) for path in removed] == [1, 3, 4]
     assert stranger.is_dir()
@@ -112,8 +112,8 @@ def test_a_whole_checkpoint_is_read_again_only_if_it_changes(tmp_path: Path, mon
         read.append(path)
         real(path)
 
-    monkeypatch.setattr(checkpoint, "verify", verify)
-    verified = checkpoint.Verified()
+    monkeypatch.setattr(pruning, "verify", verify)
+    verified = pruning.Verified()
     for _ in range(3):
         verified.verify(folder)
     assert read == [folder], "whole, and the same since"
@@ -139,7 +139,7 @@ def test_a_whole_checkpoint_is_read_again_only_if_it_changes(tmp_path: Path, mon
 def test_what_is_asked_to_stay_stays(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, step)
-    removed = checkpoint.prune(tmp_path, keep_last=2, keep_best=1, metrics={}, warn=print, keep={2})
+    removed = pruning.prune(tmp_path, keep_last=2, keep_best=1, metrics={}, warn=print, keep={2})
     assert [checkpoint.step_of(path) for path in removed] == [1, 3]
 
 

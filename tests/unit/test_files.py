@@ -16,7 +16,8 @@ import pytest
 
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError, Unreadable
-from pocketlm.files import Journal, Lock, commit_folder, remove_folder, sweep, write_file
+from pocketlm.files import Lock, commit_folder, remove_folder, sweep, write_file
+from pocketlm.journal import Journal
 from pocketlm.reading import read_json, verify_folder
 
 FOLDER = re.compile(r"folder(\.old)?")

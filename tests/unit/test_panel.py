@@ -10,7 +10,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.training import panel
 from pocketlm.training.log import RunInfo
 from pocketlm.training.panel import Clock, Heard, Panel

@@ -13,7 +13,7 @@ from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.data.shards import open_dataset
 from pocketlm.errors import ConfigError, UsageError
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.training import gpus, plan, resolve
 from pocketlm.training.gpus import ASSUMED_MFU, find_gpu, rate_by_name
 from pocketlm.training.log import Silent
@@ -112,6 +112,20 @@ def test_a_plan_for_a_gpu_that_is_not_here_by_hand() -> None:
     assert planned.tree()["assumed_mfu"] == 0.35
 
 
+def test_fp32_on_a_gpu_is_real_fp32_by_hand() -> None:
+    """pocketlm multiplies in fp32, not in TF32: 67 TFLOP/s of an H100."""
+    fields = {"data.context": 512, "train.tokens_per_step": 8 * 512, "train.dtype": "fp32"}
+    planned = plan_for(Config.preset("smollm2-135m", fields), find_gpu("H100"))
+    per_token = 6 * 134_479_872 + 6 * 30 * 512 * 576
+    assert planned.step_s == pytest.approx(4096 * per_token / (0.35 * 67e12) + 30 * 134_515_008 / 3350e9)
+
+
+def test_bf16_on_a_gpu_without_it_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"T4 has no bf16; type: --train.dtype fp32"):
+        plan_for(Config.preset("tiny", {"train.dtype": "bf16"}), find_gpu("T4"))
+    assert plan_for(Config.preset("tiny", {"train.dtype": "auto"}), find_gpu("T4")).dtype == "fp32"
+
+
 def test_what_does_not_fit_there_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"smollm2-1.7b needs about .* GB"):
         plan_for(Config.preset("smollm2-1.7b"), find_gpu("T4"))
@@ -138,7 +152,14 @@ def test_an_unknown_gpu_is_refused_with_the_nearest_and_all() -> None:
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
         ("Tesla T4", 8.1e12),
-        ("Quadro P400", None),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        *(
+            (name, None)
+            for name in ("Quadro P400", "NVIDIA L40", "NVIDIA T400", "GeForce GT 430", "NVIDIA GH200 480GB")
+        ),
+        *((name, None) for name in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU")),
+        *((name, None) for name in ("NVIDIA GeForce RTX 3090 Ti", "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce 4090")),
     ],
 )
 def test_the_rate_of_a_gpu_by_the_name_that_it_gives_itself(name: str, rate: float | None) -> None:
@@ -166,7 +187,7 @@ def test_a_long_step_is_made_up_of_short_ones() -> None:
     made = probed(first_s=3.0, short_s=[1.0, 0.9, 1.1], long=4, long_s=[2.5, 2.6, 2.4])
     assert made.update_s == pytest.approx(0.5)
     assert made.step_s == pytest.approx(0.5 + 10 * 0.5)
-    assert made.rates == pytest.approx([4000 / 2.5, 4000 / 2.6, 4000 / 2.4])
+    assert made.rates == pytest.approx([10_000 / 5.5 * 2.5 / tried for tried in (2.5, 2.6, 2.4)])
     assert made.extra_first_s == pytest.approx(2.0)
 
 
@@ -200,11 +221,23 @@ def test_the_parts_of_a_plan_add_up() -> None:
     assert times["steps"] == 60 * planned.step_s > 0
     assert tree["tokens_per_s"] * tree["step_s"] == pytest.approx(256)
     assert tree["mfu"] == pytest.approx(tree["tokens_per_s"] * tree["flops_per_token"] / 1e9)
+    assert tree["disk_bytes"]["peak"] == 4 * tree["disk_bytes"]["checkpoint"], "a new one before an old one goes"
     assert tree["disk_bytes"]["checkpoints"] == 3 * tree["disk_bytes"]["checkpoint"]
     sizes = [row["bytes"] for row in tree["memory_bytes"]["by_micro_batch"]]
     assert sizes == sorted(sizes)
     assert tree["memory_bytes"]["peak"] < tree["memory_bytes"]["available"]
     assert any("not prepared" in line for line in tree["left_out"])
+
+
+def test_the_seconds_of_saves_are_two_hashes_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_hash_s_per_byte", lambda: 1e-3)
+    planned = plan_here(Config.preset("debug", {"data.tokenizer": "byte"}), lambda text: None)
+    assert planned.seconds.checkpoints == pytest.approx(2 * planned.work.checkpoints * planned.checkpoint_bytes / 1e3)
+
+
+def test_what_the_process_has_is_not_counted_twice() -> None:
+    memory = plan.Memory(None, 100, 1000, 0, [])  # type: ignore[arg-type]
+    assert (memory.fits(1100), memory.fits(1101)) == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 
 from pocketlm.config import Config
 from pocketlm.errors import FileError
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.training import loop, report
 from pocketlm.training.log import Silent
 from pocketlm.training.loop import train

@@ -21,6 +21,7 @@ ALLOWED = {
     ("src/pocketlm/__init__.py", "attribute by name"): "of one of its own three modules, and only what it names",
     ("src/pocketlm/distributed.py", "C code"): "mallopt, of the C library that is in the process already",
     ("src/pocketlm/files.py", "disk"): "the one door",
+    ("src/pocketlm/journal.py", "disk"): "the door of lines that are added: append, sync, truncate",
     ("src/pocketlm/disk.py", "disk"): "what is behind it",
     ("src/pocketlm/__init__.py", "import by name"): "one of its own three modules",
     ("src/pocketlm/cli/main.py", "import by name"): "the verb is one of VERBS",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.cli.arguments import Parser, print_json, print_table, say
@@ -55,6 +54,8 @@ def run(argv: list[str]) -> int:
             continue
         if interrupted := interrupted or results[-1]["interrupted"]:
             break
+    if not results and not interrupted:
+        raise ConfigError(f"none of {', '.join(DEFAULT)} fits; type: pocketlm bench debug")
     if arguments.json and (results or not interrupted):
         print_json(results[0] if arguments.preset and results else results)
     elif results:
@@ -93,7 +94,7 @@ def _result(config: Config, resolved: Resolved, probed: Probed) -> dict[str, Any
     from pocketlm.training.probe import device_name
 
     rates = sorted(probed.rates)
-    rate = statistics.median(rates)
+    rate = probed.step_tokens / probed.step_s
     per_token = sizes.flops_per_token(config.model, config.data.context)
     sheet = rate_by_name(device_name(torch.device("cuda"))) if resolved.device == "cuda" else None
     peak = sheet or resolved.peak_flops
@@ -106,7 +107,7 @@ def _result(config: Config, resolved: Resolved, probed: Probed) -> dict[str, Any
         "peak_memory_bytes": probed.peak_bytes,
         "peak_flops": peak,
         "steps": len(rates),
-        "step_tokens": probed.step_tokens * (probed.long if probed.long_s else 1) // probed.num_micro_batches,
+        "step_tokens": probed.step_tokens,
         "context": config.data.context,
         "micro_batch": probed.micro_batch,
         "dtype": resolved.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ def run(argv: list[str]) -> int:
         print_json(plan.tree())
     else:
         _print(plan)
-        say(f"next: pocketlm train {' '.join([arguments.preset, *fields])}")
+        say(f"next: {shlex.join(['pocketlm', 'train', arguments.preset, *fields])}")
     return 0
 
 
@@ -107,7 +108,7 @@ def _memory_rows(plan: Plan) -> list[Row]:
 
 def _micro_batch_rows(plan: Plan) -> list[Row]:
     return [
-        (f"{rows:,}", _bytes(size), "" if size <= plan.memory.available_bytes else "does not fit")
+        (f"{rows:,}", _bytes(size), "" if plan.memory.fits(size) else "does not fit")
         for rows, size in plan.memory.by_micro_batch
     ]
 
@@ -131,6 +132,7 @@ def _disk_rows(plan: Plan) -> list[Row]:
     return [
         ("one checkpoint", _bytes(plan.checkpoint_bytes)),
         (f"{plan.work.kept} kept", _bytes(plan.checkpoint_bytes * plan.work.kept)),
+        ("at most, during a save", _bytes(plan.checkpoint_bytes * plan.work.most_kept)),
         ("data", data),
     ]
 

@@ -103,7 +103,7 @@ def _next_line(folder: Path, summary: dict[str, Any], total_steps: int) -> str:
 
 def _summary(folder: Path) -> dict[str, Any]:
     """The last record of each kind, as one flat tree."""
-    from pocketlm.files import Journal
+    from pocketlm.journal import Journal
 
     last = {record["kind"]: record for record in Journal.read(folder / "metrics.jsonl")}
     train, validation = last.get("train", {}), last.get("eval", {})

@@ -211,7 +211,7 @@ def _check_journal(path: Path, state: Mapping[str, Any]) -> Part:
 
 
 def _read_journal(path: Path, state: Mapping[str, Any], facts: dict[str, Any]) -> None:
-    from pocketlm.files import Journal
+    from pocketlm.journal import Journal
 
     found = Journal.read(path)
     records, needed = len(found), state.get("records", 0)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ PLAN = {
         "val_fraction": float,
         "piece_documents": int,
     },
+    "attempt": int,
     "documents": int,
     "text_bytes": int,
     "split": (HASH, HASH | {"kind": "block", "document": int, "byte": int}),
@@ -102,15 +103,16 @@ def read_plan(folder: Path, inputs: Tree) -> Plan | None:
 def write_pieces(plan: Plan, source: Source, progress: Progress) -> list[Tree]:
     """Writes every piece that is not whole; returns what piece-*.json says of each.
 
-    Where a library turns out to be wrong, every piece is made anew: which of them it had made nobody wrote down.
+    Where a library turns out to be wrong, every piece is made anew: which of them it had made nobody wrote down. One
+    write sees to it, that of the plan: no piece names the hash that it has now.
     """
     encoder = BulkEncoder(plan.tokenizer, plan.tree["text_bytes"], progress)
     while True:
         try:
             return _write_missing(plan, source, encoder, progress)
         except Unequal:
-            for path in sorted(plan.folder.glob(PIECE_FILES)):
-                remove_file(path)
+            plan = replace(plan, tree=plan.tree | {"attempt": plan.tree["attempt"] + 1})
+            write_file(plan.folder / PLAN_FILE, sealed(plan.tree))
 
 
 def _write_missing(plan: Plan, source: Source, encoder: BulkEncoder, progress: Progress) -> list[Tree]:

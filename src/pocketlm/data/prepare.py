@@ -277,6 +277,7 @@ def _check_number_of_pieces(documents: int, piece_documents: int) -> None:
 def _plan_tree(inputs: Tree, counted: Survey, source: Source, tokenizer: Tokenizer, entry: Entry) -> Tree:
     return {
         "inputs": inputs,
+        "attempt": 0,
         "documents": counted.documents,
         "text_bytes": counted.text_bytes,
         "split": counted.split.tree(),

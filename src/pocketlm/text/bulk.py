@@ -3,15 +3,18 @@
 The bytes of a data set must not depend on which library made them, so none is believed. The `Tokenizer` is the
 reference, and a library that takes its vocabulary is held against it
 
-    once           on texts that are known to be hard, and on 32 places in the first documents
+    once           on texts that are known to be hard, and on 131,072 characters of the first documents
     always         every document's ids must stand for as many bytes as its text has
                    every character beyond ASCII is tried, between letters, digits and blanks, when it first comes:
                    libraries differ in which version of Unicode says what is a letter
-    ever again     a place of up to 2,048 characters for each four million, at random
+    ever again     one character of 1,024, at random places
 
-which takes a few percent of the time. A library that fails is told of and never asked again, and everything that was
-made before is in doubt: `Unequal` says so. A document with a byte that the vocabulary lacks has fewer bytes in its ids
-by right; the reference does it.
+Places are compared in the very ids that are written. So that this is cheap a library is handed a long text in parts of
+some 4,096 characters, cut where no ids depend on it (cuts.py); a text without such places is compared whole.
+
+All of it takes a few percent of the time. A library that fails is told of and never asked again, and everything that
+was made before is in doubt: `Unequal` says so. A document with a byte that the vocabulary lacks has fewer bytes in its
+ids by right; the reference does it.
 """
 
 from __future__ import annotations
@@ -25,13 +28,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pocketlm.errors import DataError
+from pocketlm.text.cuts import cut_at_lines
 from pocketlm.text.fast_encoders import Encode, Unsuited, beyond_ascii, gigatoken_encoder, tiktoken_encoder
-from pocketlm.text.tokenizer import Ids, Tokenizer
+from pocketlm.text.tokenizer import HALF_A_PAIR, Ids, Tokenizer
 
 SMALL_BYTES = 1 << 20  # below it, checking a library takes as long as doing without
-FIRST_CHECKS = 32
-CHECK_CHARS = 1 << 11
-CHECK_EVERY_CHARS = 1 << 22
+PART_CHARS = 1 << 12
+FIRST_CHECKS_CHARS = 32 * PART_CHARS
+CHECK_EVERY = 1 << 10  # characters for one that is checked
+MAX_CHARGE = 1 << 14  # a part that is longer, for lack of places to cut, counts as this
 
 HARD_TEXTS = [
     "",
@@ -103,7 +108,7 @@ class BulkEncoder:
 
     def _choose(self) -> None:
         """The next library that takes the vocabulary and knows the hard texts; else none."""
-        self._due = FIRST_CHECKS * CHECK_EVERY_CHARS
+        self._due: float = FIRST_CHECKS_CHARS
         self._characters: set[str] = set()
         for name, make in self._libraries:
             try:
@@ -121,22 +126,33 @@ class BulkEncoder:
             self._say(f"tokenizing with {self.name}")
 
     def _checked(self, library: Encode, texts: list[str]) -> list[Ids]:
-        ids = self._ids(library, texts)
-        self._try_characters(library, texts)
-        self._due += sum(map(len, texts))
-        places = [self._place(library, texts, ids) for _ in range(self._due // CHECK_EVERY_CHARS)]
-        self._due %= CHECK_EVERY_CHARS
-        self._compare([text for text, _ in places], [found for _, found in places])
-        return ids
+        cut = [cut_at_lines(text, PART_CHARS) for text in texts]
+        parts = [part for own in cut for part in own]
+        ids = self._ids(library, parts)
+        self._try_characters(library, parts)
+        self._due += sum(map(len, parts)) / CHECK_EVERY
+        places = self._places(parts)
+        self._compare([parts[place] for place in places], [ids[place] for place in places])
+        each = iter(ids)
+        return [next(each) if len(own) == 1 else np.concatenate([next(each) for _ in own]) for own in cut]
+
+    def _places(self, parts: list[str]) -> list[int]:
+        """Which parts are due to be compared: each as likely as it is long, some perhaps twice."""
+        ends, places = np.cumsum([len(part) for part in parts]), list[int]()
+        while self._due > 0 and len(places) < len(parts) and ends[-1] > 0:
+            places.append(int(np.searchsorted(ends, self._random.randrange(int(ends[-1])), side="right")))
+            self._due -= min(len(parts[places[-1]]), MAX_CHARGE)
+        return places
 
     def _ids(self, library: Encode, texts: list[str]) -> list[Ids]:
         """What a library gives, where it stands for all bytes of a text; else the reference's ids.
 
         Raises:
             Unequal: the reference's do stand for all of them.
+            DataError: half a surrogate pair; no library is asked what it makes of that.
         """
+        sizes = list(map(_utf8_bytes, texts))
         ids = _guarded(partial(library, texts))
-        sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
         if len(ids) != len(texts):
             raise Unequal(f"how many texts there are: {len(texts)}, not {len(ids)}")
         for number in np.flatnonzero(self._sizes(ids) != sizes).tolist():
@@ -162,20 +178,17 @@ class BulkEncoder:
             self._compare(probes, self._ids(library, probes))
         self._characters.update(new)
 
-    def _place(self, library: Encode, texts: list[str], ids: list[Ids]) -> tuple[str, Ids]:
-        """A short text with its ids, or a part of a long one with ids of its own."""
-        number = self._random.randrange(len(texts))
-        text = texts[number]
-        if len(text) <= CHECK_CHARS:
-            return text, ids[number]
-        start = self._random.randrange(len(text) - CHECK_CHARS)
-        part = text[start : start + CHECK_CHARS]
-        return part, self._ids(library, [part])[0]
-
     def _compare(self, texts: list[str], ids: list[Ids]) -> None:
         for text, given, right in zip(texts, ids, self.tokenizer.encode_batch(texts), strict=True):
             if not np.array_equal(given, right):
                 raise Unequal(_told(text))
+
+
+def _utf8_bytes(text: str) -> int:
+    try:
+        return len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError:
+        raise DataError(HALF_A_PAIR) from None
 
 
 def _guarded(work: Callable[[], T]) -> T:

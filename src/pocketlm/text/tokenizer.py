@@ -61,6 +61,7 @@ GPT2_FILES = {
 # Longer texts are encoded in parts, see cuts.py; only with pre-tokenizers for which a cut is proven.
 PART_CHARS = 1 << 16
 BATCH_CHARS = 1 << 21
+HALF_A_PAIR = "text holds half of a surrogate pair, which UTF-8 cannot express; remove it"
 
 Ids = NDArray[np.uint32]
 
@@ -171,7 +172,7 @@ class Tokenizer:
             try:
                 encodings = self._engine.encode_batch_fast(batch, add_special_tokens=False)
             except TypeError:  # the library's word for a str that UTF-8 cannot express
-                raise DataError("text holds half of a surrogate pair, which UTF-8 cannot express; remove it") from None
+                raise DataError(HALF_A_PAIR) from None
             except BaseException as error:
                 raise _told(error, "this tokenizer.json cannot encode the text") from None
             for encoding in encodings:

@@ -1,18 +1,20 @@
-"""Well-known GPUs by name, for plans of machines that are not here: dense bf16 rate, memory and its speed.
+"""Well-known GPUs by name, for plans of machines that are not here: dense rates, memory and its speed.
 
-From the makers' data sheets, without sparsity, products summed in fp32. What a training run reaches of the rate is
-assumed, and said: `ASSUMED_MFU`. A T4 has no bf16; its rate is that of fp32.
+From the makers' data sheets, without sparsity, products summed in fp32. fp32 is the real one, as pocketlm computes it,
+not TF32. What a training run reaches of the rate is assumed, and said: `ASSUMED_MFU`. A T4 has no bf16.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from pocketlm.config import Dtype
 from pocketlm.errors import UsageError
 
 ASSUMED_MFU = 0.35
+VARIANTS = {"laptop", "mobile", "max", "pcie", "nvl", "ti", "super", "d", "vgpu"}
 
 
 @dataclass(frozen=True)
@@ -22,27 +24,31 @@ class Gpu:
     name: str
     flops: float
     """FLOP/s of matrix products in `dtype`."""
+    fp32_flops: float
+    """FLOP/s of matrix products in fp32."""
     bytes_per_s: float
     memory_bytes: int
     dtype: Dtype = "bf16"
 
 
-def _gpu(name: str, teraflops: float, gigabytes_per_s: float, gigabytes: int, dtype: Dtype = "bf16") -> Gpu:
-    return Gpu(name, teraflops * 1e12, gigabytes_per_s * 1e9, gigabytes * 10**9, dtype)
+def _gpu(
+    name: str, teraflops: float, fp32_teraflops: float, gigabytes_per_s: float, gigabytes: int, dtype: Dtype = "bf16"
+) -> Gpu:
+    return Gpu(name, teraflops * 1e12, fp32_teraflops * 1e12, gigabytes_per_s * 1e9, gigabytes * 10**9, dtype)
 
 
 GPUS = (
-    _gpu("H200", 989, 4800, 141),
-    _gpu("H100", 989, 3350, 80),
-    _gpu("A100-80GB", 312, 2039, 80),
-    _gpu("A100-40GB", 312, 1555, 40),
-    _gpu("L40S", 362, 864, 48),
-    _gpu("L4", 121, 300, 24),
-    _gpu("A10G", 70, 600, 24),
-    _gpu("T4", 8.1, 320, 16, "fp32"),
-    _gpu("RTX-5090", 209.5, 1792, 32),
-    _gpu("RTX-4090", 165.2, 1008, 24),
-    _gpu("RTX-3090", 71, 936, 24),
+    _gpu("H200", 989, 67, 4800, 141),
+    _gpu("H100", 989, 67, 3350, 80),
+    _gpu("A100-80GB", 312, 19.5, 2039, 80),
+    _gpu("A100-40GB", 312, 19.5, 1555, 40),
+    _gpu("L40S", 362, 91.6, 864, 48),
+    _gpu("L4", 121, 30.3, 300, 24),
+    _gpu("A10G", 70, 31, 600, 24),
+    _gpu("T4", 8.1, 8.1, 320, 16, "fp32"),
+    _gpu("RTX-5090", 209.5, 104.8, 1792, 32),
+    _gpu("RTX-4090", 165.2, 82.6, 1008, 24),
+    _gpu("RTX-3090", 71, 35.6, 936, 24),
 )
 
 
@@ -61,11 +67,22 @@ def find_gpu(name: str) -> Gpu:
 
 
 def rate_by_name(device_name: str) -> float | None:
-    """The data sheet's FLOP/s of a GPU that calls itself `NVIDIA H100 80GB HBM3`; None for an unknown one."""
-    words = _key(device_name)
-    longest_first = sorted(GPUS, key=lambda gpu: -len(gpu.name))
-    matches = [gpu for gpu in longest_first if _key(gpu.name.removesuffix("-80GB").removesuffix("-40GB")) in words]
-    return matches[0].flops if matches else None
+    """The data sheet's FLOP/s of a GPU that calls itself `NVIDIA H100 80GB HBM3`; None for an unknown one.
+
+    Whole words count: an L40 is no L4, and what is sold under a name with one of VARIANTS is slower or faster.
+    """
+    words = _words(device_name)
+    if VARIANTS & set(words):
+        return None
+    for gpu in GPUS:
+        own = _words(gpu.name.removesuffix("-80GB").removesuffix("-40GB"))
+        if any(words[place : place + len(own)] == own for place in range(len(words))):
+            return gpu.flops
+    return None
+
+
+def _words(name: str) -> list[str]:
+    return re.findall("[a-z0-9]+", name.lower())
 
 
 def _key(name: str) -> str:

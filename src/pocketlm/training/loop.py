@@ -125,6 +125,12 @@ def _loop(run: Run, state: TrainState, stop: StopRequest) -> None:
             except Stopped:
                 state.precision.drop_gradients()
                 raise _interrupted(run, state, late, saver, stop) from None
+            except FileError as error:
+                if stop.received is None:
+                    raise
+                run.listener.note(str(error))  # of a save before, perhaps; this state is still to be saved
+                state.precision.drop_gradients()
+                raise _interrupted(run, state, late, saver, stop) from None
         try:
             _keep(state, late, saver)
         except Trouble as trouble:

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from pocketlm.files import Journal
+from pocketlm.journal import Journal
 from pocketlm.training import curve
 from pocketlm.training.log import Record, RunInfo, describe, duration, figure, inert
 

@@ -19,7 +19,7 @@ from pocketlm import checkpoint, distributed
 from pocketlm.config import AttentionKernel, Config, Dtype
 from pocketlm.data.prepare import find_prepared
 from pocketlm.data.shards import Dataset, open_dataset
-from pocketlm.errors import PocketError
+from pocketlm.errors import ConfigError, PocketError
 from pocketlm.model import sizes
 from pocketlm.model.transformer import Transformer
 from pocketlm.optim.optimizer import Optimizer
@@ -39,8 +39,9 @@ LONGEST_S = 4.0
 SHORTEST_CONTEXT = 64
 KERNELS_BYTES = 100 << 20
 """What a CPU's libraries take once they have computed: code and buffers, as measured."""
-HASHED_PER_SAVE = 1
-"""Times that a checkpoint's bytes go through SHA-256, beside the training, whose time it takes."""
+HASHED_PER_SAVE = {"cpu": 2, "cuda": 0}
+"""Times that a checkpoint's bytes go through SHA-256 in the training's time, by device: while it is written, and when
+it is checked before old ones go. That is beside the training: it takes time of a CPU that trains, not of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Work:
     """Written in all."""
     kept: int
     """On the disk at the end."""
+
+    @property
+    def most_kept(self) -> int:
+        """On the disk at once: a new one is whole before an old one goes."""
+        return min(self.checkpoints, self.kept + 1)
 
 
 def work_of(config: Config, dataset: Dataset | None) -> Work:
@@ -141,6 +147,10 @@ class Memory:
     by_micro_batch: list[tuple[int, int]]
     """(rows at once, bytes in closed form, the process included)."""
 
+    def fits(self, size: int) -> bool:
+        """Whether there is room for so many bytes, the process included: what it has is no longer available."""
+        return size - self.process_bytes <= self.available_bytes
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -202,6 +212,7 @@ class Plan:
             "disk_bytes": {
                 "checkpoint": self.checkpoint_bytes,
                 "checkpoints": self.checkpoint_bytes * self.work.kept,
+                "peak": self.checkpoint_bytes * self.work.most_kept,
                 "data": self.data_bytes,
             },
             "energy_j": self.joules,
@@ -214,6 +225,7 @@ def plan_here(config: Config, hear: Hear) -> Plan:
 
     Raises:
         ConfigError: it does not fit into this machine's memory.
+        KeyboardInterrupt: also when some steps were measured; what they say is no plan.
     """
     runtime = distributed.start(config.train)
     available = available_bytes(runtime.device)
@@ -240,7 +252,7 @@ def plan_here(config: Config, hear: Hear) -> Plan:
         start_up=begun_s + probed.state_s + probed.extra_first_s,
         steps=work.steps * step_s,
         evaluations=work.evaluations * (work.evaluated_tokens or 0) * evaluation_s,
-        checkpoints=work.checkpoints * HASHED_PER_SAVE * size * _hash_s_per_byte(),
+        checkpoints=work.checkpoints * HASHED_PER_SAVE[runtime.device.type] * size * _hash_s_per_byte(),
     )
     watts = probed.joules / probed.metered_s if probed.joules and on_cpu else None
     return Plan(
@@ -266,14 +278,16 @@ def plan_for(config: Config, gpu: Gpu) -> Plan:
     """A plan for a GPU that is not here: closed forms, and a share of its rate that is assumed.
 
     Raises:
-        ConfigError: it does not fit into the GPU's memory.
+        ConfigError: it does not fit into the GPU's memory, or the GPU has no bf16.
     """
-    dtype = gpu.dtype if config.train.dtype == "auto" or gpu.dtype == "fp32" else config.train.dtype
+    dtype = gpu.dtype if config.train.dtype == "auto" else config.train.dtype
+    if dtype == "bf16" != gpu.dtype:
+        raise ConfigError(f"{gpu.name} has no bf16; type: --train.dtype fp32")
     attention: AttentionKernel = "folded" if config.train.attention == "folded" else "sdpa"
     micro_batch, _ = chosen(config, "cuda", dtype, attention, gpu.memory_bytes)
     dataset, left_out = _dataset(config)
     work = work_of(config, dataset)
-    rate = gpu.flops if dtype == gpu.dtype else gpu.flops / 2  # fp32 in TF32
+    rate = gpu.fp32_flops if dtype == "fp32" else gpu.flops
     per_token = sizes.flops_per_token(config.model, config.data.context)
     moved = 30 * sizes.parameters(config.model).total  # an update reads and writes weights, moments, sums and the copy
     step_s = config.train.tokens_per_step * per_token / (ASSUMED_MFU * rate) + moved / gpu.bytes_per_s
@@ -339,6 +353,8 @@ def _try(config: Config, resolved: Resolved, runtime: distributed.Runtime, hear:
     data = config.data.model_copy(update={"context": context})
     short, fewer = config.model_copy(update={"data": data, "train": train}), {"micro_batch": at_once}
     probed = probe(short, resolved.model_copy(update=fewer), runtime, seconds=PROBE_S, steps=PROBE_STEPS, hear=hear)
+    if probed.interrupted:
+        raise KeyboardInterrupt
     whole, tried = (sizes.flops_per_token(config.model, length) for length in (config.data.context, context))
     halved = probed.micro_batch < at_once  # memory ran out: it will in the run
     micro_batch = probed.micro_batch if halved else resolved.micro_batch

@@ -89,10 +89,9 @@ class Probed:
 
     @property
     def rates(self) -> list[float]:
-        """Tokens/s of each of the longest steps tried."""
-        seconds, num = (self.long_s, self.long) if self.long_s else (self.short_s, 1)
-        tokens = self.step_tokens * num / self.num_micro_batches
-        return [tokens / each for each in seconds]
+        """Tokens/s of a step of the run, as much above or below those of `step_s` as each of the longest tried."""
+        seconds = self.long_s or self.short_s
+        return [self.step_tokens / self.step_s * (_median(seconds) / each) for each in seconds]
 
     @property
     def extra_first_s(self) -> float:

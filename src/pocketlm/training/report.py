@@ -34,7 +34,8 @@ from pocketlm.config import Config
 from pocketlm.data.shards import Dataset, unigram_entropy
 from pocketlm.errors import FileError
 from pocketlm.evaluate import source
-from pocketlm.files import Journal, write_file
+from pocketlm.files import write_file
+from pocketlm.journal import Journal
 from pocketlm.model import sizes
 from pocketlm.reading import read_text
 from pocketlm.training import curve

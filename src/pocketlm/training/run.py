@@ -16,7 +16,8 @@ from pocketlm.data.loader import Loader
 from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import Dataset, open_dataset, unigram_entropy
 from pocketlm.errors import ConfigError, DataError, one_line
-from pocketlm.files import Journal, set_aside, write_file
+from pocketlm.files import set_aside, write_file
+from pocketlm.journal import Journal
 from pocketlm.model import sizes
 from pocketlm.model.arithmetic import usable
 from pocketlm.model.transformer import allocate

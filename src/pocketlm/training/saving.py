@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pocketlm import checkpoint
+from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
 from pocketlm.errors import FileError
 from pocketlm.files import free_bytes
@@ -56,17 +56,23 @@ class Saver:
     def __init__(self, run: Run, state: TrainState) -> None:
         self.run, self.state = run, state
         self._weights, self._moments = Copies(), Copies()
-        self._verified = checkpoint.Verified()
+        self._verified = pruning.Verified()
         self._under_way: tuple[Saving, threading.Thread] | None = None
+        self._is_alone = False
 
     def begin(self, *, must: bool) -> None:
         """Begins to commit the state, unless it is on the disk already; with `must` returns when it is there.
 
         Raises:
-            FileError: the disk refuses this one, or has refused the one before, and it must not or
-                `train.on_save_error` is "stop".
+            FileError: the disk refuses this one, and it must not or `train.on_save_error` is "stop"; with the latter
+                also if it has refused the one before, unless this one must be: then that is a note, and this is tried.
         """
-        self.wait()
+        try:
+            self.wait()
+        except FileError as error:
+            if not must:
+                raise
+            self.run.listener.note(str(error))
         now = self.state.progress
         if self.state.saved == now.mark:
             return
@@ -79,11 +85,23 @@ class Saver:
             self._refused(snapshot, error, must)
             return
         saving = Saving(snapshot, now.model_copy(deep=True), must, journal_bytes)
-        thread = threading.Thread(target=self._write, args=(saving,), name=THREAD)
-        thread.start()
-        self._under_way = saving, thread
+        self._start(saving)
         if must:
             self.wait()
+
+    def _start(self, saving: Saving) -> None:
+        """Hands it to a thread; where the system gives none, it is done here and now."""
+        thread = threading.Thread(target=self._write, args=(saving,), name=THREAD)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            if not self._is_alone:
+                self.run.listener.note(f"{error}: training waits for each save")
+            self._is_alone = True
+            self._write(saving)
+            self._take_in(saving)
+        else:
+            self._under_way = saving, thread
 
     def hear(self) -> None:
         """Takes note of a save that has ended; where none has, it costs nothing.
@@ -222,7 +240,7 @@ def prune(
     anchors = {max((step for step in regular if step < begun), default=0) for begun in may_begin}
     metrics = dict(zip(now.best_steps, now.best_metrics, strict=True))
     keep_last, keep_best = config.train.keep_last, config.train.keep_best
-    checkpoint.prune(folder, keep_last, keep_best, metrics, warn=warn, keep=anchors, check=check)
+    pruning.prune(folder, keep_last, keep_best, metrics, warn=warn, keep=anchors, check=check)
 
 
 def regular_steps(folder: Path) -> list[int]:
