@@ -99,6 +99,10 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in records]
 
 
+def furthest(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(mine - yours) for mine, yours in zip(ours, theirs, strict=True))
+
+
 def halvings(run: Path) -> list[dict[str, Any]]:
     return [record for record in Journal.read(run / "metrics.jsonl") if record["kind"] == "micro_batch"]
 
@@ -126,7 +130,8 @@ def test_nothing_of_the_attempt_is_left(where: str, call: int, dtype: str, run_w
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_curve_stays(dtype: str, where: str, run_with: Any) -> None:
-    fields = {"train.dtype": dtype, "optim.lr": 2e-3}  # the preset's rate of 1e-2 multiplies bf16's rounding tenfold
+    """Within 1e-3 nats in fp32. In bf16 fewer rows at once alone, from the first step on, move it by more than that."""
+    fields = {"train.dtype": dtype, "optim.lr": 2e-3}
     whole, _ = run_with("whole", **fields)
     at = 2 * 10 + 1  # the second micro-batch of step 11
     again = at + 1 + 4 * 30 + 2  # then of size 8: the third of step 41
@@ -134,11 +139,12 @@ def test_the_curve_stays(dtype: str, where: str, run_with: Any) -> None:
     assert set(faults.rows) == {16, 8, 4}
     assert [(r["step"], r["before"], r["micro_batch"]) for r in halvings(disturbed)] == [(10, 16, 8), (40, 8, 4)]
     assert MESSAGE in halvings(disturbed)[0]["reason"]
+    fewer, _ = run_with("fewer", **fields, **{"train.micro_batch": 8})
     ours, theirs = losses(disturbed), losses(whole)
     assert len(ours) == STEPS
     assert ours[:10] == theirs[:10]
     assert ours != theirs
-    assert max(abs(mine - yours) for mine, yours in zip(ours, theirs, strict=True)) < 1e-3
+    assert furthest(ours, theirs) < (1e-3 if dtype == "fp32" else furthest(losses(fewer), theirs))
     assert theirs[-1] < theirs[0] - 1, "nothing was learned: close losses would mean little"
 
 
