@@ -139,9 +139,9 @@ def read_state(path: Path) -> dict[str, Any]:
     return read_json(path / STATE)
 
 
-def trained_with(path: Path) -> Arithmetic:
-    """How a checkpoint's model computed in training; PyTorch's defaults where nothing says so."""
-    resolved = read_state(path).get("resolved") if (path / STATE).is_file() else None
+def trained_with(state: Mapping[str, Any]) -> Arithmetic:
+    """How a model computed in training, by the state of its checkpoint; PyTorch's defaults where nothing says so."""
+    resolved = state.get("resolved")
     said = resolved if isinstance(resolved, dict) else {}
     return Arithmetic(
         dtype="bf16" if said.get("dtype") == "bf16" else "fp32",

@@ -102,7 +102,7 @@ def speak(path: Path) -> str:
 
 
 def read_state(path: Path) -> object:
-    return checkpoint.trained_with(path.parent.parent), state.read_state(path.parent.parent)
+    return checkpoint.trained_with(checkpoint.read_state(path.parent.parent)), state.read_state(path.parent.parent)
 
 
 def go_on(path: Path) -> object:

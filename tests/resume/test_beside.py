@@ -15,14 +15,12 @@ from typing import Any
 
 import oracle
 import pytest
-import torch
+from inside import join_the_save, poison
 from rig import Rig
-from torch import Tensor
 from world import EVERY, TRAIN, Whole, trained
 
 from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
-from pocketlm.data.loader import Loader
 from pocketlm.errors import Diverged, FileError, Interrupted
 from pocketlm.training import halving, saving
 from pocketlm.training.log import Silent
@@ -96,18 +94,6 @@ def test_the_next_save_waits_for_one_that_is_held_back(step: int, monkeypatch: p
     oracle.assert_equal(run, whole)
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
-    """Rows at these positions are noise: a loss far above the others."""
-    real = Loader.read
-
-    def read(self: Loader, position: int, count: int) -> Tensor:
-        rows = real(self, position, count)
-        noise = torch.Generator().manual_seed(position)
-        return torch.randint(128, 256, rows.shape, generator=noise) if position in positions else rows
-
-    monkeypatch.setattr(Loader, "read", read)
-
-
 @pytest.mark.goal("R14")
 def test_a_way_back_waits_for_the_save_that_it_may_lead_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trouble comes four steps after step 20, while the disk still holds its save back."""
@@ -166,9 +152,7 @@ def test_an_error_beside_the_training_is_known_at_the_next_step(then: str, monke
             outcome = real(state, *arguments, **options)
             if steps[-1] == 12:
                 disk.go.set()
-                for thread in threading.enumerate():
-                    if thread.name == saving.THREAD:
-                        thread.join()
+                join_the_save()
             return outcome
 
         patch.setattr(halving, "train_step", step)
@@ -201,9 +185,7 @@ def test_a_refused_save_does_not_keep_the_last_from_being_made(known: str, monke
                 os.kill(os.getpid(), signal.SIGTERM)
                 if known == "at the boundary":
                     disk.go.set()
-                    for thread in threading.enumerate():
-                        if thread.name == saving.THREAD:
-                            thread.join()
+                    join_the_save()
             return outcome
 
         patch.setattr(halving, "train_step", step)

@@ -21,13 +21,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from inside import join_the_save, poison
 from safetensors.numpy import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocketlm import checkpoint, distributed, files
 from pocketlm.config import Config, GuardConfig, OptimConfig
-from pocketlm.data.loader import Loader
 from pocketlm.disk import Disk
 from pocketlm.errors import Diverged, FileError, Interrupted
 from pocketlm.journal import Journal
@@ -168,18 +168,6 @@ def test_what_is_not_finite_never_reaches_weights_or_disk(proof: Proof) -> None:
             assert final["position"] == 30 * ROWS + back["rows_left_out"]
             assert final["updates"] == 30
         assert all(math.isfinite(record["loss"]) for record in records(run, "train", "eval"))
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
-    """Rows at these positions are noise: a loss far above the others."""
-    real = Loader.read
-
-    def read(self: Loader, position: int, count: int) -> Tensor:
-        rows = real(self, position, count)
-        noise = torch.Generator().manual_seed(position)
-        return torch.randint(128, 256, rows.shape, generator=noise) if position in positions else rows
-
-    monkeypatch.setattr(Loader, "read", read)
 
 
 @pytest.mark.goal("R14")
@@ -326,9 +314,7 @@ class Dead(Disk):
         if (threading.current_thread().name == THREAD) == self.beside:
             self.left -= 1
             if self.left == -1 and not self.beside:
-                for thread in threading.enumerate():
-                    if thread.name == THREAD:
-                        thread.join()
+                join_the_save()
         if self.left < 0:
             raise Killed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +54,8 @@ def run(argv: list[str]) -> int:
     if arguments.limit < 0:
         raise UsageError(f"--limit {arguments.limit} is below 0, which scores all")
     device = distributed.default_device()
-    arithmetic = _arithmetic(folder, device)
+    state = checkpoint.read_state(folder) if (folder / checkpoint.STATE).is_file() else {}
+    arithmetic = _arithmetic(folder, state, device)
     if arguments.dtype != "auto":
         arithmetic = replace(arithmetic, dtype=arguments.dtype)
     data = str(own_dataset(folder).path) if arguments.data is None else arguments.data
@@ -61,7 +63,7 @@ def run(argv: list[str]) -> int:
     if data == own_source(folder):
         say(f"{folder} was trained on {data}: this is how it remembers; without --data, what was held out is scored")
     arithmetic.use()
-    if threads := _threads(folder):
+    if threads := _threads(state):
         torch.set_num_threads(threads)  # sums are split by it: as in training, to the last bit
     model = computing(model.to(device), arithmetic)
     report = evaluate_stream(model, stream, tokenizer, context=context, stride=stride, limit=arguments.limit)
@@ -81,12 +83,12 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def _arithmetic(folder: Path, device: torch.device) -> Arithmetic:
+def _arithmetic(folder: Path, state: Mapping[str, Any], device: torch.device) -> Arithmetic:
     """As in training; on another machine what of that can be kept, and says so."""
     from pocketlm import checkpoint, distributed
     from pocketlm.model.arithmetic import usable
 
-    arithmetic, state = checkpoint.trained_with(folder), _state(folder)
+    arithmetic = checkpoint.trained_with(state)
     then = _tree(state.get("versions")) | {"device": _tree(state.get("resolved")).get("device")}
     if not state or not distributed.changes(then, device):
         return arithmetic
@@ -96,17 +98,10 @@ def _arithmetic(folder: Path, device: torch.device) -> Arithmetic:
     return arithmetic
 
 
-def _threads(folder: Path) -> int | None:
+def _threads(state: Mapping[str, Any]) -> int | None:
     """With how many it was trained; None where nothing says so."""
-    threads = _tree(_state(folder).get("resolved")).get("threads")
+    threads = _tree(state.get("resolved")).get("threads")
     return threads if type(threads) is int and 1 <= threads <= 1024 else None
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint's state; empty for a model folder that has none."""
-    from pocketlm import checkpoint
-
-    return checkpoint.read_state(folder) if (folder / checkpoint.STATE).is_file() else {}
 
 
 def _tree(value: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pocketlm.data.loader import Stream
 from pocketlm.model.loss import token_losses
@@ -127,16 +128,20 @@ def _score(model: Transformer, stream: Stream, batch: list[Window]) -> tuple[np.
     """Targets that count and their nats, both (N,)."""
     rows = torch.from_numpy(np.stack([stream.read(window.start, window.length + 1) for window in batch]))
     rows = rows.to(model.head.device)
-    inputs, targets = rows[:, :-1], rows[:, 1:]  # (B, T)
-    hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, D)
-    losses = token_losses(
-        hidden,
+    targets = rows[:, 1:]  # (B, T)
+    losses = target_losses(model, rows)
+    position = torch.arange(targets.shape[1])
+    counted = torch.stack([position >= window.skip for window in batch]).flatten()
+    return targets.flatten().cpu()[counted].numpy(), losses.cpu()[counted].double().numpy()
+
+
+def target_losses(model: Transformer, rows: Tensor) -> Tensor:
+    """Nats of each target in rows (B, T + 1) of ids on the model's device: (B * T,) fp32, without gradient."""
+    return token_losses(
+        model.hidden(rows[:, :-1]).flatten(0, 1),  # (B * T, C)
         model.head,
-        targets.flatten(),
+        rows[:, 1:].flatten(),
         chunk=1024,
         softcap=model.config.logit_softcap,
         num_ids=model.config.vocab_size,
     )
-    position = torch.arange(inputs.shape[1])
-    counted = torch.stack([position >= window.skip for window in batch]).flatten()
-    return targets.flatten().cpu()[counted].numpy(), losses.cpu()[counted].double().numpy()

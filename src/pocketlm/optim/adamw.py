@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pocketlm.optim.clip import clipped
+
 CACHED_VALUES = 2**19
 """Parameters updated at once on a CPU; each takes 18 bytes."""
 VECTOR = 64
@@ -74,12 +76,9 @@ class AdamW:
         found_inf = skip.float()  # by which a GradScaler tells the kernel to leave all as it is
         self.updates += 1 - found_inf
         for part in self._passes:
-            clipped = [piece.of(gradients).float() for piece in part.slices]
-            if clip is not None:
-                clipped = list(torch._foreach_mul(clipped, clip))
             torch._fused_adamw_(
                 part.parameters,
-                clipped,
+                clipped((piece.of(gradients) for piece in part.slices), clip),
                 part.exp_avg,
                 part.exp_avg_sq,
                 [],

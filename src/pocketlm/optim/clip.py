@@ -24,3 +24,9 @@ def clip_coefficient(norm: Tensor, limit: float) -> Tensor:
     Pascanu et al., "On the difficulty of training recurrent neural networks", 2013, algorithm 1; the 1e-6 is PyTorch's.
     """
     return (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def clipped(gradients: Iterable[Tensor], clip: Tensor | None) -> list[Tensor]:
+    """Gradients in fp32, times `clip`, () fp32, where there is one. What they were is left as it was."""
+    wide = [gradient.float() for gradient in gradients]
+    return wide if clip is None else list(torch._foreach_mul(wide, clip))

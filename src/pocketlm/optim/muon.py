@@ -20,6 +20,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pocketlm.optim.clip import clipped
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 BATCH_VALUES = 2**23
 """Values that go through it together; each takes some 26 bytes meanwhile."""
@@ -57,12 +59,10 @@ class Muon:
             clip: () fp32, multiplies them all.
         """
         for (rows, columns), names in self._batches:
-            clipped = [gradients[name].float() for name in names]
-            if clip is not None:
-                clipped = list(torch._foreach_mul(clipped, clip))
+            own = clipped((gradients[name] for name in names), clip)
             momenta = [self.momentum[name] for name in names]
-            moved = torch._foreach_lerp(momenta, clipped, 1 - mu)
-            ahead = torch._foreach_lerp(clipped, moved, mu)
+            moved = torch._foreach_lerp(momenta, own, 1 - mu)
+            ahead = torch._foreach_lerp(own, moved, mu)
             update = orthogonalize(torch.stack(ahead), self.num_steps)  # (matrices, m, n)
             scale = max(1, rows / columns) ** 0.5
             for name, new, direction in zip(names, moved, update.unbind(), strict=True):

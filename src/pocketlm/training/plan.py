@@ -27,7 +27,7 @@ from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 from pocketlm.training.gpus import ASSUMED_MFU, Gpu
 from pocketlm.training.guard import Guard
 from pocketlm.training.memory import available_bytes
-from pocketlm.training.micro_batch import chosen, evenly
+from pocketlm.training.micro_batch import chosen, evenly, needs
 from pocketlm.training.probe import Hear, Probed, device_name, probe
 from pocketlm.training.resolve import Resolved, resolve
 from pocketlm.training.state import SCHEMA, Scalars, random_states
@@ -239,8 +239,7 @@ def plan_here(config: Config, hear: Hear) -> Plan:
     probed = trial.probed
     on_cpu = runtime.device.type == "cpu"
     beside = process + KERNELS_BYTES if on_cpu else 0
-    folded = resolved.attention == "folded"
-    memory = _memory(config, resolved.dtype, trial.micro_batch, available, beside, folded=folded, on_cpu=on_cpu)
+    memory = _memory(config, resolved, trial.micro_batch, available, beside)
     if trial.is_whole:
         # the probe saves nothing; shards are mapped, and count as taken once they were read
         beside_steps = memory.by_part.snapshot + (_data_bytes(dataset) or 0) if on_cpu else 0
@@ -293,7 +292,7 @@ def plan_for(config: Config, gpu: Gpu) -> Plan:
     step_s = config.train.tokens_per_step * per_token / (ASSUMED_MFU * rate) + moved / gpu.bytes_per_s
     resolved = Resolved(
         dtype=dtype,
-        attention="sdpa",
+        attention=attention,
         fp32_matmul="highest",
         compile=config.train.compile != "off",
         micro_batch=micro_batch,
@@ -315,7 +314,7 @@ def plan_for(config: Config, gpu: Gpu) -> Plan:
         peak_flops=rate,
         step_s=step_s,
         seconds=Seconds(0.0, work.steps * step_s, evaluated / (ASSUMED_MFU * rate), 0.0),
-        memory=_memory(config, dtype, micro_batch, gpu.memory_bytes, 0, folded=attention == "folded", on_cpu=False),
+        memory=_memory(config, resolved, micro_batch, gpu.memory_bytes, 0),
         checkpoint_bytes=checkpoint_bytes(config, _tokenizer(dataset, left_out), resolved),
         data_bytes=_data_bytes(dataset),
         joules=None,
@@ -367,16 +366,14 @@ def _row_s(config: Config, context: int, resolved: Resolved) -> float:
     return context * sizes.flops_per_token(config.model, context) / (ASSUMED_MFU * resolved.peak_flops)
 
 
-def _memory(
-    config: Config, dtype: Dtype, micro_batch: int, available: int, process: int, *, folded: bool, on_cpu: bool
-) -> Memory:
-    def needs(rows: int) -> sizes.TrainingMemory:
-        return sizes.training_memory(config, rows, dtype, folded=folded, snapshot=on_cpu)
+def _memory(config: Config, resolved: Resolved, micro_batch: int, available: int, process: int) -> Memory:
+    def needed(rows: int) -> sizes.TrainingMemory:
+        return needs(config, rows, resolved.dtype, resolved.attention, resolved.device)
 
     rows = config.rows_per_step
     shown = sorted({1, micro_batch, rows, *(evenly(rows, 1 << power) for power in range(0, rows.bit_length(), 2))})
-    by_micro_batch = [(each, process + needs(each).total) for each in shown]
-    return Memory(needs(micro_batch), process, available, process + needs(micro_batch).total, by_micro_batch)
+    by_micro_batch = [(each, process + needed(each).total) for each in shown]
+    return Memory(needed(micro_batch), process, available, process + needed(micro_batch).total, by_micro_batch)
 
 
 def _dataset(config: Config) -> tuple[Dataset | None, list[str]]:

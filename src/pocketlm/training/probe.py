@@ -21,8 +21,7 @@ from torch import Tensor
 from pocketlm.config import Config
 from pocketlm.distributed import Runtime, cpu_name
 from pocketlm.errors import ConfigError
-from pocketlm.evaluate.loss import BATCH_TOKENS
-from pocketlm.model.loss import token_losses
+from pocketlm.evaluate.loss import BATCH_TOKENS, target_losses
 from pocketlm.training.memory import forget_peak, peak_bytes
 from pocketlm.training.meter import Meter
 from pocketlm.training.micro_batch import OutOfMemory
@@ -184,16 +183,7 @@ def _evaluation_s(state: TrainState, config: Config) -> float:
     best_s = float("inf")
     for _ in range(2):
         began_at = time.perf_counter()
-        hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
-        losses = token_losses(
-            hidden,
-            model.head,
-            batch[:, 1:].flatten(),
-            chunk=1024,
-            softcap=config.model.logit_softcap,
-            num_ids=config.model.vocab_size,
-        )
-        losses.sum().item()
+        target_losses(model, batch).sum().item()
         best_s = min(best_s, time.perf_counter() - began_at)
         if best_s > 1.0:
             break

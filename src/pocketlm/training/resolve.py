@@ -72,10 +72,12 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
         ConfigError: training would not fit into memory; nothing was allocated.
     """
     device, wanted = runtime.device, config.train.dtype
-    fp32_matmul, fp32_reason = _fp32_matmul(config, device)
+    fp32_matmul, fp32_reason, rates = _fp32_matmul(config, device)
     torch.set_float32_matmul_precision(fp32_matmul)
     candidates: tuple[Dtype, ...] = ("fp32", "bf16") if wanted == "auto" else (wanted,)
-    rates = {dtype: matmul_rate(config, device, TORCH_DTYPES[dtype]) for dtype in candidates}
+    for candidate in candidates:
+        if candidate not in rates:
+            rates[candidate] = matmul_rate(config, device, TORCH_DTYPES[candidate])
     dtype, dtype_reason = _dtype(config, rates)
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
@@ -102,21 +104,25 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     )
 
 
-def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str]:
-    """On a CPU without fp32 units in its matrix engine, medium chooses another library, and rounds nothing."""
+def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str, dict[Dtype, float]]:
+    """On a CPU without fp32 units in its matrix engine, medium chooses another library, and rounds nothing.
+
+    Also gives the rate of fp32 with it, if that was measured.
+    """
     if config.train.fp32_matmul != "auto":
-        return config.train.fp32_matmul, "as given"
+        return config.train.fp32_matmul, "as given", {}
     if device.type != "cpu":
-        return "highest", f"medium rounds on a {device.type}"
+        return "highest", f"medium rounds on a {device.type}", {}
     rates = {}
     for precision in get_args(FP32Matmul):
         torch.set_float32_matmul_precision(precision)
         rates[precision] = matmul_rate(config, device, torch.float32)
     if (error := fp32_error()) > FP32_ERROR:  # with medium, the last one set
-        return "highest", f"medium rounds here: a relative error of {error:.0e}"
+        return "highest", f"medium rounds here: a relative error of {error:.0e}", {"fp32": rates["highest"]}
     gain = rates["medium"] / rates["highest"]
     reason = f"medium runs at {gain:.1f} times the rate of highest here, and is fp32: a relative error of {error:.0e}"
-    return ("medium" if gain >= MUST_GAIN else "highest"), reason
+    chosen: FP32Matmul = "medium" if gain >= MUST_GAIN else "highest"
+    return chosen, reason, {"fp32": rates[chosen]}
 
 
 def _dtype(config: Config, rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
