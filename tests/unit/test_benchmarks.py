@@ -17,7 +17,7 @@ from pocketlm.data.prepare import prepare
 from pocketlm.distributed import Runtime
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("worker", "peak", "tables", "rounds", "report", "contestants", "training")
+MODULES = ("worker", "peak", "tables", "rounds", "report", "contestants", "training", "saves")
 
 
 @pytest.fixture
@@ -201,3 +201,10 @@ def test_a_section_replaces_the_one_of_its_heading(bench: Any, tmp_path: Path, m
     bench.report.write(["## two", "", "| b |"])
     bench.report.write(["## one", "", "| c |"])
     assert page.read_text() == "# Results\n\nWords.\n\n## one\n\n| c |\n\n## two\n\n| b |\n"
+
+
+def test_a_save_costs_what_its_window_took_beyond_its_quiet_steps(bench: Any) -> None:
+    """Steps of 1 s; after step 4 training stands still for 0.5 s and one step takes 1.5 s; after step 8 nothing."""
+    at = [1.0, 2.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0]
+    elapsed = [1.0, 2.0, 3.0, 4.0, 5.5, 6.5, 7.5, 8.5, 9.5, 10.5, 11.5, 12.5]
+    assert bench.saves.costs(at, elapsed, 4) == [1.0, 0.0]
