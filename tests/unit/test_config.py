@@ -77,7 +77,7 @@ def test_a_flag_without_its_section_is_told_the_section() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--data.context", "512"], "--model.max-position-embeddings 512"),
+        (["--data.context", "1024"], "--model.max-position-embeddings 1024"),
         (["--train.tokens-per-step", "1000"], "--train.tokens-per-step 1024"),
         (["--model.num-key-value-heads", "2"], "no multiple"),
         (["--schedule.warmup-steps", "5000"], "schedule.warmup_steps"),

@@ -53,8 +53,8 @@ def test_every_layout_has_a_model_type_and_comes_back(fields: dict[str, Any], ki
 
 
 def test_what_every_config_json_says() -> None:
-    for tree in (LLAMA, QWEN3, hf.config_json(Config.preset("smallm").model, end_id=0)):
-        assert tree["rope_theta"] == 10000.0
+    for tree, theta in ((LLAMA, 1e4), (QWEN3, 1e6), (hf.config_json(Config.preset("smallm").model, end_id=0), 1e4)):
+        assert tree["rope_theta"] == theta
         assert tree["dtype"] == tree["torch_dtype"] == "float32"
         assert tree["bos_token_id"] == tree["eos_token_id"] == 0
         assert "transformers_version" not in tree

@@ -39,7 +39,7 @@ def test_a_cpu_takes_as_many_as_reach_full_speed() -> None:
     assert (
         chosen(smallm(), "cpu", "bf16", "folded", PLENTY)[0] == 16
     )  # 4,096 tokens are 16 rows; 248 rows are 15.5 times 16
-    assert chosen(Config.preset("tiny"), "cpu", "bf16", "folded", PLENTY)[0] == 8, "a step has no more"
+    assert chosen(Config.preset("tiny"), "cpu", "bf16", "folded", PLENTY)[0] == 4, "a step has no more"
     long = Config.preset("smollm2-135m", {"train.micro_batch": "auto"})
     assert chosen(long, "cpu", "bf16", "folded", PLENTY)[0] == 2
     longer = Config.preset(
