@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Steps between saves, and a short step of each: other fields are the preset's."""
 TEXT = {"data.source": "stdlib", "data.tokenizer": "bpe:4096", "sample.prompts": (), "train.dtype": "auto"}
+PRUNED = {"train.keep_last": 2, "train.keep_best": 0}
+"""Each save that is counted removes a checkpoint, as those of a long run do."""
 MINUTE_S = 60.0
 
 
@@ -67,10 +70,12 @@ def row(preset: str, saves: int) -> str:
     every, fields = CASES[preset]
     steps = (saves + 1) * every
     run = {"train.total_steps": steps, "train.checkpoint_every": every, "train.eval_every": 0, "train.eval_tokens": 512}
-    config = Config.preset(preset, TEXT | fields | run | {"schedule.warmup_steps": 1})
+    config = Config.preset(preset, TEXT | PRUNED | fields | run | {"schedule.warmup_steps": 1})
     watch, still, beside = Watch(), list[float](), list[float]()
+    shutil.rmtree(preset, ignore_errors=True)
     with noted(still, beside):
         train(config, out=Path(preset), listener=watch)
+    assert len(watch.at) == steps, "a step was skipped: the windows would not lie between saves"
     each = costs(watch.at, watch.elapsed_s, every)
     median = statistics.median(each)
     spread = f"{min(each):.2f} to {max(each):.2f}"

@@ -78,7 +78,6 @@ def tiktoken_encoder(tokenizer: Any, spec: str, threads: int) -> Callable[[list[
     from pocketlm.text import fast_encoders
 
     if tokenizer.pre_tokenizer_name != "gpt-2":
-        fast_encoders.os.cpu_count = lambda: threads
         return fast_encoders.tiktoken_encoder(tokenizer)
     if spec == "gpt2":
         engine = tiktoken.get_encoding("gpt2")
@@ -107,6 +106,8 @@ def measure(library: str, spec: str, threads: int, files: list[str]) -> None:
     """The work of one process; prints one line of JSON."""
     from pocketlm.text.tokenizer import load_tokenizer
 
+    if hasattr(os, "sched_setaffinity"):  # every library asks for it
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     texts = documents(files)
     encode = encoder(library, load_tokenizer(spec), spec, threads)
     size = sum(len(text.encode()) for text in texts) / 1e6

@@ -22,7 +22,7 @@ from pocketlm.config import Determinism, TrainConfig
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 PROMISES: dict[Determinism, str] = {
-    "bitwise": "a second run and a resumed one are equal bit for bit, on this machine",
+    "bitwise": "a resumed run, and a second one with the same resolved.toml, are equal bit for bit on this machine",
     "same-data": "the same data in the same order; a second run may differ in the last bits",
     "off": "the same data in the same order; threads and kernels as they are fastest at each start",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from pocketlm import checkpoint, files
 from pocketlm.cli.main import main
 from pocketlm.config import Config
 from pocketlm.disk import Disk
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, Interrupted
 from pocketlm.journal import Journal
 from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
@@ -26,12 +27,15 @@ class FullDisk(Disk):
 
     def __init__(self) -> None:
         self.full = False
+        self.once = False
+        """Whether there is room again after one refusal."""
         self.refused_saves: range = range(0)
         self.saving = 0
 
     def write(self, descriptor: int, data: bytes | memoryview) -> None:
         beside = threading.current_thread().name == THREAD
         if self.saving in self.refused_saves if beside else self.full:
+            self.full = self.full and not self.once
             view = memoryview(data).cast("B")
             super().write(descriptor, view[: len(view) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -144,3 +148,23 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(disk: FullDisk, capsys: 
     assert not any("Traceback" in line for line in lines)
     disk.full = False
     assert main(["train", "debug", "--out", "run"]) == 0
+
+
+@pytest.mark.goal("R11")
+def test_a_signal_while_a_record_is_refused_loses_no_figure(disk: FullDisk) -> None:
+    """The record of step 7 is refused once, a signal is there, and step 8, whose figures nobody has read, is done."""
+    train(config_of(), out=Path("whole"))
+    disk.once = True
+
+    def at_step(step: int) -> None:
+        if step == 7:
+            disk.full = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="step 8, saved"):
+        train(config_of(), out=Path("run"), listener=Story(at_step))
+    train(config_of(), out=Path("run"))
+    mine, theirs = (Journal.read(Path(folder) / "metrics.jsonl") for folder in ("run", "whole"))
+    assert [(record["step"], record.get("loss")) for record in mine] == [(r["step"], r.get("loss")) for r in theirs]
+    newest = "checkpoints/step-00000020"
+    assert checkpoint.state_hash(Path("run") / newest) == checkpoint.state_hash(Path("whole") / newest)

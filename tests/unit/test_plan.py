@@ -15,7 +15,7 @@ from pocketlm.data.shards import open_dataset
 from pocketlm.errors import ConfigError, UsageError
 from pocketlm.journal import Journal
 from pocketlm.training import gpus, plan, resolve
-from pocketlm.training.gpus import ASSUMED_MFU, find_gpu, rate_by_name
+from pocketlm.training.gpus import ASSUMED_MFU, find_gpu, gpu_by_name
 from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
 from pocketlm.training.meter import Meter
@@ -163,7 +163,13 @@ def test_an_unknown_gpu_is_refused_with_the_nearest_and_all() -> None:
     ],
 )
 def test_the_rate_of_a_gpu_by_the_name_that_it_gives_itself(name: str, rate: float | None) -> None:
-    assert rate_by_name(name) == rate
+    gpu = gpu_by_name(name)
+    assert (gpu and gpu.flops) == rate
+
+
+def test_a_gpu_has_a_rate_of_each_precision() -> None:
+    gpu = find_gpu("H100")
+    assert (gpu.rate("bf16"), gpu.rate("fp32")) == (989e12, 67e12)
 
 
 def test_the_help_names_every_gpu() -> None:

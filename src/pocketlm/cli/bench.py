@@ -90,14 +90,14 @@ def _result(config: Config, resolved: Resolved, probed: Probed) -> dict[str, Any
 
     from pocketlm import __version__
     from pocketlm.model import sizes
-    from pocketlm.training.gpus import rate_by_name
+    from pocketlm.training.gpus import gpu_by_name
     from pocketlm.training.probe import device_name
 
     rates = sorted(probed.rates)
     rate = probed.step_tokens / probed.step_s
     per_token = sizes.flops_per_token(config.model, config.data.context)
-    sheet = rate_by_name(device_name(torch.device("cuda"))) if resolved.device == "cuda" else None
-    peak = sheet or resolved.peak_flops
+    sheet = gpu_by_name(device_name(torch.device("cuda"))) if resolved.device == "cuda" else None
+    peak = sheet.rate(resolved.dtype) if sheet else resolved.peak_flops
     return {
         "preset": config.name,
         "tokens_per_s": rate,
@@ -108,6 +108,7 @@ def _result(config: Config, resolved: Resolved, probed: Probed) -> dict[str, Any
         "peak_flops": peak,
         "steps": len(rates),
         "step_tokens": probed.step_tokens,
+        "tried_tokens": min(probed.long * probed.micro_batch * config.data.context, probed.step_tokens),
         "context": config.data.context,
         "micro_batch": probed.micro_batch,
         "dtype": resolved.dtype,
@@ -130,8 +131,9 @@ def _print(results: list[dict[str, Any]]) -> None:
 
 
 def _row(result: dict[str, Any]) -> tuple[str, ...]:
+    rows, tried = (result[name] // result["context"] for name in ("step_tokens", "tried_tokens"))
     return (
-        f"{result['preset']} {result['step_tokens'] // result['context']} x {result['context']}",
+        f"{result['preset']} {rows} x {result['context']}" + (f", tried with {tried}" if tried < rows else ""),
         f"{result['tokens_per_s']:,.0f}",
         f"{result['tokens_per_s_lowest']:,.0f}",
         f"{result['tokens_per_s_highest']:,.0f}",

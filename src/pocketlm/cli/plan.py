@@ -131,7 +131,7 @@ def _disk_rows(plan: Plan) -> list[Row]:
     data = "not prepared yet" if plan.data_bytes is None else _bytes(plan.data_bytes)
     return [
         ("one checkpoint", _bytes(plan.checkpoint_bytes)),
-        (f"{plan.work.kept} kept", _bytes(plan.checkpoint_bytes * plan.work.kept)),
+        (f"up to {plan.work.kept} kept", _bytes(plan.checkpoint_bytes * plan.work.kept)),
         ("at most, during a save", _bytes(plan.checkpoint_bytes * plan.work.most_kept)),
         ("data", data),
     ]

@@ -39,8 +39,10 @@ class Late:
         Raises:
             Trouble: the step before was one skip too many.
         """
-        self.read()
-        self.unread = outcome
+        try:
+            self.read()
+        finally:  # whatever came of the step before, this one was made: who saves the state reads its figures first
+            self.unread = outcome
 
     def read(self) -> None:
         """

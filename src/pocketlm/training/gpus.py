@@ -30,6 +30,10 @@ class Gpu:
     memory_bytes: int
     dtype: Dtype = "bf16"
 
+    def rate(self, dtype: Dtype) -> float:
+        """FLOP/s of matrix products in either precision."""
+        return self.fp32_flops if dtype == "fp32" else self.flops
+
 
 def _gpu(
     name: str, teraflops: float, fp32_teraflops: float, gigabytes_per_s: float, gigabytes: int, dtype: Dtype = "bf16"
@@ -66,8 +70,8 @@ def find_gpu(name: str) -> Gpu:
     raise UsageError(f"no device {name!r} in the table{hint}; devices: {', '.join(gpu.name for gpu in GPUS)}")
 
 
-def rate_by_name(device_name: str) -> float | None:
-    """The data sheet's FLOP/s of a GPU that calls itself `NVIDIA H100 80GB HBM3`; None for an unknown one.
+def gpu_by_name(device_name: str) -> Gpu | None:
+    """The GPU that calls itself `NVIDIA H100 80GB HBM3`; None for an unknown one. Its memory may be another.
 
     Whole words count: an L40 is no L4, and what is sold under a name with one of VARIANTS is slower or faster.
     """
@@ -77,7 +81,7 @@ def rate_by_name(device_name: str) -> float | None:
     for gpu in GPUS:
         own = _words(gpu.name.removesuffix("-80GB").removesuffix("-40GB"))
         if any(words[place : place + len(own)] == own for place in range(len(words))):
-            return gpu.flops
+            return gpu
     return None
 
 

@@ -145,6 +145,7 @@ def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequ
         Stopped: a signal came; the state is that of the last step boundary, what was begun since is dropped.
         FileError: the disk refused a checkpoint that was being saved meanwhile.
     """
+    durable = state.saved.micro_batch if state.saved else state.progress.micro_batch
     while True:
         saver.hear()
         if run.is_due(state.progress.step):
@@ -154,9 +155,11 @@ def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequ
             late.read()
             return
         stop.check()
-        at_once = state.progress.micro_batch
         late.put(step_that_fits(run, state, stop.check))
-        if state.progress.micro_batch != at_once and not run.saves(state.progress.step):
+        if state.progress.micro_batch == durable:
+            continue
+        durable = state.progress.micro_batch
+        if not run.saves(state.progress.step):
             late.read()
             state.check_finite()
             saver.begin(must=False)

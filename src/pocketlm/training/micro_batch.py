@@ -114,11 +114,11 @@ def largest_that_fits(config: Config, dtype: Dtype, attention: AttentionKernel, 
 def evenly(rows: int, most: int) -> int:
     """At most `most` at once, in turns as even as they can be: 62 rows, 40 at most, are 31 and 31.
 
-    All turns alike are worth up to a quarter more turns: another shape is compiled anew, and computes otherwise.
+    All turns alike are worth up to a third more turns: another shape is compiled anew, and computes otherwise.
     """
-    fewest_turns = math.ceil(rows / math.ceil(rows / most))
-    divisor = max(size for size in range(1, most + 1) if rows % size == 0)
-    return divisor if 4 * divisor >= 3 * fewest_turns else fewest_turns
+    in_fewest_turns = math.ceil(rows / math.ceil(rows / most))
+    alike = max(size for size in range(1, most + 1) if rows % size == 0)
+    return alike if 4 * alike >= 3 * in_fewest_turns else in_fewest_turns
 
 
 def refusal(

@@ -57,7 +57,7 @@ class Work:
     checkpoints: int
     """Written in all."""
     kept: int
-    """On the disk at the end."""
+    """On the disk at the end, at most: the best may be among the last."""
 
     @property
     def most_kept(self) -> int:
@@ -247,11 +247,12 @@ def plan_here(config: Config, hear: Hear) -> Plan:
     size = checkpoint_bytes(config, _tokenizer(dataset, left_out), resolved)
     step_s = probed.step_s * trial.factor * config.train.tokens_per_step / probed.step_tokens
     evaluation_s = (probed.evaluation_s_per_token or 0) * trial.factor
+    hash_s = _hash_s_per_byte()
     seconds = Seconds(
-        start_up=begun_s + probed.state_s + probed.extra_first_s,
+        start_up=begun_s + (_data_bytes(dataset) or 0) * hash_s + probed.state_s + probed.extra_first_s,
         steps=work.steps * step_s,
         evaluations=work.evaluations * (work.evaluated_tokens or 0) * evaluation_s,
-        checkpoints=work.checkpoints * HASHED_PER_SAVE[runtime.device.type] * size * _hash_s_per_byte(),
+        checkpoints=work.checkpoints * HASHED_PER_SAVE[runtime.device.type] * size * hash_s,
     )
     watts = probed.joules / probed.metered_s if probed.joules and on_cpu else None
     return Plan(
@@ -286,7 +287,7 @@ def plan_for(config: Config, gpu: Gpu) -> Plan:
     micro_batch, _ = chosen(config, "cuda", dtype, attention, gpu.memory_bytes)
     dataset, left_out = _dataset(config)
     work = work_of(config, dataset)
-    rate = gpu.fp32_flops if dtype == "fp32" else gpu.flops
+    rate = gpu.rate(dtype)
     per_token = sizes.flops_per_token(config.model, config.data.context)
     moved = 30 * sizes.parameters(config.model).total  # an update reads and writes weights, moments, sums and the copy
     step_s = config.train.tokens_per_step * per_token / (ASSUMED_MFU * rate) + moved / gpu.bytes_per_s

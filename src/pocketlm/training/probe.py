@@ -24,7 +24,7 @@ from pocketlm.errors import ConfigError
 from pocketlm.evaluate.loss import BATCH_TOKENS, target_losses
 from pocketlm.training.memory import forget_peak, peak_bytes
 from pocketlm.training.meter import Meter
-from pocketlm.training.micro_batch import OutOfMemory
+from pocketlm.training.micro_batch import OutOfMemory, evenly
 from pocketlm.training.resolve import Resolved
 from pocketlm.training.run import compile_if_wanted, new_state
 from pocketlm.training.state import TrainState
@@ -120,8 +120,11 @@ def probe(
             reason = str(error)
         if micro_batch == 1:
             raise ConfigError(f"{config.name}: one row at once does not fit into memory ({reason})")
-        hear(f"out of memory: {micro_batch // 2} rows at once instead of {micro_batch}")
-        resolved = resolved.model_copy(update={"micro_batch": micro_batch // 2})
+        fewer = evenly(rows, micro_batch // 2)
+        hear(f"out of memory: {fewer} rows at once instead of {micro_batch}")
+        resolved = resolved.model_copy(update={"micro_batch": fewer})
+        if resolved.compile:
+            torch.compiler.reset()
 
 
 def _measure(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,7 +10,16 @@ SMOOTHING = 0.95
 
 Natural = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Mark = tuple[int, int, int, int, int]
+
+
+class Mark(NamedTuple):
+    """What tells two states of one run apart."""
+
+    step: int
+    evaluated_at: int
+    sampled_at: int
+    rollbacks: int
+    micro_batch: int
 
 
 class Progress(BaseModel):
@@ -46,8 +55,7 @@ class Progress(BaseModel):
 
     @property
     def mark(self) -> Mark:
-        """What tells two states of one run apart."""
-        return self.step, self.evaluated_at, self.sampled_at, self.rollbacks, self.micro_batch
+        return Mark(self.step, self.evaluated_at, self.sampled_at, self.rollbacks, self.micro_batch)
 
     @property
     def trouble_began(self) -> int:

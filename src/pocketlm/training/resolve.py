@@ -141,7 +141,7 @@ def _attention(config: Config, device: torch.device, dtype: Dtype) -> tuple[Atte
     seconds = {kernel: _attention_s(config, TORCH_DTYPES[dtype], kernel) for kernel in get_args(AttentionKernel)}
     gain = seconds["sdpa"] / seconds["folded"]
     reason = f"the folded kernel runs at {gain:.1f} times the rate of PyTorch's here"
-    return ("folded" if gain > 1 else "sdpa"), reason
+    return ("folded" if gain >= MUST_GAIN else "sdpa"), reason
 
 
 def _attention_s(config: Config, dtype: torch.dtype, kernel: AttentionKernel) -> float:
