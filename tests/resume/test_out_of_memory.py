@@ -23,9 +23,10 @@ from pocketlm.config import Config
 from pocketlm.journal import Journal
 from pocketlm.model.loss import linear_cross_entropy
 from pocketlm.model.transformer import Transformer
-from pocketlm.training import resolve
+from pocketlm.training import halving, resolve
 from pocketlm.training import step as step_file
 from pocketlm.training.loop import train
+from pocketlm.training.micro_batch import OutOfMemory
 from pocketlm.training.saving import regular_steps
 
 ROWS, CONTEXT, STEPS = 32, 32, 100
@@ -202,6 +203,28 @@ def test_compiled_blocks_are_compiled_anew_for_the_smaller_size(run_with: Any, m
     assert faults.rows == [8] * 6 + [4] * 8 * 2
     assert (len(compiled), len(forgotten)) == (3, 2)
     assert warmed[:2] == [16, 8]
+
+
+def test_what_was_halved_while_compiling_is_saved_with_the_first_step(
+    run_with: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two regular checkpoints, where nothing else would save it; killed two steps later."""
+    run_with("run", **{"train.stop_at_step": 25})
+    compile_if_wanted, full = halving.compile_if_wanted, [True]
+
+    def full_once(*arguments: Any) -> None:
+        if full:
+            full.clear()
+            raise OutOfMemory("compiling")
+        compile_if_wanted(*arguments)
+
+    monkeypatch.setattr(halving, "compile_if_wanted", full_once)
+    with pytest.raises(Killed):
+        run_with("run", {4 * 2: "kill"})  # in step 28
+    saved = newest(Path("run"))
+    assert (checkpoint.step_of(saved), checkpoint.read_state(saved)["micro_batch"]) == (26, 8)
+    _, faults = run_with("run")
+    assert faults.rows == [8] * 4 * (STEPS - 26)
 
 
 def test_a_run_that_goes_back_keeps_the_smaller_size(run_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
