@@ -17,7 +17,8 @@ from pocketlm.data.loader import Stream
 from pocketlm.data.shards import DATASET_FILE, Dataset, open_dataset
 from pocketlm.errors import DataError, FileError, UsageError
 from pocketlm.reading import read_json
-from pocketlm.text.sources import Document, open_source
+from pocketlm.text.documents import Document
+from pocketlm.text.sources import open_source
 from pocketlm.text.tokenizer import Tokenizer
 
 
