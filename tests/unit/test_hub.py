@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -363,9 +364,29 @@ def test_only_the_first_documents_are_read_twice(
     once = prepare(config("hf:someone/texts", piece_documents=100, dir=str(tmp_path / "b")), progress=said.append)
     assert {path for (path, _), times in times_asked(server).items() if times > 1} == {"0.parquet"}
     assert contents(whole) == contents(once)
-    assert any(line.startswith("the first 100 documents, ") for line in said)
+    [line] = [line for line in said if line.startswith("the first 100 documents, ")]
+    assert re.search(r" of about [1-9]\d\d \(an estimate\); validation is every document", line), line
     assert "500 documents read" in said[-2]
     assert "MB fetched; 5 files have" in said[-2]
+
+
+def test_far_too_many_pieces_are_refused_before_the_work(
+    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocketlm.data.split.ENOUGH_BYTES", 500)
+    monkeypatch.setattr("pocketlm.data.prepare.ENOUGH_DOCUMENTS", 50)
+    monkeypatch.setattr("pocketlm.data.prepare.MAX_PIECES", 10)
+    monkeypatch.setattr("pocketlm.data.pieces.MAX_PIECES", 10)
+    server.add("someone/texts", {f"{number}.parquet": parquet(TEXTS[:100]) for number in range(9)})
+    data = config("hf:someone/texts", piece_documents=5)
+    message = refusal(lambda: prepare(data, progress=silent, root=tmp_path))
+    assert re.match(r"piece_documents 5 makes more than 10 pieces of about \d+ documents \(an estimate\); ", message)
+    assert {request.path for request in server.asked("resolve")} == {"0.parquet"}
+    some = data.model_copy(update={"max_documents": 50})
+    assert open_dataset(prepare(some, progress=silent, root=tmp_path)).info["max_documents"] == 50
+    wrong = data.model_copy(update={"piece_documents": 60})
+    message = refusal(lambda: prepare(wrong, progress=silent, root=tmp_path))
+    assert "the source goes on after 600 documents, 10 pieces of 60; give a larger piece_documents" in message
 
 
 def test_a_finished_set_is_found_without_the_hub(server: StandIn, tmp_path: Path) -> None:

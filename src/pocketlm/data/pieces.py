@@ -88,6 +88,11 @@ class Plan:
         return int(self.tree["inputs"]["piece_documents"])
 
     @property
+    def max_documents(self) -> int:
+        """0 is no limit."""
+        return int(self.tree["inputs"].get("max_documents", 0))
+
+    @property
     def num_pieces(self) -> int | None:
         """None where nobody counted the documents: then a piece that is not full is the last."""
         documents: int | None = self.tree["documents"]
@@ -141,8 +146,8 @@ def _write_missing(plan: Plan, source: Source, encoder: BulkEncoder, progress: P
             report.skip(entry["text_bytes"])
             documents = None
         else:
-            limit, number = plan.tree["inputs"].get("max_documents", 0), len(entries) * plan.piece_documents
-            documents = documents or numbered(source, limit, place, number)
+            number = len(entries) * plan.piece_documents
+            documents = documents or numbered(source, plan.max_documents, place, number)
             own = islice(documents, plan.piece_documents)
             entry = _write_piece(plan, len(entries), own, place, encoder, report)
         entries.append(entry)
@@ -164,12 +169,13 @@ def _is_last(plan: Plan, entries: list[Tree]) -> bool:
     """
     if plan.num_pieces is not None:
         return len(entries) == plan.num_pieces
-    if entries and entries[-1]["documents"] < plan.piece_documents:
+    full = len(entries) * plan.piece_documents
+    if entries and (entries[-1]["documents"] < plan.piece_documents or full == plan.max_documents):
         return True
     if len(entries) == MAX_PIECES:
         raise DataError(
-            f"the source has more than {MAX_PIECES * plan.piece_documents:,} documents, {MAX_PIECES:,} pieces of "
-            f"{plan.piece_documents:,}; give a larger --data.piece-documents, or --data.max-documents"
+            f"the source goes on after {full:,} documents, {MAX_PIECES:,} pieces of {plan.piece_documents:,}; "
+            f"give a larger piece_documents, or max_documents {full:,}"
         )
     return False
 

@@ -305,10 +305,15 @@ def _make_plan(
     counted = survey(texts, config.val_fraction, ENOUGH_DOCUMENTS if source.remote else None)
     if counted.text_bytes == 0:
         raise DataError(f"source {config.source!r} holds no text ({counted.documents} empty documents)")
+    surveyed = f"{counted.documents:,} documents, {counted.text_bytes / 1e6:,.1f} MB"
     if counted.whole:
         _check_number_of_pieces(counted.documents, config.piece_documents)
-    first = "" if counted.whole else "the first "
-    progress(f"{first}{counted.documents:,} documents, {counted.text_bytes / 1e6:,.1f} MB; {counted.split.words()}")
+        progress(f"{surveyed}; {counted.split.words()}")
+    else:
+        assert source.remote is not None
+        about = source.remote.outlook(counted.documents)
+        _check_outlook(min(about, config.max_documents or about), config.piece_documents)
+        progress(f"the first {surveyed}, of about {about:,} (an estimate); {counted.split.words()}")
     if size := bpe_size(config.tokenizer):
         progress(f"training a tokenizer of {size:,} tokens on the training documents")
         tokenizer = train_tokenizer(_training_texts(source, config.max_documents, counted.split), size)
@@ -324,6 +329,16 @@ def _check_number_of_pieces(documents: int, piece_documents: int) -> None:
         raise DataError(
             f"piece_documents {piece_documents:,} makes more than {MAX_PIECES:,} pieces of {documents:,} documents; "
             f"take {-(-documents // MAX_PIECES)} or more"
+        )
+
+
+def _check_outlook(about: int, piece_documents: int) -> None:
+    """Refuses before hours of work what can not be finished. An estimate that is twice too high refuses nothing."""
+    if about > 2 * MAX_PIECES * piece_documents:
+        most = MAX_PIECES * piece_documents
+        raise DataError(
+            f"piece_documents {piece_documents:,} makes more than {MAX_PIECES:,} pieces of about {about:,} documents "
+            f"(an estimate); take {-(-about // MAX_PIECES):,} or more, or max_documents {most:,}"
         )
 
 
@@ -383,7 +398,7 @@ def _info(plan: Plan, pieces: list[Tree]) -> Tree:
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "split": plan.tree["split"] | {"words": plan.split.words()},
         "piece_documents": plan.piece_documents,
-        **_limit(plan.tree["inputs"].get("max_documents", 0)),
+        **_limit(plan.max_documents),
         "dropped": plan.tree["dropped"] | {"empty_documents": sum(piece["empty_documents"] for piece in pieces)},
         "train": _split_entry(piece["train"] for piece in pieces),
         "val": _split_entry(piece["val"] for piece in pieces),

@@ -369,6 +369,9 @@ class HubSource:
         total = sum(file.size for file in self.files)
         return f"{self.hub.fetched_bytes / 1e6:,.1f} MB fetched; {len(self.files)} files have {total / 1e6:,.1f} MB"
 
+    def outlook(self, documents: int) -> int:
+        return documents * sum(file.size for file in self.files) // max(1, self.hub.fetched_bytes)
+
     @cached_property
     def files(self) -> tuple[HubFile, ...]:
         """Those of the train split, in the order of the patterns and by name inside each.

@@ -41,6 +41,9 @@ class Remote(Protocol):
     def status(self) -> str:
         """How much came over the network until now."""
 
+    def outlook(self, documents: int) -> int:
+        """An estimate of how many documents there are, if so many are what came until now."""
+
 
 class Source(Protocol):
     """Documents in a fixed order."""
