@@ -5,7 +5,7 @@ which the large ones are redirected to another host as the Hub does. It counts w
 networks do: `fault` is asked at each request.
 
     truncate   half of the body, then the connection is closed
-    429, 503   with Retry-After: 0, or what stands behind it ("429 60")
+    429, 503   and any other status, with Retry-After: 0, or what stands behind it ("429 60")
     reset      the connection is reset where the body should be
     stall      half of the body, then nothing until the server closes
     no json    a page for people where JSON should be
@@ -70,6 +70,7 @@ class StandIn(http.server.ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.sent: Counter[str] = Counter()
+        self.connections = 0
         self.fault: Callable[[Request], str | None] = lambda request: None
         self.closing = threading.Event()
         self.counting = threading.Lock()
@@ -92,6 +93,10 @@ class StandIn(http.server.ThreadingHTTPServer):
 
     def asked(self, kind: str) -> list[Request]:
         return [request for request in self.requests if request.kind == kind]
+
+    def verify_request(self, request: object, address: object) -> bool:
+        self.connections += 1
+        return True
 
     def __enter__(self) -> StandIn:
         self.thread.start()
@@ -149,7 +154,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = Request(number, kind, path, *words)
             self.server.requests.append(request)
         self.fault = self.server.fault(request)
-        if self.fault and self.fault[:3] in ("429", "503"):
+        if self.fault and self.fault[:3].isdecimal():
             status, _, after_s = self.fault.partition(" ")
             self.answer(int(status), b"", {"Retry-After": after_s or "0"})
             return

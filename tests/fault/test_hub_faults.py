@@ -96,7 +96,7 @@ def test_a_fault_at_any_request_changes_nothing(
     """Of a file no byte comes twice where a response broke off."""
     whole = prepared(tmp_path / "whole")
     number_of_requests, sent = len(server.requests), dict(server.sent)
-    for number in range(1, number_of_requests + 1, 1 if fault == "truncate" else 3):
+    for number in range(1, number_of_requests + 1, 2 if fault == "truncate" else 5):
         server.forget()
         server.fault = at(number, fault)
         said: list[str] = []
@@ -179,6 +179,23 @@ def test_who_is_offline_hears_it_soon(
     assert waited == [1.0, 2.0]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert refused(tmp_path / "set") == f"source 'hf:{NAME}': HF_HUB_OFFLINE is set; unset it, or give files:GLOB"
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("401", "access refused (401); give a token that may read it (hf auth login, or HF_TOKEN)"),
+        ("403", "access refused (403); give a token"),
+        ("404", "1.parquet is no longer there"),
+        ("418", "the Hub answers 418; run the command again"),
+    ],
+)
+def test_what_will_not_pass_is_not_repeated(
+    server: StandIn, waited: list[float], tmp_path: Path, fault: str, words: str
+) -> None:
+    server.fault = lambda request: fault if request.path == "1.parquet" else None
+    assert words in refused(tmp_path / "set")
+    assert waited == []
 
 
 def test_a_server_that_wants_an_hour_is_not_waited_for(server: StandIn, waited: list[float], tmp_path: Path) -> None:
@@ -283,7 +300,7 @@ def test_a_commit_that_is_gone_is_one_line(server: StandIn, tmp_path: Path) -> N
     del repository.commits[first]
     server.fault = lambda request: None
     message = refused(tmp_path / "set")
-    assert f"commit {first}, which this data set was begun with, is gone; delete its folder to begin anew" in message
+    assert f"commit {first}, with which this set was begun, is gone; delete its folder to begin anew" in message
 
 
 def test_a_commit_with_other_files_than_were_recorded_is_one_line(server: StandIn, tmp_path: Path) -> None:

@@ -167,6 +167,15 @@ def test_without_a_card_a_config_is_a_folder(server: StandIn) -> None:
     assert "did you mean en?; there are en, fr/a" in refusal(lambda: texts_of("hf:someone/plain/enn"))
 
 
+def test_names_that_a_url_must_quote(server: StandIn) -> None:
+    name = "my texts/50%/\u00e9t\u00e9 #1?.txt"
+    card = {"configs": [{"config_name": "default", "data_files": "my texts/50%/*"}]}
+    server.add("someone/odd", {name: b"odd", "my texts/50%25/x.txt": b"other"}, card)
+    assert texts_of("hf:someone/odd") == ["odd"]
+    server.add("someone/odd", {name: b"odd"})
+    assert texts_of("hf:someone/odd/my texts") == ["odd"]
+
+
 def test_of_several_kinds_the_first_is_taken(server: StandIn) -> None:
     files = {"all.txt": b"plain", "data/train-0.parquet": parquet(TEXTS[:5]), "data/validation-0.parquet": b"x"}
     server.add("roneneldan/TinyStories", files)
@@ -212,6 +221,7 @@ def test_of_parquet_only_the_footer_and_the_texts_are_fetched(server: StandIn, m
     assert server.sent["train.parquet"] == 65_536 + rows_of(group).total_compressed_size < len(data)
     sizes = [int(one.range.split("-")[1]) - int(one.range[6:].split("-")[0]) + 1 for one in server.asked("content")]
     assert len(sizes) > 4
+    assert server.connections == 2, "one to the Hub, one to where it redirects"
     assert max(sizes[1:]) <= 50_000
 
 
@@ -404,6 +414,12 @@ def test_a_finished_set_is_found_without_the_hub(server: StandIn, tmp_path: Path
         assert contents(folder) == before
         assert server.requests == []
         repository.commit({"a.jsonl": jsonl(TEXTS)})
+
+
+def test_what_is_planned_asks_for_nothing(server: StandIn, tmp_path: Path) -> None:
+    data = config("hf:HuggingFaceFW/fineweb/sample-10BT").model_copy(update={"tokenizer": "someone/model"})
+    assert find_prepared(data, tmp_path) is None
+    assert server.requests == []
 
 
 def test_a_revision_is_part_of_what_a_set_is(server: StandIn, tmp_path: Path) -> None:

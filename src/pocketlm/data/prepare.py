@@ -107,6 +107,9 @@ def find_prepared(config: DataConfig, root: Path = Path("data")) -> Path | None:
     if config.dir:
         folder = Path(config.dir)
     else:
+        source = open_source(config.source)
+        if source.remote and not any(root.glob(f"{source.name}-*")):
+            return None  # before a tokenizer is looked for, which may be on the Hub, too
         _, folder = _open(config, _given_tokenizer(config), root, progress=lambda line: None)
     return folder if is_finished(folder) else None
 

@@ -47,9 +47,8 @@ FIRST_TRIES = 2  # repetitions, before anything was ever answered: who is offlin
 MOST_NAMES = 20  # in a message
 PASSING = {408, 429, 500, 502, 503, 504}
 
-TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[
-    0
-]  # HTTPError of httpx, or httpx2: which, the client chooses
+# what httpx, or httpx2, calls HTTPError: which of them it is, the client's version decides
+TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -98,11 +97,10 @@ class Hub:
     def _info(self) -> tuple[str, dict[str, list[str]]]:
         try:
             info = HfApi().dataset_info(
-                self.address.repo,
-                revision=self.revision,
-                timeout=self.patience.timeout_s,
-                expand=["sha", "cardData"],
+                self.address.repo, revision=self.revision, timeout=self.patience.timeout_s, expand=["sha", "cardData"]
             )
+        except HfHubHTTPError:
+            raise
         except HFValidationError as error:
             raise DataError(f"{self._source}: {str(error).splitlines()[0]}; the form is {FORM}") from None
         except (ValueError, KeyError, TypeError):
@@ -113,9 +111,9 @@ class Hub:
 
     def tree(self, folder: str) -> list[HubFile]:
         """The files below a folder of the commit, on all levels, by name; none where there is no such folder."""
-        path = "".join(f"%{ord(char):02X}" if char in "%/?#" else char for char in f"/{folder}")[3:]
-        url = f"{constants.ENDPOINT}/api/datasets/{self.address.repo}/tree/{self.revision}"
-        files, at = list[HubFile](), f"{url}{'/' if path else ''}{path}?recursive=true"
+        path = "".join(f"%{ord(char):02X}" if char in "%/?#" else char for char in folder)
+        url = f"{constants.ENDPOINT}/api/datasets/{self.address.repo}/tree/{self.revision}{'/' if path else ''}{path}"
+        files, at = list[HubFile](), f"{url}?recursive=true"
         while at:
             page, at = self._repeated(f"the list of files in {folder or 'the data set'}", partial(self._page, at))
             files += page
@@ -163,8 +161,8 @@ class Hub:
                 part = memoryview(chunk)[skipped : skipped + left]
                 skipped, left = max(0, skipped - len(chunk)), left - len(part)
                 yield part
-                if not left:
-                    return
+                if not left and response.status_code != 206:
+                    return  # but a range is read to its end, which leaves the connection fit for the next one
 
     def _checked(self, response: Any, file: HubFile, start: int) -> int:
         """How many bytes of a response come before `start`: none, or all where a server knows no ranges.
@@ -243,13 +241,9 @@ class Hub:
         elif isinstance(error, RevisionNotFoundError):
             words = f"{repo} has no revision {revision!r}; there are those of {page}/commits/main"
             if revision != self.address.revision:
-                words = (
-                    f"commit {revision}, which this data set was begun with, is gone; delete its folder to begin anew"
-                )
-        elif isinstance(error, EntryNotFoundError):
-            words = (
-                f"{what} is no longer there at commit {revision}; give another @REVISION, or the files as files:GLOB"
-            )
+                words = f"commit {revision}, with which this set was begun, is gone; delete its folder to begin anew"
+        elif isinstance(error, EntryNotFoundError) or status in (404, 410, 416):
+            words = f"{what} is no longer there at commit {revision}; give another @REVISION, or files:GLOB"
         elif status in (401, 403):
             words = f"{repo}: access refused ({status}); {TOKEN}"
         elif status in PASSING:
@@ -366,6 +360,8 @@ class HubSource:
         return read_files(self.files, start)
 
     def status(self) -> str:
+        if "files" not in vars(self):
+            return "nothing fetched"
         total = sum(file.size for file in self.files)
         return f"{self.hub.fetched_bytes / 1e6:,.1f} MB fetched; {len(self.files)} files have {total / 1e6:,.1f} MB"
 
