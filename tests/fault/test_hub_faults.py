@@ -5,6 +5,7 @@ The oracle is the folder that an undisturbed preparation makes, compared byte fo
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -142,6 +143,24 @@ def test_what_the_server_asks_to_wait_is_waited(server: StandIn, waited: list[fl
     server.fault = lambda request: "429 55" if request.number in (3, 4) else None
     prepared(tmp_path / "set")
     assert waited == [55.0, 55.0]
+
+
+def test_packed_lines_are_read_through_faults_and_from_the_file_that_is_needed(server: StandIn, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+    files = {f"{number}.jsonl.gz": gzip.compress("".join(rows[number::4]).encode()) for number in range(4)}
+    server.add(NAME, files)
+    whole = prepared(tmp_path / "whole")
+    sent = {path: size for path, size in server.sent.items() if path}
+    server.forget()
+    server.fault = lambda request: ["truncate", "reset"][request.number % 2] if request.number % 3 == 0 else None
+    assert prepared(tmp_path / "set") == whole
+    assert {path: size for path, size in server.sent.items() if path} == sent
+    server.fault = lambda request: "418" if request.path == "3.jsonl.gz" else None
+    refused(tmp_path / "again")
+    server.forget()
+    server.fault = lambda request: None
+    assert prepared(tmp_path / "again") == whole
+    assert set(path for path in server.sent if path) == {"2.jsonl.gz", "3.jsonl.gz"}, "piece 4 begins in the third"
 
 
 # --- what does not pass
@@ -329,6 +348,29 @@ def test_the_command_with_a_hub(
     shown, said = capsys.readouterr()
     assert f"{NAME} is gated" in said
     assert "Traceback" not in said
+
+
+def test_training_on_a_hub_goes_on_without_it(
+    server: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = ["--data.source", f"hf:{NAME}", "--data.max-documents", "300", "--data.val-fraction", "0.1"]
+    words = ["train", "debug", "--out", "run", *data, "--total-steps", "3"]
+    assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "300 documents" in said
+    [folder] = tmp_path.glob("data/texts-*")
+    recorded = json.loads((folder / "dataset.json").read_bytes())
+    assert recorded["source"]["revision"] == server.repositories[NAME].main
+    assert recorded["max_documents"] == 300
+    moved(server.repositories[NAME])
+    server.forget()
+    assert main(words) == 0
+    assert "complete" in capsys.readouterr().err
+    assert main(["train", "debug", "--out", "another", *data, "--total-steps", "2"]) == 0
+    assert server.requests == []
+    assert main(["eval", "run", "--data", f"hf:{NAME}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] > 0
 
 
 # --- real text, and much of it
