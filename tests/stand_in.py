@@ -10,6 +10,9 @@ networks do: `fault` is asked at each request.
     stall      half of the body, then nothing until the server closes
     no json    a page for people where JSON should be
     no ranges  the whole file, whatever range was asked for
+    page       a page for people where a file should be, with status 200 and no length
+    sized page the same, with its length
+    longer     the whole body, but more was announced; then the connection is closed
 """
 
 from __future__ import annotations
@@ -217,7 +220,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         assert match
         first, last = int(match[1]), int(match[2])
         assert first <= last < len(data)
-        if self.fault == "no ranges":
+        if self.fault in ("page", "sized page"):
+            self.answer(200, b"<html>log in first</html>" * 200, headers)
+        elif self.fault == "no ranges":
             self.answer(200, data, headers, path)
         else:
             wide = headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
@@ -231,7 +236,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        if self.fault != "page":
+            self.send_header("Content-Length", str(len(body) + (self.fault == "longer")))
         self.end_headers()
         if self.fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -245,4 +251,4 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(part)
         if self.fault == "stall":
             self.server.closing.wait()
-        self.close_connection = self.close_connection or broken
+        self.close_connection = self.close_connection or broken or self.fault in ("page", "longer")

@@ -130,6 +130,33 @@ def test_a_connection_that_stalls_is_given_up_and_taken_up_again(
         waits.clear()
 
 
+@pytest.mark.parametrize("fault", ["page", "sized page"])
+def test_a_page_of_a_proxy_is_no_text(server: StandIn, waited: list[float], fault: str) -> None:
+    """Any bytes are a text, so they must not be taken for it before the response says which they are."""
+    server.add(NAME, {"small.txt": b"a text", "large.txt": b"more text " * 2000})
+    for number in (3, 4, 5):  # the first of each file; of the large one also where it redirects
+        server.forget()
+        server.fault = at(number, fault)
+        assert [one.text for one in open_source(f"hf:{NAME}").documents()] == ["more text " * 2000, "a text"]
+    assert waited == [1.0] * 2, "a redirect has no body"
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 501, 507, 520, 599])
+def test_a_status_that_may_pass_is_asked_again(server: StandIn, waited: list[float], status: int) -> None:
+    server.add(NAME, {"small.txt": b"a text"})
+    server.fault = at(3, str(status))
+    assert [one.text for one in open_source(f"hf:{NAME}").documents()] == ["a text"]
+    assert waited == [1.0]
+
+
+def test_what_breaks_off_behind_the_last_byte_has_come(server: StandIn, waited: list[float]) -> None:
+    server.add(NAME, {"small.txt": b"a text"})
+    server.fault = at(3, "longer")
+    assert [one.text for one in open_source(f"hf:{NAME}").documents()] == ["a text"]
+    assert [one.range for one in server.asked("resolve")] == ["bytes=0-5"], "no empty range"
+    assert waited == [1.0]
+
+
 def test_every_third_request_fails(server: StandIn, waited: list[float], tmp_path: Path) -> None:
     whole = prepared(tmp_path / "whole")
     server.forget()

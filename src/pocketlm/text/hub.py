@@ -18,6 +18,7 @@ import difflib
 import hashlib
 import io
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,7 +46,6 @@ TOKEN = "give a token that may read it (hf auth login, or HF_TOKEN)"
 AGAIN = "run the command again, it goes on where it stopped"
 FIRST_TRIES = 2  # repetitions, before anything was ever answered: who is offline wants to know
 MOST_NAMES = 20  # in a message
-PASSING = {408, 429, 500, 502, 503, 504}
 
 # what httpx, or httpx2, calls HTTPError: which of them it is, the client's version decides
 TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -138,6 +138,8 @@ class Hub:
 
         def fetch() -> None:
             nonlocal filled
+            if filled == len(into):
+                return  # the last try broke off behind the last byte
             for chunk in self._stream(file, start + filled, start + len(into)):
                 into[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
@@ -169,20 +171,19 @@ class Hub:
 
         Raises:
             DataError: the response is of another commit or file than was listed.
+            _Short: it does not say that it has these bytes, as the page of a proxy does not.
         """
         commits = {one.headers.get("X-Repo-Commit", self.revision) for one in (*response.history, response)}
         said = response.headers.get("Content-Range" if response.status_code == 206 else "Content-Length", "")
-        size = said.rpartition("/")[2]
-        if commits != {self.revision} or (size.isdecimal() and int(size) != file.size):
+        part = re.fullmatch(rf"bytes {start}-[0-9]+/([0-9]+)", said) if response.status_code == 206 else None
+        if commits != {self.revision} or (part and int(part[1]) != file.size):
             raise DataError(
                 f"{file} is not what the Hub listed at commit {self.revision} ({file.size:,} bytes); "
                 "run the command again, and if that does not help give another @REVISION"
             )
-        if response.status_code != 206:
-            return start
-        if not said.startswith(f"bytes {start}-"):
-            raise _Short(f"bytes from {start:,} on were asked for, {said!r:.40} came")
-        return 0
+        if part is None and (response.status_code != 200 or said != str(file.size)):
+            raise _Short(f"bytes from {start:,} on of {file.size:,} were asked for, {said!r:.40} came")
+        return 0 if part else start
 
     def _repeated(self, what: str, request: Callable[[], T]) -> T:
         """A request, until it succeeds or patience ends.
@@ -246,7 +247,7 @@ class Hub:
             words = f"{what} is no longer there at commit {revision}; give another @REVISION, or files:GLOB"
         elif status in (401, 403):
             words = f"{repo}: access refused ({status}); {TOKEN}"
-        elif status in PASSING:
+        elif status in (408, 429) or status >= 500:
             return None
         else:
             words = f"{what}: the Hub answers {status}; {AGAIN}"
