@@ -116,7 +116,7 @@ def test_patterns(pattern: str, yes: list[str], no: list[str]) -> None:
         ({"data_files": [7, None, {"split": "train"}]}, []),
     ],
 )
-def test_a_card_gives_patterns_in_many_forms(entry: dict[str, Any], patterns: list[str]) -> None:
+def test_a_card_gives_patterns_in_many_forms(entry: dict[str, Any], patterns: list[str] | str) -> None:
     assert configs_of([{"config_name": "c", **entry}])["c"] == patterns
 
 
@@ -133,10 +133,14 @@ def test_kinds_and_splits_of_paths() -> None:
     paths = ["a.parquet", "a.PARQUET", "b.jsonl.gz", "b.jsonl.zst", "c.json", "d.txt", "d.txt.gz"]
     assert [kind(path) for path in paths] == [".parquet"] * 2 + [".jsonl"] * 2 + [".json"] + [".txt"] * 2
     assert {kind(path) for path in ("README.md", "a.csv", ".git/a.txt", "_b.json", "a.parquet.gz", "plain", "")} == {""}
+    assert {kind(f"{folder}{name}.json") for folder in ("", "a/") for name in NO_ROWS} == {""}
+    assert kind("my-config.json") == ".json"
     assert all(map(held_out, ("test.jsonl", "data/validation-00000.parquet", "x/dev/a.txt", "TinyStories-valid.txt")))
+    assert all(map(held_out, ("testing.jsonl", "data/evaluation/a.txt")))
     assert not any(map(held_out, ("train.jsonl", "data/latest.txt", "devices/a.txt", "evaluations.json")))
 
 
+NO_ROWS = ("config", "dataset_info", "dataset_infos", "dataset_dict")
 CARD = {
     "configs": [
         {"config_name": "default", "data_files": [{"split": "train", "path": "data/*/*"}]},
@@ -165,6 +169,20 @@ def test_without_a_card_a_config_is_a_folder(server: StandIn) -> None:
     assert texts_of("hf:someone/plain/fr") == ["deux"]
     assert texts_of("hf:someone/plain") == [*TEXTS[:3], "deux"]
     assert "did you mean en?; there are en, fr/a" in refusal(lambda: texts_of("hf:someone/plain/enn"))
+
+
+def test_a_config_that_lists_no_files_is_read_as_a_folder(server: StandIn) -> None:
+    """Training text of one kind: neither what is held out, nor a second copy, nor what describes the data set."""
+    files = {"d/train.jsonl": jsonl(TEXTS[:3]), "d/testing.jsonl": jsonl(["held out"]), "d/copy.txt": b"again"}
+    files |= {"d/dataset_info.json": b'{"citation": "c"}', "d/evaluation/a.jsonl": jsonl(["held out"])}
+    files |= {"more.jsonl": jsonl(TEXTS[3:5]), "test.jsonl": jsonl(["held out"]), "config.json": b"{}"}
+    configs = [{"config_name": "d", "data_dir": "d"}, {"config_name": "all"}, {"config_name": "n", "data_dir": "no"}]
+    server.add("someone/brief", files, {"configs": configs})
+    assert texts_of("hf:someone/brief/d") == TEXTS[:3]
+    assert texts_of("hf:someone/brief/all") == TEXTS[:5]
+    assert "none of its files is training text in no and ends in" in refusal(lambda: texts_of("hf:someone/brief/n"))
+    server.add("someone/held", {"test.jsonl": jsonl(["held out"])}, {"configs": [{"config_name": "all"}]})
+    assert "none of its files is training text in it and ends in" in refusal(lambda: texts_of("hf:someone/held"))
 
 
 def test_names_that_a_url_must_quote(server: StandIn) -> None:

@@ -14,7 +14,6 @@ silence, nor is its listing of trees, which has no time limit.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import json
@@ -40,12 +39,23 @@ from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
 
 from pocketlm.errors import DataError
 from pocketlm.text.documents import BEGINNING, BLOCK_BYTES, Document, Place, read_files
-from pocketlm.text.hub_names import FORM, KINDS, Address, configs_of, fixed_folder, held_out, kind, pattern_regex
+from pocketlm.text.hub_names import (
+    FORM,
+    KINDS,
+    Address,
+    Choice,
+    configs_of,
+    fixed_folder,
+    held_out,
+    kind,
+    none_of,
+    pattern_regex,
+    which_config,
+)
 
 TOKEN = "give a token that may read it (hf auth login, or HF_TOKEN)"
 AGAIN = "run the command again, it goes on where it stopped"
 FIRST_TRIES = 2  # repetitions, before anything was ever answered: who is offline wants to know
-MOST_NAMES = 20  # in a message
 
 # what httpx, or httpx2, calls HTTPError: which of them it is, the client's version decides
 TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -90,11 +100,11 @@ class Hub:
         self.reached = False
         self.revision = address.revision
 
-    def info(self) -> tuple[str, dict[str, list[str]]]:
+    def info(self) -> tuple[str, dict[str, Choice]]:
         """The commit of the revision, and the configs of its card."""
         return self._repeated("the data set", self._info)
 
-    def _info(self) -> tuple[str, dict[str, list[str]]]:
+    def _info(self) -> tuple[str, dict[str, Choice]]:
         try:
             info = HfApi().dataset_info(
                 self.address.repo, revision=self.revision, timeout=self.patience.timeout_s, expand=["sha", "cardData"]
@@ -388,17 +398,18 @@ class HubSource:
         self.hub.say(f"{self.spec} at commit {self.hub.revision:.12}: {len(files)} files, {total / 1e6:,.1f} MB")
         return files
 
-    def _chosen(self, configs: dict[str, list[str]]) -> tuple[HubFile, ...]:
+    def _chosen(self, configs: dict[str, Choice]) -> tuple[HubFile, ...]:
         config = self.address.config
         if configs and (config or "default") not in configs:
-            raise self._which(config, sorted(configs))
-        if configs:
-            return self._matching(configs[config or "default"])
-        tree = [file for file in self.hub.tree(config or "") if not held_out(file.path.removeprefix(config or ""))]
+            raise which_config(self.address, sorted(configs))
+        choice = configs[config or "default"] if configs else config or ""
+        if not isinstance(choice, str):
+            return self._matching(choice)
+        tree = [file for file in self.hub.tree(choice) if not held_out(file.path.removeprefix(choice))]
         kinds = {kind(file.path) for file in tree}
         first = next((one for one in KINDS if one in kinds), None)
         if first is None:
-            raise self._nothing(config)
+            raise none_of(self.address, [f"training text in {choice or 'it'}"]) if configs else self._nothing(config)
         return tuple(file for file in tree if kind(file.path) == first)
 
     def _matching(self, patterns: Sequence[str]) -> tuple[HubFile, ...]:
@@ -409,19 +420,8 @@ class HubSource:
             matches = (file for file in folders[fixed_folder(pattern)] if regex.fullmatch(file.path))
             chosen |= {file.path: file for file in matches if kind(file.path) and file.path not in chosen}
         if not chosen:
-            raise DataError(
-                f"source {self.spec!r}: none of its files is {', '.join(patterns) or 'in a train split'} "
-                f"and ends in one of {', '.join(KINDS)}, then perhaps .gz or .zst; give another CONFIG ({FORM})"
-            )
+            raise none_of(self.address, patterns)
         return tuple(chosen.values())
-
-    def _which(self, config: str | None, names: Sequence[str]) -> DataError:
-        near = difflib.get_close_matches(config or "", names, 1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        given = f"has no config {config!r}{hint}" if config else "has several configs"
-        more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-        there = ", ".join(names[:MOST_NAMES]) + more
-        return DataError(f"source {self.spec!r}: {self.address.repo} {given}; there are {there}")
 
     def _nothing(self, config: str | None) -> DataError:
         if config is None:
@@ -430,7 +430,7 @@ class HubSource:
         folders = sorted({file.path.rpartition("/")[0] for file in self.hub.tree("") if kind(file.path)} - {""})
         if not folders:
             return DataError(f"source {self.spec!r}: {self.address.repo} has no configs; leave out /{config}")
-        return self._which(config, folders)
+        return which_config(self.address, folders)
 
 
 def _fingerprint(hub: Hub, files: Sequence[HubFile]) -> str:
