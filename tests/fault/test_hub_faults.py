@@ -33,6 +33,7 @@ PROGRAM = str(Path(__file__).with_name("preparing.py"))
 NAME = "someone/texts"
 TEXTS = [f"text {number} of many: " + f"{number * 7919 % 1000} apples and pears. " * 40 for number in range(400)]
 
+AGAIN_FROM_HERE = "run the command again, it goes on where it stopped"
 Fault = Callable[[Request], str | None]
 
 
@@ -193,6 +194,7 @@ def test_packed_lines_are_read_through_faults_and_from_the_file_that_is_needed(s
 # --- what does not pass
 
 
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -203,15 +205,25 @@ def test_packed_lines_are_read_through_faults_and_from_the_file_that_is_needed(s
     ],
 )
 def test_after_the_last_repetition_there_is_one_line(
-    server: StandIn, waited: list[float], tmp_path: Path, fault: str, words: str
+    server: StandIn,
+    waited: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    words: str,
+    kept: bool,
 ) -> None:
+    """It promises to go on where something is kept: in the survey nothing is."""
+    if not kept:
+        monkeypatch.setattr("pocketlm.data.prepare.ENOUGH_DOCUMENTS", 10_000)
     whole = prepared(tmp_path / "whole")
     server.forget()
-    server.fault = lambda request: fault if "1.parquet" in request.path else None
+    server.fault = lambda request: fault if "2.parquet" in request.path else None
     message = refused(tmp_path / "set")
-    assert message.startswith(f"source 'hf:{NAME}': {NAME}/1.parquet: ")
+    assert message.startswith(f"source 'hf:{NAME}': {NAME}/2.parquet: ")
     assert words in message
-    assert message.endswith("run the command again, it goes on where it stopped")
+    assert message.endswith(AGAIN_FROM_HERE if kept else "times in a row; run the command again")
+    assert (tmp_path / "set" / "plan.json").exists() == kept
     assert waited == [1, 2, 4, 8, 16, 32, 64]
     server.fault = lambda request: None
     assert prepared(tmp_path / "set") == whole
@@ -246,7 +258,9 @@ def test_what_will_not_pass_is_not_repeated(
 
 def test_a_server_that_wants_an_hour_is_not_waited_for(server: StandIn, waited: list[float], tmp_path: Path) -> None:
     server.fault = at(3, "429 3600")
-    assert "the Hub asks to wait 3,600 s; then run the command again" in refused(tmp_path / "set")
+    message = refused(tmp_path / "set")
+    assert "the Hub asks to wait 3,600 s, with a token (hf auth login, or HF_TOKEN) often less; then run the" in message
+    assert message.endswith("run the command again")
     assert waited == []
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from pocketlm.config import DataConfig
 from pocketlm.data.prepare import find_prepared, prepare
 from pocketlm.data.shards import open_dataset
+from pocketlm.data.split import is_validation, survey
 from pocketlm.errors import DataError
 from pocketlm.text import documents, hub
 from pocketlm.text.documents import Place
@@ -61,6 +63,13 @@ def refusal(action: Callable[[], object]) -> str:
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 3
     return str(caught.value)
+
+
+def test_the_client_has_what_is_imported_of_it() -> None:
+    """parse_ratelimit_headers came with 1.2."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    [least] = [line for line in project["dependencies"] if line.startswith("huggingface_hub")]
+    assert least == "huggingface_hub>=1.2"
 
 
 # --- what a name means
@@ -110,7 +119,8 @@ def test_patterns(pattern: str, yes: list[str], no: list[str]) -> None:
         ({"data_files": [{"split": "train", "path": "t-*"}, {"split": "test", "path": "e-*"}]}, ["t-*"]),
         ({"data_files": [{"split": "train", "path": ["x", "y"]}]}, ["x", "y"]),
         ({"data_files": {"train": "t", "test": "e"}}, ["t"]),
-        ({"data_dir": "some/where/"}, ["some/where/**"]),
+        ({"data_dir": "some/where/"}, "some/where"),
+        ({}, ""),
         ({"data_dir": "d", "data_files": "*.parquet"}, ["d/*.parquet"]),
         ({"data_files": [{"split": "other", "path": "o"}]}, []),
         ({"data_files": [7, None, {"split": "train"}]}, []),
@@ -405,16 +415,52 @@ def test_far_too_many_pieces_are_refused_before_the_work(
     monkeypatch.setattr("pocketlm.data.prepare.ENOUGH_DOCUMENTS", 50)
     monkeypatch.setattr("pocketlm.data.prepare.MAX_PIECES", 10)
     monkeypatch.setattr("pocketlm.data.pieces.MAX_PIECES", 10)
-    server.add("someone/texts", {f"{number}.parquet": parquet(TEXTS[:100]) for number in range(9)})
+    server.add("someone/texts", {f"{number}.jsonl": jsonl(TEXTS[:100]) for number in range(9)})
     data = config("hf:someone/texts", piece_documents=5)
     message = refusal(lambda: prepare(data, progress=silent, root=tmp_path))
     assert re.match(r"piece_documents 5 makes more than 10 pieces of about \d+ documents \(an estimate\); ", message)
-    assert {request.path for request in server.asked("resolve")} == {"0.parquet"}
+    assert {request.path for request in server.asked("resolve")} == {"0.jsonl"}
     some = data.model_copy(update={"max_documents": 50})
     assert open_dataset(prepare(some, progress=silent, root=tmp_path)).info["max_documents"] == 50
     wrong = data.model_copy(update={"piece_documents": 60})
     message = refusal(lambda: prepare(wrong, progress=silent, root=tmp_path))
     assert "the source goes on after 600 documents, 10 pieces of 60; give a larger piece_documents" in message
+
+
+def test_an_estimate_from_one_column_refuses_nothing(
+    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Parquet the other columns are not fetched, and nobody knows how large they are."""
+    monkeypatch.setattr("pocketlm.data.split.ENOUGH_BYTES", 500)
+    monkeypatch.setattr("pocketlm.data.prepare.ENOUGH_DOCUMENTS", 50)
+    monkeypatch.setattr("pocketlm.data.prepare.MAX_PIECES", 10)
+    monkeypatch.setattr("pocketlm.data.pieces.MAX_PIECES", 10)
+    noise = [random.Random(number).randbytes(20_000) for number in range(99)]
+    server.add("someone/wide", {"0.parquet": parquet(TEXTS[:99], 50, noise=noise)})
+    said: list[str] = []
+    folder = prepare(config("hf:someone/wide", piece_documents=10), progress=said.append, root=tmp_path)
+    assert len([name for name in shards(folder) if name.startswith("train")]) == 10
+    [line] = [line for line in said if line.startswith("piece_documents 10 makes more than 10 pieces of about ")]
+    assert line.endswith("the files hold more than the text, so it may be far fewer")
+
+
+def test_the_split_is_chosen_as_soon_as_the_documents_allow() -> None:
+    """The hash rule is asked at 50 documents and at each doubling, until it holds."""
+    asked: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for number, text in enumerate(TEXTS, 1):
+            asked.append(number)
+            yield text
+
+    held_out_bytes = [len(text.encode()) * is_validation(text, 0.1) for text in TEXTS]
+    sums = [sum(held_out_bytes[:number]) for number in range(len(TEXTS) + 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pocketlm.data.split.ENOUGH_BYTES", sums[150])
+        patch.setattr("pocketlm.data.split.LARGEST_SHARE", 0.5)
+        counted = survey(texts(), 0.1, 50)
+    assert (counted.documents, counted.whole, counted.split.kind) == (200, False, "hash")
+    assert asked[-1] == 200
 
 
 def test_a_finished_set_is_found_without_the_hub(server: StandIn, tmp_path: Path) -> None:

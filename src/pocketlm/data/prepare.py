@@ -1,7 +1,7 @@
 """From a text source to a data set folder: survey, tokenizer, pieces.
 
     1. survey     one pass over the texts counts bytes and chooses the split (`data.split`); of text that comes over a
-                  network, only over the first documents, if these say enough
+                  network, only over the first documents, as soon as these say enough
     2. tokenizer  loaded, or for `bpe:SIZE` trained on the training texts only
     3. plan.json  fixes both, with fingerprints of everything that went in
     4. pieces     documents k*piece_documents .. (k+1)*piece_documents - 1 become train-0000k and val-0000k;
@@ -44,7 +44,7 @@ from pocketlm.data.pieces import (
 )
 from pocketlm.data.shards import COUNTS, DATASET_FILE, SCHEMA, TOKENIZER_FILE, open_dataset, token_dtype
 from pocketlm.data.split import Split, Survey, survey
-from pocketlm.errors import DataError, one_line
+from pocketlm.errors import DataError, Unfetched, one_line
 from pocketlm.files import Lock, make_folder, remove_file, sweep, write_file, write_manifest
 from pocketlm.reading import MANIFEST, Entry
 from pocketlm.text.sources import Source, open_source
@@ -180,7 +180,10 @@ def _make(
 ) -> None:
     """All five steps, or those that are left."""
     plan = read_plan(folder, inputs) or _make_plan(folder, inputs, source, tokenizer, config, progress)
-    pieces = write_pieces(plan, source, progress)
+    try:
+        pieces = write_pieces(plan, source, progress)
+    except Unfetched as error:  # the plan and the pieces are there
+        raise DataError(f"{error}, it goes on where it stopped") from None
     if source.fingerprint() != inputs["source"]["fingerprint"]:
         _clear(folder)
         raise DataError(f"source {config.source!r} changed while it was read; run the command again")
@@ -314,9 +317,12 @@ def _make_plan(
         progress(f"{surveyed}; {counted.split.words()}")
     else:
         assert source.remote is not None
-        about = source.remote.outlook(counted.documents)
-        _check_outlook(min(about, config.max_documents or about), config.piece_documents)
+        about, rough = source.remote.outlook(counted.documents)
         progress(f"the first {surveyed}, of about {about:,} (an estimate); {counted.split.words()}")
+        if words := _outlook(min(about, config.max_documents or about), config.piece_documents):
+            if not rough:
+                raise DataError(words)
+            progress(f"{words}; the files hold more than the text, so it may be far fewer")
     if size := bpe_size(config.tokenizer):
         progress(f"training a tokenizer of {size:,} tokens on the training documents")
         tokenizer = train_tokenizer(_training_texts(source, config.max_documents, counted.split), size)
@@ -335,14 +341,15 @@ def _check_number_of_pieces(documents: int, piece_documents: int) -> None:
         )
 
 
-def _check_outlook(about: int, piece_documents: int) -> None:
-    """Refuses before hours of work what can not be finished. An estimate that is twice too high refuses nothing."""
+def _outlook(about: int, piece_documents: int) -> str:
+    """Says before hours of work what can not be finished. An estimate that is twice too high says nothing."""
     if about > 2 * MAX_PIECES * piece_documents:
         most = MAX_PIECES * piece_documents
-        raise DataError(
+        return (
             f"piece_documents {piece_documents:,} makes more than {MAX_PIECES:,} pieces of about {about:,} documents "
             f"(an estimate); take {-(-about // MAX_PIECES):,} or more, or max_documents {most:,}"
         )
+    return ""
 
 
 def _plan_tree(inputs: Tree, counted: Survey, source: Source, tokenizer: Tokenizer, entry: Entry) -> Tree:

@@ -106,13 +106,18 @@ class Survey:
 
 
 def survey(texts: Iterable[str], val_fraction: float, enough: int | None = None) -> Survey:
-    """Reads all texts once and chooses the rule; or only the first `enough`, if these choose the hash rule."""
+    """Reads all texts once and chooses the rule; or only the first, if they choose the hash rule.
+
+    enough: so many first documents are asked, then at each doubling all until there.
+    """
     sizes, held_out = array("Q"), 0
     for text in texts:
         sizes.append(text_bytes(text))
         held_out += sizes[-1] if is_validation(text, val_fraction) else 0
-        if len(sizes) == enough and choose_split(sizes, held_out, val_fraction).kind == "hash":
-            return Survey(len(sizes), sum(sizes), held_out, Split("hash", val_fraction), whole=False)
+        if len(sizes) == enough:
+            if choose_split(sizes, held_out, val_fraction).kind == "hash":
+                return Survey(len(sizes), sum(sizes), held_out, Split("hash", val_fraction), whole=False)
+            enough *= 2
     return Survey(len(sizes), sum(sizes), held_out, choose_split(sizes, held_out, val_fraction))
 
 

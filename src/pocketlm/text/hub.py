@@ -37,7 +37,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
 
-from pocketlm.errors import DataError
+from pocketlm.errors import DataError, Unfetched
 from pocketlm.text.documents import BEGINNING, BLOCK_BYTES, Document, Place, read_files
 from pocketlm.text.hub_names import (
     FORM,
@@ -54,7 +54,7 @@ from pocketlm.text.hub_names import (
 )
 
 TOKEN = "give a token that may read it (hf auth login, or HF_TOKEN)"
-AGAIN = "run the command again, it goes on where it stopped"
+AGAIN = "run the command again"  # last in a message: see Unfetched
 FIRST_TRIES = 2  # repetitions, before anything was ever answered: who is offline wants to know
 
 # what httpx, or httpx2, calls HTTPError: which of them it is, the client's version decides
@@ -217,7 +217,7 @@ class Hub:
                     offline = f"{constants.ENDPOINT} cannot be reached ({reason}); give local files as files:GLOB, or"
                     raise DataError(f"{self._source}: {offline} check the connection") from None
                 if count == len(delays_s):
-                    raise DataError(f"{self._source}: {what}: {reason}, {count + 1} times in a row; {AGAIN}") from None
+                    raise Unfetched(f"{self._source}: {what}: {reason}, {count + 1} times in a row; {AGAIN}") from None
                 wait_s = self._wait_s(error, delays_s[count])
             self.say(f"{what}: {reason}; asking again in {wait_s:g} s ({count + 1} of {len(delays_s)})")
             self.patience.sleep(wait_s)
@@ -235,8 +235,8 @@ class Hub:
         """
         asked_s = _asked_s(error)
         if asked_s > self.patience.longest_s:
-            limit = "; with a token (hf auth login, or HF_TOKEN) limits are higher"
-            raise DataError(f"{self._source}: the Hub asks to wait {asked_s:,.0f} s; then {AGAIN}{limit}")
+            asked = f"the Hub asks to wait {asked_s:,.0f} s, with a token (hf auth login, or HF_TOKEN) often less"
+            raise Unfetched(f"{self._source}: {asked}; then {AGAIN}")
         return max(delay_s, asked_s)
 
     def _refusal(self, error: Exception, what: str) -> DataError | None:
@@ -260,7 +260,7 @@ class Hub:
         elif status in (408, 429) or status >= 500:
             return None
         else:
-            words = f"{what}: the Hub answers {status}; {AGAIN}"
+            return Unfetched(f"{self._source}: {what}: the Hub answers {status}; {AGAIN}")
         return DataError(f"{self._source}: {words}")
 
 
@@ -376,8 +376,9 @@ class HubSource:
         total = sum(file.size for file in self.files)
         return f"{self.hub.fetched_bytes / 1e6:,.1f} MB fetched; {len(self.files)} files have {total / 1e6:,.1f} MB"
 
-    def outlook(self, documents: int) -> int:
-        return documents * sum(file.size for file in self.files) // max(1, self.hub.fetched_bytes)
+    def outlook(self, documents: int) -> tuple[int, bool]:
+        about = documents * sum(file.size for file in self.files) // max(1, self.hub.fetched_bytes)
+        return about, any(kind(file.path) == ".parquet" for file in self.files)  # its other columns are not fetched
 
     @cached_property
     def files(self) -> tuple[HubFile, ...]:

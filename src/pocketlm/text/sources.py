@@ -41,8 +41,9 @@ class Remote(Protocol):
     def status(self) -> str:
         """How much came over the network until now."""
 
-    def outlook(self, documents: int) -> int:
-        """An estimate of how many documents there are, if so many are what came until now."""
+    def outlook(self, documents: int) -> tuple[int, bool]:
+        """An estimate of how many documents there are, if so many are what came until now; and whether it is a rough
+        one, because the files hold more than what is fetched of them."""
 
 
 class Source(Protocol):
