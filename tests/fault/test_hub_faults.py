@@ -331,25 +331,23 @@ def test_a_killed_preparation_goes_on_from_the_row_group_it_needs(
     assert "piece" not in capfd.readouterr().err
 
 
-def test_of_a_row_group_nothing_is_read_before_the_one_that_is_needed(
-    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_row_group_nothing_is_read_before_the_one_that_is_needed(server: StandIn, tmp_path: Path) -> None:
+    """Piece 5 begins at document 320, in the third row group of the last file; it breaks off in the sixth."""
+    data = parquet(TEXTS[300:], 10)
+    server.add(NAME, FILES | {"2.parquet": data})
     whole = prepared(tmp_path / "whole")
-    footers = {name: min(65_536, len(data)) for name, data in FILES.items()}
-    groups = [pq.ParquetFile(io.BytesIO(FILES["2.parquet"])).metadata.row_group(number) for number in range(4)]
-    number = sum(request.path != "2.parquet" for request in server.requests) + 3  # two row groups of the last file
-    server.forget()
-    server.fault = lambda request: "503 9999" if request.number > number else None
+    allowed = iter(range(6))  # the footer and five row groups
+    server.fault = lambda request: (
+        "503 9999" if (request.kind, request.path) == ("resolve", "2.parquet") and next(allowed, None) is None else None
+    )
     refused(tmp_path / "set")
-    done = len(list((tmp_path / "set").glob("piece-*.json")))
-    assert done >= 4
+    assert len(list((tmp_path / "set").glob("piece-*.json"))) == 5
     server.fault = lambda request: None
     server.forget()
     assert prepared(tmp_path / "set") == whole
-    place = done * 64 - 300
-    if place >= 0:
-        rest = sum(group.column(0).total_compressed_size for group in groups[place // 25 :])
-        assert {path: sent for path, sent in server.sent.items() if path} == {"2.parquet": footers["2.parquet"] + rest}
+    groups = [pq.ParquetFile(io.BytesIO(data)).metadata.row_group(number) for number in range(10)]
+    rest = sum(group.column(0).total_compressed_size for group in groups[2:])
+    assert {path: sent for path, sent in server.sent.items() if path} == {"2.parquet": min(65_536, len(data)) + rest}
 
 
 def test_a_commit_that_is_gone_is_one_line(server: StandIn, tmp_path: Path) -> None:
@@ -410,8 +408,28 @@ def test_training_on_a_hub_goes_on_without_it(
     assert "complete" in capsys.readouterr().err
     assert main(["train", "debug", "--out", "another", *data, "--total-steps", "2"]) == 0
     assert server.requests == []
-    assert main(["eval", "run", "--data", f"hf:{NAME}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] > 0
+
+
+def test_a_hub_is_scored_up_to_a_limit(
+    server: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures are those of the same text on the disk, and no file is read that is not needed."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "debug", "--out", "run", "--data.source", "synthetic", "--total-steps", "1"]) == 0
+    capsys.readouterr()
+    assert main(["eval", "run", "--data", f"hf:{NAME}"]) == 2
+    assert "pocketlm data prepare --max-documents" in capsys.readouterr().err
+    assert server.requests == []
+    Path("0.parquet").write_bytes(FILES["0.parquet"])
+    figures = []
+    for source in (f"hf:{NAME}", "files:0.parquet"):
+        assert main(["eval", "run", "--data", source, "--limit", "700", "--json"]) == 0
+        shown, said = capsys.readouterr()
+        figures.append({name: value for name, value in json.loads(shown).items() if name != "data"})
+        assert (f"hf:{NAME} at commit" in said) == (source != "files:0.parquet")
+    assert figures[0] == figures[1]
+    assert figures[0]["tokens"] == 700
+    assert {request.path for request in server.asked("resolve")} == {"0.parquet"}
 
 
 # --- real text, and much of it
