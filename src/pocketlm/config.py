@@ -116,7 +116,9 @@ class DataConfig(Section):
     """From text to rows of tokens."""
 
     source: str = "stdlib"
-    """stdlib | files:GLOB | synthetic (tests)."""
+    """stdlib | files:GLOB | hf:OWNER/NAME[/CONFIG][@REVISION] | synthetic (tests)."""
+    max_documents: Natural = 0
+    """Only the first so many documents of the source; 0 is all."""
     tokenizer: str = "gpt2"
     """gpt2 | byte | bpe:SIZE (trained on the training documents) | a tokenizer.json or its folder | a Hub id."""
     context: Count = 256

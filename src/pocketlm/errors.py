@@ -4,6 +4,7 @@
     +-- UsageError       2      a command that cannot be understood
     |   +-- ConfigError  2      a configuration that cannot be run: every problem in it, one line each
     +-- DataError        3      a text source, tokenizer or data set that is refused
+    |   +-- Unfetched    3      text on a network that did not come now, and may come later
     +-- FileError        3      a model, checkpoint or run folder that is damaged, missing or in use
     |   +-- Unreadable   3      one that may be whole, but cannot be read here and now
     +-- Diverged         4      training left the finite numbers and could not come back
@@ -53,6 +54,11 @@ class DataError(PocketError):
     """A text source, tokenizer or data set that is refused."""
 
     exit_code = 3
+
+
+class Unfetched(DataError):
+    """Text on a network that did not come now, and may come later. The message ends in "run the command again"; only
+    who has kept something knows whether that goes on or begins anew."""
 
 
 class FileError(PocketError):

@@ -135,7 +135,7 @@ CASES: list[tuple[str, int, list[str]]] = [
     ("train debug --data.source text.txt", 3, ["did you mean files:text.txt?"]),
     ("train debug --data.source files:empty.txt", 3, ["empty.txt", "no text"]),
     ("train debug --data.source files:binary.txt", 3, ["binary.txt", "byte offset 0"]),
-    ("train debug --data.source hf:someone/texts", 3, ["hf:someone/texts", "files:GLOB"]),
+    ("train debug --data.source hf:texts", 3, ["hf:texts", "hf:OWNER/NAME[/CONFIG][@REVISION]"]),
     ("train debug --data.tokenizer nowhere/tokenizer.json", 3, ["nowhere/tokenizer.json", "byte"]),
     ("train debug --data.tokenizer run", 3, ["run", "tokenizer.json"]),
     ("train debug --data.tokenizer broken.toml", 3, ["broken.toml", "tokenizer.json"]),

@@ -34,7 +34,7 @@ from pocketlm.formats import huggingface
 from pocketlm.journal import Journal
 from pocketlm.reading import read_json, verify_folder
 from pocketlm.tensors import read_tensors
-from pocketlm.text.sources import read_documents
+from pocketlm.text.documents import read_documents
 from pocketlm.text.tokenizer import load_tokenizer
 from pocketlm.training import state
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pocketlm.cli.fields import parse_overrides
-from pocketlm.config import FIELDS, FREE_FIELDS, Config
+from pocketlm.config import FIELDS, FREE_FIELDS, Config, DataConfig
+from pocketlm.data.pieces import MAX_PIECES
 from pocketlm.errors import ConfigError, FileError, UsageError
 from pocketlm.toml_trees import preset_names
 
@@ -25,6 +26,20 @@ def test_a_preset_survives_the_way_through_toml(name: str) -> None:
     config = Config.preset(name)
     assert config.name == name
     assert Config.build(tomllib.loads(config.to_toml())) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "documents"),
+    [("smallm", 14_900_000), ("smollm2-135m", 39_200_000), ("smollm2-135m-official", 190_200_000)],
+)
+def test_the_source_of_a_preset_fits_into_a_set(name: str, documents: int) -> None:
+    """The numbers of documents are those of the cards of the data sets, rounded up."""
+    assert documents <= MAX_PIECES * Config.preset(name).data.piece_documents
+
+
+def test_a_run_of_the_second_seed_goes_on_with_the_pieces_that_it_began_with() -> None:
+    assert Config.preset("smollm2-135m").data.piece_documents == DataConfig().piece_documents == 8192
+    assert Config.preset("smollm2-135m-official").data.piece_documents == 65_536
 
 
 def test_flags_change_fields_and_both_spellings_work() -> None:

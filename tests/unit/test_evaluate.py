@@ -16,7 +16,7 @@ from pocketlm.evaluate.loss import evaluate_stream, report, windows
 from pocketlm.evaluate.source import ArrayStream, encode_documents
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import allocate
-from pocketlm.text.sources import Document
+from pocketlm.text.documents import Document
 from pocketlm.text.tokenizer import load_tokenizer
 
 

@@ -484,7 +484,7 @@ def test_a_source_without_text_is_refused(tmp_path: Path, texts: list[str]) -> N
 
 def test_more_pieces_than_a_manifest_has_room_for_are_refused_at_once(tmp_path: Path) -> None:
     source = write_corpus(tmp_path, [f"text {number}" for number in range(MAX_PIECES + 1)])
-    with pytest.raises(DataError, match="piece_documents 1 makes more than 4,096 pieces of 4,097 documents; take 2"):
+    with pytest.raises(DataError, match="piece_documents 1 makes more than 5,120 pieces of 5,121 documents; take 2"):
         prepare(config(source, piece_documents=1), progress=silent, root=tmp_path / "data")
 
 

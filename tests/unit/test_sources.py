@@ -129,7 +129,7 @@ def test_a_separator_at_the_end_begins_no_document(tmp_path: Path) -> None:
 
 
 def test_lines_may_be_longer_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pocketlm.text.sources.CHUNK_BYTES", 3)
+    monkeypatch.setattr("pocketlm.text.documents.CHUNK_BYTES", 3)
     rows = ["\u00e9" * 10, "", "b\nc", "d"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     assert texts(f"files:{tmp_path}/a.jsonl") == rows
@@ -186,7 +186,7 @@ def test_real_files_give_their_known_number_of_documents(shared: Path) -> None:
 
 
 def test_sources_that_are_not_there() -> None:
-    assert "files:GLOB takes local files" in refusal("hf:HuggingFaceFW/fineweb")
+    assert "is not of the form hf:OWNER/NAME[/CONFIG][@REVISION]" in refusal("hf:fineweb")
     assert "allowed is stdlib" in refusal("wikipedia")
     assert "nothing matches 'no/such/*.txt'" in refusal("files:no/such/*.txt")
     assert "did you mean files:" in refusal(str(Path(__file__)))

@@ -30,10 +30,11 @@ def run(argv: list[str]) -> int:
 def _prepare(argv: list[str]) -> int:
     defaults = DataConfig()
     parser = Parser("data prepare", "Tokenize a text source into a data set folder; a stopped one goes on.")
-    parser.add_argument("--source", required=True, help="stdlib | files:GLOB")
+    parser.add_argument("--source", required=True, help="stdlib | files:GLOB | hf:OWNER/NAME[/CONFIG][@REVISION]")
     parser.add_argument(
         "--tokenizer", required=True, metavar="NAME|PATH", help="gpt2 | byte | bpe:SIZE | a path | a Hub id"
     )
+    parser.add_argument("--max-documents", metavar="N", help="only the first N documents (default: all)")
     parser.add_argument("--out", metavar="DIR", help="where (default: data/NAME-FINGERPRINT)")
     parser.add_argument(
         "--val-fraction", metavar="X", help=f"share of documents held out (default: {defaults.val_fraction})"
@@ -43,7 +44,7 @@ def _prepare(argv: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    fields = ("source", "tokenizer", "val_fraction", "piece_documents")
+    fields = ("source", "max_documents", "tokenizer", "val_fraction", "piece_documents")
     given = {f"data.{name}": value for name in fields if (value := getattr(arguments, name)) is not None}
     if arguments.out:
         given["data.dir"] = arguments.out

@@ -59,7 +59,7 @@ def run(argv: list[str]) -> int:
     if arguments.dtype != "auto":
         arithmetic = replace(arithmetic, dtype=arguments.dtype)
     data = str(own_dataset(folder).path) if arguments.data is None else arguments.data
-    stream = open_stream(data, tokenizer, folder)
+    stream = open_stream(data, tokenizer, folder, limit=arguments.limit, say=say)
     if data == own_source(folder):
         say(f"{folder} was trained on {data}: this is how it remembers; without --data, what was held out is scored")
     arithmetic.use()

@@ -17,7 +17,7 @@ def run(argv: list[str]) -> int:
     if argv[:1] != ["train"]:
         raise UsageError(f"tokenizer takes train; usage: {USAGE}")
     parser = Parser("tokenizer train", "Train a byte-level BPE tokenizer and write it as a tokenizer.json.")
-    parser.add_argument("--source", required=True, help="stdlib | files:GLOB")
+    parser.add_argument("--source", required=True, help="stdlib | files:GLOB | hf:OWNER/NAME[/CONFIG][@REVISION]")
     parser.add_argument(
         "--vocab-size", required=True, type=int, metavar="N", help="ids, the end-of-text token among them"
     )
@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
     from pocketlm.text.sources import open_source
     from pocketlm.text.tokenizer import train_tokenizer
 
-    documents = open_source(arguments.source).documents()
+    documents = open_source(arguments.source, say=say).documents()
     tokenizer = train_tokenizer((document.text for document in documents), arguments.vocab_size)
     out = Path(arguments.out)
     write_file(out, tokenizer.to_json().encode())

@@ -24,12 +24,13 @@ from pocketlm.errors import DataError, FileError
 from pocketlm.files import remove_file, write_file
 from pocketlm.reading import read_json, read_text, verify_file
 from pocketlm.text.bulk import BulkEncoder, Unequal
-from pocketlm.text.sources import Document, Source
+from pocketlm.text.documents import BEGINNING, Document, Place
+from pocketlm.text.sources import Remote, Source
 from pocketlm.text.tokenizer import Tokenizer
 
 PLAN_FILE = "plan.json"
 PIECE_FILES = "piece-*.json"
-MAX_PIECES = 4096  # dataset.json and manifest.json are then half as large as what files.py reads
+MAX_PIECES = 5120  # dataset.json and manifest.json are then within three quarters of what reading.py reads
 BATCH_CHARS = 1 << 21  # of text tokenized at once
 REPORT_EVERY_S = 5.0
 
@@ -48,14 +49,22 @@ PLAN = {
         "piece_documents": int,
     },
     "attempt": int,
-    "documents": int,
+    "documents": (int, None),
     "text_bytes": int,
     "split": (HASH, HASH | {"kind": "block", "document": int, "byte": int}),
     "dropped": dict,
     "tokenizer": FILE | {"fingerprint": str, "end_token": str},
 }
 SHARD = COUNTS | FILE | {"name": str}
-PIECE = {"plan": str, "empty_documents": int, "train": (SHARD, None), "val": (SHARD, None)}
+PIECE = {
+    "plan": str,
+    "documents": int,
+    "empty_documents": int,
+    "text_bytes": int,
+    "next": {"file": int, "group": int, "row": int},
+    "train": (SHARD, None),
+    "val": (SHARD, None),
+}
 
 
 # --- the plan
@@ -75,8 +84,19 @@ class Plan:
         return Split.from_tree(self.tree["split"])
 
     @property
-    def num_pieces(self) -> int:
-        return -(-int(self.tree["documents"]) // int(self.tree["inputs"]["piece_documents"]))
+    def piece_documents(self) -> int:
+        return int(self.tree["inputs"]["piece_documents"])
+
+    @property
+    def max_documents(self) -> int:
+        """0 is no limit."""
+        return int(self.tree["inputs"].get("max_documents", 0))
+
+    @property
+    def num_pieces(self) -> int | None:
+        """None where nobody counted the documents: then a piece that is not full is the last."""
+        documents: int | None = self.tree["documents"]
+        return None if documents is None else -(-documents // self.piece_documents)
 
     @property
     def hash(self) -> str:
@@ -94,7 +114,7 @@ def read_plan(folder: Path, inputs: Tree) -> Plan | None:
     except (FileError, DataError):
         return None
     plan = Plan(folder, tree, tokenizer)
-    return plan if 1 <= plan.num_pieces <= MAX_PIECES else None
+    return plan if plan.num_pieces is None or 1 <= plan.num_pieces <= MAX_PIECES else None
 
 
 # --- pieces
@@ -116,17 +136,48 @@ def write_pieces(plan: Plan, source: Source, progress: Progress) -> list[Tree]:
 
 
 def _write_missing(plan: Plan, source: Source, encoder: BulkEncoder, progress: Progress) -> list[Tree]:
-    documents = enumerate(source.documents())
-    report = Report(plan.tree["text_bytes"], progress)
-    entries = []
-    for piece in range(plan.num_pieces):
-        own = islice(documents, plan.tree["inputs"]["piece_documents"])
-        if entry := _whole_piece(plan, piece):
-            report.skip(sum(text_bytes(document.text) for _, document in own))
+    """All pieces. Of a piece that is whole no document is read: it says where the next one begins."""
+    report = Report(plan.tree["text_bytes"] if plan.num_pieces else None, progress, source.remote)
+    entries = list[Tree]()
+    documents: Iterator[tuple[int, Document]] | None = None
+    while not _is_last(plan, entries):
+        place = Place(**entries[-1]["next"]) if entries else BEGINNING
+        if entry := _whole_piece(plan, len(entries)):
+            report.skip(entry["text_bytes"])
+            documents = None
         else:
-            entry = _write_piece(plan, piece, own, encoder, report)
+            number = len(entries) * plan.piece_documents
+            documents = documents or numbered(source, plan.max_documents, place, number)
+            own = islice(documents, plan.piece_documents)
+            entry = _write_piece(plan, len(entries), own, place, encoder, report)
         entries.append(entry)
+    report.end()
     return entries
+
+
+def numbered(source: Source, limit: int, start: Place = BEGINNING, number: int = 0) -> Iterator[tuple[int, Document]]:
+    """The documents from a place on, numbered from `number` on; where there is a limit, those below it."""
+    documents = enumerate(source.documents(start), number)
+    return islice(documents, max(0, limit - number)) if limit else documents
+
+
+def _is_last(plan: Plan, entries: list[Tree]) -> bool:
+    """Whether the last of these pieces is the set's.
+
+    Raises:
+        DataError: it is not, and there is no room for another.
+    """
+    if plan.num_pieces is not None:
+        return len(entries) == plan.num_pieces
+    full = len(entries) * plan.piece_documents
+    if entries and (entries[-1]["documents"] < plan.piece_documents or full == plan.max_documents):
+        return True
+    if len(entries) == MAX_PIECES:
+        raise DataError(
+            f"the source goes on after {full:,} documents, {MAX_PIECES:,} pieces of {plan.piece_documents:,}; "
+            f"give a larger piece_documents, or max_documents {full:,}"
+        )
+    return False
 
 
 def _piece_file(plan: Plan, piece: int) -> Path:
@@ -154,18 +205,28 @@ def _whole_piece(plan: Plan, piece: int) -> Tree | None:
 
 
 def _write_piece(
-    plan: Plan, piece: int, documents: Iterable[tuple[int, Document]], encoder: BulkEncoder, report: Report
+    plan: Plan,
+    piece: int,
+    documents: Iterable[tuple[int, Document]],
+    place: Place,
+    encoder: BulkEncoder,
+    report: Report,
 ) -> Tree:
-    rule, tokenizer, empty = plan.split, plan.tokenizer, 0
+    """place: where the documents begin."""
+    rule, tokenizer = plan.split, plan.tokenizer
+    counts = {"documents": 0, "empty_documents": 0, "text_bytes": 0}
     shards = {"train": Collected(), "val": Collected()}
     for batch in _batches(documents, BATCH_CHARS):
         split = [rule.parts(number, document.text) for number, document in batch]
         for collected, texts in zip(shards.values(), zip(*split, strict=True), strict=True):
             collected.add([text for text in texts if text.strip()], encoder)
         sizes = [text_bytes(document.text) for _, document in batch]
-        empty += sizes.count(0)
-        report.add(sum(sizes))
-    entry: Tree = {"plan": plan.hash, "empty_documents": empty}
+        for name, count in zip(counts, (len(batch), sizes.count(0), sum(sizes)), strict=True):
+            counts[name] += count
+        last = batch[-1][1].place
+        place = last._replace(row=last.row + 1)
+        report.add(sum(sizes), len(batch))
+    entry: Tree = {"plan": plan.hash, "next": place._asdict()} | counts
     for name, collected in shards.items():
         entry[name] = collected.write(_shard_file(plan, name, piece), tokenizer.vocab_size)
     write_file(_piece_file(plan, piece), sealed(entry))
@@ -216,24 +277,43 @@ def _batches(documents: Iterable[tuple[int, Document]], chars: int) -> Iterator[
 class Report:
     """Says every few seconds how far the tokenizing is."""
 
-    def __init__(self, total_bytes: int, progress: Progress, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total_bytes, self.progress, self.clock = total_bytes, progress, clock
+    def __init__(
+        self,
+        total_bytes: int | None,
+        progress: Progress,
+        remote: Remote | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_bytes, self.progress, self.remote, self.clock = total_bytes, progress, remote, clock
         self.started_at = self.said_at = clock()
-        self.bytes = self.skipped_bytes = 0
+        self.bytes = self.skipped_bytes = self.documents = 0
 
     def skip(self, text_bytes: int) -> None:
         """Text that was tokenized in an earlier run."""
         self.bytes += text_bytes
         self.skipped_bytes += text_bytes
 
-    def add(self, text_bytes: int) -> None:
+    def add(self, text_bytes: int, documents: int = 0) -> None:
         """Text tokenized now."""
         self.bytes += text_bytes
+        self.documents += documents
         now = self.clock()
         if now - self.said_at >= REPORT_EVERY_S or self.bytes == self.total_bytes:
-            self.said_at = now
-            rate = (self.bytes - self.skipped_bytes) / 1e6 / max(now - self.started_at, 1e-9)
-            self.progress(f"tokenized {self.bytes / 1e6:,.1f} of {self.total_bytes / 1e6:,.1f} MB at {rate:.1f} MB/s")
+            self._say(now)
+
+    def end(self) -> None:
+        """Nothing is left, if it was not known before when that would be."""
+        if self.total_bytes is None:
+            self._say(self.clock())
+
+    def _say(self, now: float) -> None:
+        self.said_at = now
+        rate = (self.bytes - self.skipped_bytes) / 1e6 / max(now - self.started_at, 1e-9)
+        total = "" if self.total_bytes is None else f" of {self.total_bytes / 1e6:,.1f}"
+        line = f"tokenized {self.bytes / 1e6:,.1f}{total} MB at {rate:.1f} MB/s"
+        if self.remote:
+            line += f"; {self.documents:,} documents read, {self.remote.status()}"
+        self.progress(line)
 
 
 # --- files that carry their own hash

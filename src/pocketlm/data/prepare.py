@@ -1,6 +1,7 @@
 """From a text source to a data set folder: survey, tokenizer, pieces.
 
-    1. survey     one pass over the texts counts bytes and chooses the split (`data.split`)
+    1. survey     one pass over the texts counts bytes and chooses the split (`data.split`); of text that comes over a
+                  network, only over the first documents, as soon as these say enough
     2. tokenizer  loaded, or for `bpe:SIZE` trained on the training texts only
     3. plan.json  fixes both, with fingerprints of everything that went in
     4. pieces     documents k*piece_documents .. (k+1)*piece_documents - 1 become train-0000k and val-0000k;
@@ -8,8 +9,9 @@
     5. dataset.json, then manifest.json: the mark of a finished set; plan.json and piece-*.json go
 
 Each file appears whole or not at all. A run that was stopped goes on: a plan that still fits saves steps 1 and 2,
-pieces that are whole are kept. Because a piece depends on its documents only, the finished bytes are the same however
-often the work was interrupted. The tokens of one piece are in memory at a time.
+pieces that are whole are kept, and each says where in the source the next begins. Because a piece depends on its
+documents only, the finished bytes are the same however often the work was interrupted. The tokens of one piece are in
+memory at a time.
 
 prepare.lock is in a folder as long as it is worked in or unfinished: a second process waits for the first. What a
 finished set has lost or changed is never made again in silence: it is refused, and the user deletes the folder.
@@ -34,6 +36,7 @@ from pocketlm.data.pieces import (
     Tree,
     hash_of,
     json_bytes,
+    numbered,
     read_plan,
     sealed,
     unsealed,
@@ -41,13 +44,14 @@ from pocketlm.data.pieces import (
 )
 from pocketlm.data.shards import COUNTS, DATASET_FILE, SCHEMA, TOKENIZER_FILE, open_dataset, token_dtype
 from pocketlm.data.split import Split, Survey, survey
-from pocketlm.errors import DataError, one_line
+from pocketlm.errors import DataError, Unfetched, one_line
 from pocketlm.files import Lock, make_folder, remove_file, sweep, write_file, write_manifest
 from pocketlm.reading import MANIFEST, Entry
 from pocketlm.text.sources import Source, open_source
 from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_tokenizer
 
 LOCK_FILE = "prepare.lock"
+ENOUGH_DOCUMENTS = 8192  # from a network; 4 MB of short stories, 25 MB of web pages
 OWN_FILES = re.compile(r"(dataset|manifest|plan|tokenizer|piece-\d+)\.json|(train|val)-\d+\.tokens")
 
 
@@ -73,10 +77,12 @@ def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data")
         _use_as_it_is(named, config, progress)
         _tidy(named, progress)
         return named
-    source = open_source(config.source)
-    tokenizer = None if bpe_size(config.tokenizer) else load_tokenizer(config.tokenizer)
+    tokenizer = _given_tokenizer(config)
+    source, folder = _open(config, tokenizer, root, progress)
+    if source.remote and not named and is_finished(folder):
+        _tidy(folder, progress)
+        return folder
     inputs = _inputs(config, source, tokenizer)
-    folder = named or _own_folder(root, source, inputs)
     if exact:
         _check_same(folder, inputs)
     if not is_finished(folder):
@@ -102,9 +108,42 @@ def find_prepared(config: DataConfig, root: Path = Path("data")) -> Path | None:
         folder = Path(config.dir)
     else:
         source = open_source(config.source)
-        tokenizer = None if bpe_size(config.tokenizer) else load_tokenizer(config.tokenizer)
-        folder = _own_folder(root, source, _inputs(config, source, tokenizer))
+        if source.remote and not any(root.glob(f"{source.name}-*")):
+            return None  # before a tokenizer is looked for, which may be on the Hub, too
+        _, folder = _open(config, _given_tokenizer(config), root, progress=lambda line: None)
     return folder if is_finished(folder) else None
+
+
+def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """None for one that is still to be trained."""
+    return None if bpe_size(config.tokenizer) else load_tokenizer(config.tokenizer)
+
+
+def _open(config: DataConfig, tokenizer: Tokenizer | None, root: Path, progress: Progress) -> tuple[Source, Path]:
+    """The source, and the folder of its set.
+
+    A source on a network is what it was when the folder was begun: what is recorded there pins it. So the folder is
+    named after what the user wrote, not after what the Hub has today, and a set that is finished is found without it.
+    """
+    source = open_source(config.source, say=progress)
+    if source.remote is None:
+        return source, Path(config.dir) if config.dir else _own_folder(root, source, _inputs(config, source, tokenizer))
+    unpinned = _inputs_of(config, {"spec": config.source, "fingerprint": None}, tokenizer)
+    folder = Path(config.dir) if config.dir else _own_folder(root, source, unpinned)
+    record = {} if not config.dir and is_finished(folder) else _recorded_source(folder)
+    if record.get("spec") == config.source and isinstance(record.get("revision"), str):
+        source = open_source(config.source, record=record, say=progress)
+    return source, folder
+
+
+def _recorded_source(folder: Path) -> Tree:
+    """What a set, finished or not, says of its source."""
+    if is_finished(folder):
+        tree: Tree | None = open_dataset(folder).info
+    else:
+        plan = unsealed(folder / PLAN_FILE, PLAN)
+        tree = plan["inputs"] if plan else None
+    return dict(tree["source"]) if tree else {}
 
 
 def _own_folder(root: Path, source: Source, inputs: Tree) -> Path:
@@ -141,7 +180,10 @@ def _make(
 ) -> None:
     """All five steps, or those that are left."""
     plan = read_plan(folder, inputs) or _make_plan(folder, inputs, source, tokenizer, config, progress)
-    pieces = write_pieces(plan, source, progress)
+    try:
+        pieces = write_pieces(plan, source, progress)
+    except Unfetched as error:  # the plan and the pieces are there
+        raise DataError(f"{error}, it goes on where it stopped") from None
     if source.fingerprint() != inputs["source"]["fingerprint"]:
         _clear(folder)
         raise DataError(f"source {config.source!r} changed while it was read; run the command again")
@@ -151,13 +193,24 @@ def _make(
 
 def _inputs(config: DataConfig, source: Source, tokenizer: Tokenizer | None) -> Tree:
     """Everything that the bytes of a data set follow from; a tokenizer still to be trained follows from the rest."""
+    pin = source.remote.pin if source.remote else {}
+    return _inputs_of(config, {"spec": config.source, "fingerprint": source.fingerprint(), **pin}, tokenizer)
+
+
+def _inputs_of(config: DataConfig, source: Tree, tokenizer: Tokenizer | None) -> Tree:
     return {
         "schema": SCHEMA,
-        "source": {"spec": config.source, "fingerprint": source.fingerprint()},
+        "source": source,
         "tokenizer": {"spec": config.tokenizer, "fingerprint": tokenizer.fingerprint if tokenizer else None},
         "val_fraction": config.val_fraction,
         "piece_documents": config.piece_documents,
+        **_limit(config.max_documents),
     }
+
+
+def _limit(max_documents: int) -> Tree:
+    """Nothing for a source that is taken whole, as all were before there was a limit."""
+    return {"max_documents": max_documents} if max_documents else {}
 
 
 def _use_as_it_is(folder: Path, config: DataConfig, progress: Progress) -> None:
@@ -174,13 +227,16 @@ def _use_as_it_is(folder: Path, config: DataConfig, progress: Progress) -> None:
         progress(f"{folder} is used as it is: its tokenizer is {tokenizer}, not {config.tokenizer}")
     if config.source != source:
         progress(f"{folder} is used as it is: its source is {source}, not {config.source}")
+    if config.max_documents != (limit := dataset.info.get("max_documents", 0)):
+        progress(f"{folder} is used as it is: its max_documents is {limit}, not {config.max_documents}")
 
 
 def _check_same(folder: Path, inputs: Tree) -> None:
     """What stands in the folder, if anything, was made as `inputs` say."""
     if (stands := _standing(folder)) is None:
         return
-    pairs = {name: (inputs[name], stands[name]) for name in ("val_fraction", "piece_documents")}
+    numbers = ("val_fraction", "piece_documents", "max_documents")
+    pairs = {name: (inputs.get(name, 0), stands.get(name, 0)) for name in numbers}
     for name in ("source", "tokenizer"):
         pairs[name] = (_told(inputs[name], stands[name]), _told(stands[name], inputs[name]))
     changed = [f"{name}: {given}, {there}" for name, (given, there) in pairs.items() if given != there]
@@ -251,14 +307,25 @@ def _make_plan(
 ) -> Plan:
     progress(f"reading {config.source}")
     _clear(folder)
-    counted = survey((document.text for document in source.documents()), config.val_fraction)
+    texts = (document.text for _, document in numbered(source, config.max_documents))
+    counted = survey(texts, config.val_fraction, ENOUGH_DOCUMENTS if source.remote else None)
     if counted.text_bytes == 0:
         raise DataError(f"source {config.source!r} holds no text ({counted.documents} empty documents)")
-    _check_number_of_pieces(counted.documents, config.piece_documents)
-    progress(f"{counted.documents:,} documents, {counted.text_bytes / 1e6:,.1f} MB; {counted.split.words()}")
+    surveyed = f"{counted.documents:,} documents, {counted.text_bytes / 1e6:,.1f} MB"
+    if counted.whole:
+        _check_number_of_pieces(counted.documents, config.piece_documents)
+        progress(f"{surveyed}; {counted.split.words()}")
+    else:
+        assert source.remote is not None
+        about, rough = source.remote.outlook(counted.documents)
+        progress(f"the first {surveyed}, of about {about:,} (an estimate); {counted.split.words()}")
+        if words := _outlook(min(about, config.max_documents or about), config.piece_documents):
+            if not rough:
+                raise DataError(words)
+            progress(f"{words}; the files hold more than the text, so it may be far fewer")
     if size := bpe_size(config.tokenizer):
         progress(f"training a tokenizer of {size:,} tokens on the training documents")
-        tokenizer = train_tokenizer(_training_texts(source, counted.split), size)
+        tokenizer = train_tokenizer(_training_texts(source, config.max_documents, counted.split), size)
     assert tokenizer is not None
     entry = write_file(folder / TOKENIZER_FILE, tokenizer.to_json().encode())
     tree = _plan_tree(inputs, counted, source, tokenizer, entry)
@@ -274,11 +341,22 @@ def _check_number_of_pieces(documents: int, piece_documents: int) -> None:
         )
 
 
+def _outlook(about: int, piece_documents: int) -> str:
+    """Says before hours of work what can not be finished. An estimate that is twice too high says nothing."""
+    if about > 2 * MAX_PIECES * piece_documents:
+        most = MAX_PIECES * piece_documents
+        return (
+            f"piece_documents {piece_documents:,} makes more than {MAX_PIECES:,} pieces of about {about:,} documents "
+            f"(an estimate); take {-(-about // MAX_PIECES):,} or more, or max_documents {most:,}"
+        )
+    return ""
+
+
 def _plan_tree(inputs: Tree, counted: Survey, source: Source, tokenizer: Tokenizer, entry: Entry) -> Tree:
     return {
         "inputs": inputs,
         "attempt": 0,
-        "documents": counted.documents,
+        "documents": counted.documents if counted.whole else None,
         "text_bytes": counted.text_bytes,
         "split": counted.split.tree(),
         "dropped": dict(source.dropped),
@@ -286,8 +364,8 @@ def _plan_tree(inputs: Tree, counted: Survey, source: Source, tokenizer: Tokeniz
     }
 
 
-def _training_texts(source: Source, split: Split) -> Iterator[str]:
-    return (split.parts(number, document.text)[0] for number, document in enumerate(source.documents()))
+def _training_texts(source: Source, limit: int, split: Split) -> Iterator[str]:
+    return (split.parts(number, document.text)[0] for number, document in numbered(source, limit))
 
 
 def _clear(folder: Path) -> None:
@@ -329,7 +407,8 @@ def _info(plan: Plan, pieces: list[Tree]) -> Tree:
         },
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "split": plan.tree["split"] | {"words": plan.split.words()},
-        "piece_documents": plan.tree["inputs"]["piece_documents"],
+        "piece_documents": plan.piece_documents,
+        **_limit(plan.max_documents),
         "dropped": plan.tree["dropped"] | {"empty_documents": sum(piece["empty_documents"] for piece in pieces)},
         "train": _split_entry(piece["train"] for piece in pieces),
         "val": _split_entry(piece["val"] for piece in pieces),

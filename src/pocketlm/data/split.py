@@ -94,23 +94,31 @@ def cut_at_line(text: str, byte: int) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over the documents counts."""
+    """What a pass over the documents counts."""
 
     documents: int
     text_bytes: int
     held_out_bytes: int
     """Of documents that the hash rule holds out."""
     split: Split
+    whole: bool = True
+    """Whether these were all documents."""
 
 
-def survey(texts: Iterable[str], val_fraction: float) -> Survey:
-    """Reads all texts once and chooses the rule."""
+def survey(texts: Iterable[str], val_fraction: float, enough: int | None = None) -> Survey:
+    """Reads all texts once and chooses the rule; or only the first, if they choose the hash rule.
+
+    enough: so many first documents are asked, then at each doubling all until there.
+    """
     sizes, held_out = array("Q"), 0
     for text in texts:
         sizes.append(text_bytes(text))
         held_out += sizes[-1] if is_validation(text, val_fraction) else 0
-    total = sum(sizes)
-    return Survey(len(sizes), total, held_out, choose_split(sizes, held_out, val_fraction))
+        if len(sizes) == enough:
+            if choose_split(sizes, held_out, val_fraction).kind == "hash":
+                return Survey(len(sizes), sum(sizes), held_out, Split("hash", val_fraction), whole=False)
+            enough *= 2
+    return Survey(len(sizes), sum(sizes), held_out, choose_split(sizes, held_out, val_fraction))
 
 
 def choose_split(sizes: array[int], held_out_bytes: int, val_fraction: float) -> Split:

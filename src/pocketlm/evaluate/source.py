@@ -6,7 +6,7 @@ configuration. So without a source its own held-out text can be found.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from pocketlm.data.loader import Stream
 from pocketlm.data.shards import DATASET_FILE, Dataset, open_dataset
 from pocketlm.errors import DataError, FileError, UsageError
 from pocketlm.reading import read_json
-from pocketlm.text.sources import Document, open_source
+from pocketlm.text.documents import Document
+from pocketlm.text.sources import open_source
 from pocketlm.text.tokenizer import Tokenizer
 
 
@@ -33,7 +34,14 @@ class ArrayStream:
         return self.tokens[start : start + length]
 
 
-def open_stream(source: str, tokenizer: Tokenizer, model_folder: Path) -> Stream:
+def open_stream(
+    source: str,
+    tokenizer: Tokenizer,
+    model_folder: Path,
+    *,
+    limit: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Stream:
     """The tokens to score.
 
     Args:
@@ -41,12 +49,23 @@ def open_stream(source: str, tokenizer: Tokenizer, model_folder: Path) -> Stream
             part is taken.
         tokenizer: the model's.
         model_folder: where the model lies.
+        limit: how many tokens are scored; of a source no document after these is read. 0 for all.
+        say: is told in a line what the network did.
 
     Raises:
+        UsageError: the source is on a network, and there is no limit.
         DataError: the source is refused, has under 2 tokens, or was prepared with another tokenizer.
     """
     if not Path(source).is_dir():
-        return _checked(ArrayStream(encode_documents(open_source(source).documents(), tokenizer)), source)
+        opened = open_source(source, say=say)
+        if opened.remote and not limit:
+            raise UsageError(
+                f"--data {source} may be larger than memory; give --limit N, or prepare the text "
+                "(pocketlm data prepare --max-documents N) and give its folder"
+            )
+        documents = opened.documents()
+        tokens = first_tokens(documents, tokenizer, limit + 1) if limit else encode_documents(documents, tokenizer)
+        return _checked(ArrayStream(tokens), source)
     dataset = open_dataset(Path(source))
     if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
         raise DataError(
@@ -118,6 +137,17 @@ def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> np.
     end = np.array([tokenizer.end_id])
     texts = [document.text for document in documents]
     return np.concatenate([part for ids in tokenizer.encode_batch(texts) for part in (ids, end)] or [end[:0]])
+
+
+def first_tokens(documents: Iterable[Document], tokenizer: Tokenizer, enough: int) -> np.ndarray:
+    """As `encode_documents`, of the first documents that have so many tokens together, or of all."""
+    parts, count = [np.array([], dtype=np.int64)], 0
+    for document in documents:
+        parts.append(encode_documents([document], tokenizer))
+        count += len(parts[-1])
+        if count >= enough:
+            break
+    return np.concatenate(parts)
 
 
 def _checked(stream: Stream, source: str) -> Stream:
