@@ -408,13 +408,17 @@ def test_only_the_first_documents_are_read_twice(
     assert "MB fetched; 5 files have" in said[-2]
 
 
-def test_far_too_many_pieces_are_refused_before_the_work(
-    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def few_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A survey of 50 documents says enough, and a set has at most 10 pieces."""
     monkeypatch.setattr("pocketlm.data.split.ENOUGH_BYTES", 500)
     monkeypatch.setattr("pocketlm.data.prepare.ENOUGH_DOCUMENTS", 50)
     monkeypatch.setattr("pocketlm.data.prepare.MAX_PIECES", 10)
     monkeypatch.setattr("pocketlm.data.pieces.MAX_PIECES", 10)
+
+
+@pytest.mark.usefixtures("few_pieces")
+def test_far_too_many_pieces_are_refused_before_the_work(server: StandIn, tmp_path: Path) -> None:
     server.add("someone/texts", {f"{number}.jsonl": jsonl(TEXTS[:100]) for number in range(9)})
     data = config("hf:someone/texts", piece_documents=5)
     message = refusal(lambda: prepare(data, progress=silent, root=tmp_path))
@@ -427,14 +431,9 @@ def test_far_too_many_pieces_are_refused_before_the_work(
     assert "the source goes on after 600 documents, 10 pieces of 60; give a larger piece_documents" in message
 
 
-def test_an_estimate_from_one_column_refuses_nothing(
-    server: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("few_pieces")
+def test_an_estimate_from_one_column_refuses_nothing(server: StandIn, tmp_path: Path) -> None:
     """Of Parquet the other columns are not fetched, and nobody knows how large they are."""
-    monkeypatch.setattr("pocketlm.data.split.ENOUGH_BYTES", 500)
-    monkeypatch.setattr("pocketlm.data.prepare.ENOUGH_DOCUMENTS", 50)
-    monkeypatch.setattr("pocketlm.data.prepare.MAX_PIECES", 10)
-    monkeypatch.setattr("pocketlm.data.pieces.MAX_PIECES", 10)
     noise = [random.Random(number).randbytes(20_000) for number in range(99)]
     server.add("someone/wide", {"0.parquet": parquet(TEXTS[:99], 50, noise=noise)})
     said: list[str] = []
