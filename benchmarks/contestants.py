@@ -75,7 +75,7 @@ def pocketlm(task: Task, flags: Set[str], boundary: Boundary) -> None:
     runtime = distributed.start(config.train)
     resolved = resolve(config, runtime)
     state = new_state(config, resolved, runtime)
-    loader = Loader(open_dataset(task.dataset).train, task.context, SEED, config.data.shuffle)
+    loader = Loader(open_dataset(task.dataset).train, task.context, SEED, config.data.order)
     flops = sizes.flops_per_token(config.model, task.context)
     compile_if_wanted(state, config, resolved, lambda text: None)
     # What a run holds from its first save on: the copies that are written beside the steps.

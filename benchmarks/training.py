@@ -86,7 +86,7 @@ def prepare(table: Table, threads: int, text: str, tokenizer: str | None, batche
     changes |= {"source": "synthetic"} if plain.data.source == "synthetic" else {}
     folder = prepare_data(plain.data.model_copy(update=changes), progress=say)
     task = Task(table.preset, table.rows, table.context, threads, folder, batches)
-    loader = Loader(open_dataset(folder).train, task.context, SEED, config_of(task).data.shuffle)
+    loader = Loader(open_dataset(folder).train, task.context, SEED, config_of(task).data.order)
     rows = loader.read(0, NUM_BATCHES * task.rows).numpy().astype(np.int32)
     np.save(task.batches, rows.reshape(NUM_BATCHES, task.rows, task.context + 1))
     return task, plain.model.vocab_size

@@ -28,6 +28,7 @@ from pocketlm.errors import ConfigError, FileError
 from pocketlm.toml_trees import Tree, flat, merged, nested, preset_names, preset_tree, read_toml
 
 MAX_SIZE = 2**24
+STREAM_VAL_TOKENS = 2**16
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -127,10 +128,35 @@ class DataConfig(Section):
     """Where the prepared data set lies; by default data/NAME-FINGERPRINT."""
     val_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.01
     """Share of the documents held out, chosen by the hash of their text."""
-    shuffle: Literal["global", "piece"] = "global"
-    """Rows permuted over the whole data set, or inside each piece in turn."""
+    shuffle: Literal["auto", "global", "piece"] = "auto"
+    """Rows permuted over the whole data set, or inside each piece in turn. `auto`: inside each piece of a stream."""
     piece_documents: Count = 8192
     """Documents in a piece: a shard file, and the unit of `shuffle = "piece"`."""
+    stream: Literal["auto", "on", "off"] = "auto"
+    """Train while the text is still fetched and tokenized, by another process. `auto`: text from the Hub."""
+    val_tokens: Natural = 0
+    """Held-out tokens: the pieces from the first on that have so many. 0 is all; of a stream 65,536."""
+    segment_pieces: Natural = 0
+    """Of a stream: pieces in a segment. At the end of each there is a checkpoint; 0 for no segments."""
+    keep_segments: Natural = 0
+    """Of a stream: segments on the disk at once, at least 2; 0 for all."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether the order is one that needs no more than the first piece to begin."""
+        return self.stream == "on" or (self.stream == "auto" and self.source.startswith("hf:"))
+
+    @property
+    def order(self) -> Literal["global", "piece"]:
+        """`shuffle`, decided."""
+        if self.shuffle == "auto":
+            return "piece" if self.streams else "global"
+        return self.shuffle
+
+    @property
+    def validation_tokens(self) -> int:
+        """`val_tokens`, decided; 0 is all."""
+        return self.val_tokens or (STREAM_VAL_TOKENS if self.streams else 0)
 
 
 class OptimConfig(Section):
@@ -260,7 +286,7 @@ class SampleConfig(Section):
 FREE_FIELDS = frozenset(
     {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every"}
     | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "train.on_save_error"}
-    | {"data.dir", "guard.spike_sigma", "guard.max_skips", "guard.max_rollbacks"}
+    | {"data.dir", "data.keep_segments", "guard.spike_sigma", "guard.max_skips", "guard.max_rollbacks"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )
 
@@ -338,9 +364,19 @@ class Config(Section):
 
     def differences(self, other: Config) -> list[str]:
         """Lines `field: mine, theirs` for every field that changes the result."""
-        mine, theirs = dict(flat(self.model_dump())), dict(flat(other.model_dump()))
+        mine, theirs = self._decided(), other._decided()
         changed = [name for name in FIELDS if mine[name] != theirs[name] and name not in FREE_FIELDS]
         return [f"{name}: {mine[name]}, {theirs[name]}" for name in changed if name != "name"]
+
+    def _decided(self) -> dict[str, Any]:
+        """Every field, by its dotted name; of what the configuration alone decides, the decision."""
+        data = self.data
+        decided = {
+            "data.stream": "on" if data.streams else "off",
+            "data.shuffle": data.order,
+            "data.val_tokens": data.validation_tokens,
+        }
+        return dict(flat(self.model_dump())) | decided
 
 
 def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -403,6 +439,18 @@ def _previous_token_misses(config: Config) -> list[str]:
     return [name for name, has in wanted.items() if not has]
 
 
+def _stream_clashes(data: DataConfig) -> Iterator[str]:
+    if data.streams and data.order == "global":
+        yield "data.shuffle global needs all text before the first step; add --data.stream off, or --data.shuffle piece"
+    if data.keep_segments and not (data.streams and data.segment_pieces):
+        yield (
+            f"data.keep_segments {data.keep_segments} is for text that streams in segments; "
+            f"add {'--data.segment-pieces N' if data.streams else '--data.stream on'}, or --data.keep-segments 0"
+        )
+    if data.keep_segments == 1:
+        yield "data.keep_segments: given 1, allowed is 0 for all, or at least 2: one is read while the next one comes"
+
+
 def _clashes(config: Config) -> Iterator[str]:
     """Fields that are right alone and wrong together."""
     data, train, model = config.data, config.train, config.model
@@ -428,6 +476,7 @@ def _clashes(config: Config) -> Iterator[str]:
             f"model.vocab_size {model.vocab_size} is below the {ids} ids of the tokenizer {data.tokenizer}; "
             f"add --model.vocab-size {ids}"
         )
+    yield from _stream_clashes(data)
     warmup = config.schedule.warmup_steps
     if warmup is not None and warmup > train.total_steps:
         yield (

@@ -50,7 +50,7 @@ def trained_gradient(config: Config) -> dict[str, Tensor]:
 def exact_gradient(config: Config) -> dict[str, Tensor]:
     """The same in float64: the mean over all targets of the step at once, from whole logits."""
     dataset = open_dataset(prepare(config.data, progress=lambda text: None))
-    batch = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle).read(0, ROWS)
+    batch = Loader(dataset.train, config.data.context, config.train.seed, config.data.order).read(0, ROWS)
     model = allocate(config.model)
     init_weights(model, config.init, config.train.seed)
     model.double()

@@ -103,6 +103,8 @@ def changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterato
 class Tokens:
     """A stream of drawn ids."""
 
+    complete = True
+
     def __init__(self, vocab_size: int) -> None:
         self.ids = np.random.default_rng(0).integers(0, vocab_size, 4096)
         self.num_tokens = len(self.ids)

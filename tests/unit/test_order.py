@@ -15,6 +15,8 @@ from pocketlm.errors import DataError
 class Line:
     """Token i is the number i: a row shows where it was read."""
 
+    complete = True
+
     def __init__(self, *sizes: int) -> None:
         self.piece_starts = np.cumsum([0, *sizes]).tolist()
         self.num_tokens = sum(sizes)

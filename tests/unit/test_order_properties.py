@@ -25,6 +25,8 @@ from proof import Proof
 class Line:
     """Token i is the number i, in pieces of these sizes."""
 
+    complete = True
+
     def __init__(self, sizes: tuple[int, ...]) -> None:
         self.piece_starts = np.cumsum([0, *sizes]).tolist()
         self.num_tokens = sum(sizes)

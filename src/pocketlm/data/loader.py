@@ -21,24 +21,38 @@ class Stream(Protocol):
 
     num_tokens: int
     piece_starts: list[int]
+    complete: bool
 
     def read(self, start: int, length: int) -> np.ndarray: ...
 
 
 class Loader:
-    """Rows of context + 1 tokens in the run's order."""
+    """Rows of context + 1 tokens in the run's order.
+
+    Attributes:
+        rows: of the pieces that are known.
+    """
 
     def __init__(self, stream: Stream, context: int, seed: int, shuffle: Literal["global", "piece"]) -> None:
-        self.stream = stream
-        self.seed = seed
-        self.rows: Rows = cut_rows(stream.piece_starts, context, shuffle)
+        self.stream, self.context, self.seed, self.shuffle = stream, context, seed, shuffle
+        self.rows: Rows
+        self._known: tuple[int, bool] | None = None
+        self.cut()
         if self.rows.total < 1:
             raise DataError(
                 f"the training text has {stream.num_tokens} tokens, a row needs {context + 1}; "
                 f"give more text, or a shorter --data.context"
             )
 
+    def cut(self) -> None:
+        """Takes in the pieces that the stream has now: one that streams gets more (streamed.py)."""
+        known = (len(self.stream.piece_starts), self.stream.complete)
+        if known == self._known:
+            return
+        self._known = known
+        self.rows = cut_rows(self.stream.piece_starts, self.context, self.shuffle, self.stream.complete)
+
     def read(self, position: int, count: int) -> Tensor:
         """The rows at positions position .. position + count - 1. (count, context + 1) int64."""
         starts = self.rows.first_token(rows_at(self.rows, self.seed, position, count))
-        return torch.from_numpy(np.stack([self.stream.read(int(start), self.rows.context + 1) for start in starts]))
+        return torch.from_numpy(np.stack([self.stream.read(int(start), self.context + 1) for start in starts]))

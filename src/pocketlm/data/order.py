@@ -38,6 +38,8 @@ class Rows:
     first_tokens: tuple[int, ...]
     num_rows: tuple[int, ...]
     dropped_tokens: int
+    complete: bool = True
+    """Whether these are all rows of an epoch, or others are still to come."""
 
     @property
     def total(self) -> int:
@@ -56,24 +58,28 @@ class Rows:
         return piece, rows - (ends - np.asarray(self.num_rows))[piece]
 
 
-def cut_rows(piece_starts: Sequence[int], context: int, shuffle: Literal["global", "piece"]) -> Rows:
+def cut_rows(
+    piece_starts: Sequence[int], context: int, shuffle: Literal["global", "piece"], complete: bool = True
+) -> Rows:
     """Cuts a stream into rows of `context` tokens with stride `context`.
 
     Args:
         piece_starts: the first token of each piece, and the stream's length as the last entry.
         context: tokens in a row.
         shuffle: "global" takes the whole stream as one piece.
+        complete: whether these are all pieces.
     """
     starts = [piece_starts[0], piece_starts[-1]] if shuffle == "global" else list(piece_starts)
     sizes = [end - start for start, end in pairwise(starts)]
     num_rows = tuple(max(0, size - 1) // context for size in sizes)
     targets = sum(max(0, size - 1) for size in sizes)
-    return Rows(context, tuple(starts[:-1]), num_rows, targets - sum(num_rows) * context)
+    return Rows(context, tuple(starts[:-1]), num_rows, targets - sum(num_rows) * context, complete)
 
 
 def rows_at(rows: Rows, seed: int, position: int, count: int) -> Indices:
     """The rows read at positions position .. position + count - 1. (count,) int64; may cross epochs and pieces."""
     assert rows.total >= 1
+    assert rows.complete or position + count <= rows.total, "an epoch that has no end yet"
     epochs, inside_epoch = np.divmod(np.arange(position, position + count, dtype=np.int64), rows.total)
     pieces, inside = rows.locate(inside_epoch)
     result = inside_epoch - inside  # the first row of each piece

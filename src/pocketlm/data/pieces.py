@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -103,10 +103,10 @@ class Plan:
         return hash_of(self.tree)
 
 
-def read_plan(folder: Path, inputs: Tree) -> Plan | None:
-    """The plan of an unfinished folder, if it is whole and was made from the same inputs."""
+def read_plan(folder: Path, inputs: Tree | None = None) -> Plan | None:
+    """The plan of an unfinished folder, if it is whole and was made from the same inputs, where they are given."""
     tree = unsealed(folder / PLAN_FILE, PLAN)
-    if tree is None or tree["inputs"] != inputs:
+    if tree is None or inputs not in (None, tree["inputs"]):
         return None
     try:
         verify_file(folder / TOKENIZER_FILE, tree["tokenizer"])
@@ -138,21 +138,48 @@ def write_pieces(plan: Plan, source: Source, progress: Progress) -> list[Tree]:
 def _write_missing(plan: Plan, source: Source, encoder: BulkEncoder, progress: Progress) -> list[Tree]:
     """All pieces. Of a piece that is whole no document is read: it says where the next one begins."""
     report = Report(plan.tree["text_bytes"] if plan.num_pieces else None, progress, source.remote)
-    entries = list[Tree]()
-    documents: Iterator[tuple[int, Document]] | None = None
-    while not _is_last(plan, entries):
-        place = Place(**entries[-1]["next"]) if entries else BEGINNING
-        if entry := _whole_piece(plan, len(entries)):
+    writer, entries = Writer(plan, source, encoder, report), list[Tree]()
+    while not is_last(plan, entries):
+        if entry := whole_piece(plan, len(entries)):
             report.skip(entry["text_bytes"])
-            documents = None
         else:
-            number = len(entries) * plan.piece_documents
-            documents = documents or numbered(source, plan.max_documents, place, number)
-            own = islice(documents, plan.piece_documents)
-            entry = _write_piece(plan, len(entries), own, place, encoder, report)
+            entry = writer.write(len(entries), begin_of(entries))
         entries.append(entry)
     report.end()
     return entries
+
+
+def begin_of(entries: Sequence[Tree]) -> Place:
+    """Where in the source the piece after these begins."""
+    return Place(**entries[-1]["next"]) if entries else BEGINNING
+
+
+class Writer:
+    """Writes pieces. One that follows the last one written goes on reading; any other begins at its place."""
+
+    def __init__(self, plan: Plan, source: Source, encoder: BulkEncoder, report: Report) -> None:
+        self.plan, self.source, self.encoder, self.report = plan, source, encoder, report
+        self._documents: Iterator[tuple[int, Document]] = iter(())
+        self._reads: int | None = None
+        """The piece that the documents go on with."""
+
+    def write(self, piece: int, place: Place) -> Tree:
+        """
+        Args:
+            piece: its number.
+            place: where its documents begin.
+
+        Raises:
+            Unequal: the library that tokenized it is wrong.
+        """
+        plan = self.plan
+        if self._reads != piece:
+            self._documents = numbered(self.source, plan.max_documents, place, piece * plan.piece_documents)
+        self._reads = None
+        own = islice(self._documents, plan.piece_documents)
+        entry = _write_piece(plan, piece, own, place, self.encoder, self.report)
+        self._reads = piece + 1
+        return entry
 
 
 def numbered(source: Source, limit: int, start: Place = BEGINNING, number: int = 0) -> Iterator[tuple[int, Document]]:
@@ -161,7 +188,7 @@ def numbered(source: Source, limit: int, start: Place = BEGINNING, number: int =
     return islice(documents, max(0, limit - number)) if limit else documents
 
 
-def _is_last(plan: Plan, entries: list[Tree]) -> bool:
+def is_last(plan: Plan, entries: Sequence[Tree]) -> bool:
     """Whether the last of these pieces is the set's.
 
     Raises:
@@ -188,10 +215,29 @@ def _shard_file(plan: Plan, split: str, piece: int) -> Path:
     return plan.folder / f"{split}-{piece:05d}.tokens"
 
 
-def _whole_piece(plan: Plan, piece: int) -> Tree | None:
-    """What piece-*.json says of a piece, if it belongs to this plan and its shards are as they were written."""
+def known_piece(plan: Plan, piece: int) -> Tree | None:
+    """What piece-*.json says of a piece, if it belongs to this plan; its shards may be gone."""
     entry = unsealed(_piece_file(plan, piece), PIECE)
-    if entry is None or entry["plan"] != plan.hash:
+    return entry if entry and entry["plan"] == plan.hash else None
+
+
+def known_pieces(plan: Plan) -> list[Tree]:
+    """What piece-*.json says of the pieces that were made, from the first on to the first that was not."""
+    entries = list[Tree]()
+    while entry := known_piece(plan, len(entries)):
+        entries.append(entry)
+    return entries
+
+
+def drop_shards(plan: Plan, piece: int, splits: Iterable[str]) -> None:
+    """Removes a piece's tokens; what piece-*.json says of it stays, so that it can be made again."""
+    for split in splits:
+        remove_file(_shard_file(plan, split, piece))
+
+
+def whole_piece(plan: Plan, piece: int) -> Tree | None:
+    """What piece-*.json says of a piece, if it belongs to this plan and its shards are as they were written."""
+    if (entry := known_piece(plan, piece)) is None:
         return None
     try:
         for split in ("train", "val"):

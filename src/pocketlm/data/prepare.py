@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pocketlm.config import DataConfig
@@ -55,7 +55,18 @@ ENOUGH_DOCUMENTS = 8192  # from a network; 4 MB of short stories, 25 MB of web p
 OWN_FILES = re.compile(r"(dataset|manifest|plan|tokenizer|piece-\d+)\.json|(train|val)-\d+\.tokens")
 
 
-def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data"), exact: bool = False) -> Path:
+Write = Callable[[Plan, Source, Progress], list[Tree]]
+"""What writes all pieces of a set, and returns what piece-*.json says of each."""
+
+
+def prepare(
+    config: DataConfig,
+    *,
+    progress: Progress,
+    root: Path = Path("data"),
+    exact: bool = False,
+    write: Write = write_pieces,
+) -> Path:
     """Makes the data set that `config` describes, or finds it finished, and returns its folder.
 
     The folder is `config.dir`, else root/NAME-FINGERPRINT. A finished set in `config.dir` is used as it is, whatever
@@ -66,6 +77,7 @@ def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data")
         progress: called with one line for people, a few times a minute.
         root: where folders go that have no name of their own.
         exact: whether a set that stands in the folder, finished or not, must be the one that `config` describes.
+        write: is given the folder with its plan to oneself; a training run lets the pieces come and go (feeder.py).
 
     Raises:
         DataError: a source or tokenizer that is refused, no text, or a folder that holds something else.
@@ -91,7 +103,7 @@ def prepare(config: DataConfig, *, progress: Progress, root: Path = Path("data")
             if exact:
                 _check_same(folder, inputs)
             if not is_finished(folder):
-                _make(folder, inputs, source, tokenizer, config, progress)
+                _make(folder, inputs, source, tokenizer, config, progress, write)
             elif named and not exact:
                 _use_as_it_is(folder, config, progress)
     _tidy(folder, progress)
@@ -176,12 +188,18 @@ def _alone(folder: Path, progress: Progress) -> Iterator[None]:
 
 
 def _make(
-    folder: Path, inputs: Tree, source: Source, tokenizer: Tokenizer | None, config: DataConfig, progress: Progress
+    folder: Path,
+    inputs: Tree,
+    source: Source,
+    tokenizer: Tokenizer | None,
+    config: DataConfig,
+    progress: Progress,
+    write: Write,
 ) -> None:
     """All five steps, or those that are left."""
     plan = read_plan(folder, inputs) or _make_plan(folder, inputs, source, tokenizer, config, progress)
     try:
-        pieces = write_pieces(plan, source, progress)
+        pieces = write(plan, source, progress)
     except Unfetched as error:  # the plan and the pieces are there
         raise DataError(f"{error}, it goes on where it stopped") from None
     if source.fingerprint() != inputs["source"]["fingerprint"]:
@@ -324,8 +342,12 @@ def _make_plan(
                 raise DataError(words)
             progress(f"{words}; the files hold more than the text, so it may be far fewer")
     if size := bpe_size(config.tokenizer):
-        progress(f"training a tokenizer of {size:,} tokens on the training documents")
-        tokenizer = train_tokenizer(_training_texts(source, config.max_documents, counted.split), size)
+        progress(
+            f"training a tokenizer of {size:,} tokens on the training documents"
+            + ("" if counted.whole else f" of the first {counted.documents:,}")
+        )
+        limit = config.max_documents if counted.whole else counted.documents
+        tokenizer = train_tokenizer(_training_texts(source, limit, counted.split), size)
     assert tokenizer is not None
     entry = write_file(folder / TOKENIZER_FILE, tokenizer.to_json().encode())
     tree = _plan_tree(inputs, counted, source, tokenizer, entry)
@@ -383,7 +405,7 @@ def _finish(plan: Plan, pieces: list[Tree]) -> None:
     shards = [shard for piece in pieces for split in ("train", "val") if (shard := piece[split])]
     files = {shard["name"]: _entry(shard) for shard in shards}
     files[TOKENIZER_FILE] = _entry(plan.tree["tokenizer"])
-    files[DATASET_FILE] = write_file(plan.folder / DATASET_FILE, json_bytes(_info(plan, pieces)))
+    files[DATASET_FILE] = write_file(plan.folder / DATASET_FILE, json_bytes(dataset_info(plan, pieces)))
     write_manifest(plan.folder, files)
     _remove_working_files(plan.folder)
 
@@ -392,7 +414,7 @@ def _entry(tree: Tree) -> Entry:
     return {name: tree[name] for name in ("bytes", "sha256")}
 
 
-def _info(plan: Plan, pieces: list[Tree]) -> Tree:
+def dataset_info(plan: Plan, pieces: Sequence[Tree]) -> Tree:
     """dataset.json. It holds no clock and no path but what the user wrote."""
     tokenizer = plan.tokenizer
     return {

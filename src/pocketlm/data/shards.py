@@ -194,7 +194,10 @@ class TokenStream:
     Attributes:
         num_tokens: its length.
         piece_starts: the first token of each piece (a piece is a shard), and num_tokens last.
+        complete: whether these are all.
     """
+
+    complete = True
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = tuple(shards)

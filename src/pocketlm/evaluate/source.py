@@ -25,6 +25,8 @@ from pocketlm.text.tokenizer import Tokenizer
 class ArrayStream:
     """Tokens in memory."""
 
+    complete = True
+
     def __init__(self, tokens: np.ndarray) -> None:
         self.tokens = tokens.astype(np.int64)
         self.num_tokens = len(tokens)

@@ -130,11 +130,11 @@ def serve(run: Run, state: TrainState, saver: Saver, stop: StopRequest) -> None:
     """
     now = state.progress
     state.check_finite()
-    if run.evaluates(now.step) and now.evaluated_at < now.step:
+    if run.evaluates(now) and now.evaluated_at < now.step:
         evaluate(run, state, stop)
-    if run.samples(now.step) and now.sampled_at < now.step:
+    if run.samples(now) and now.sampled_at < now.step:
         sample(run, state, stop)
-    if run.saves(now.step):
+    if run.saves(now):
         saver.begin(must=now.step == run.config.train.total_steps)
 
 

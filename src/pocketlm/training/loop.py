@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pocketlm import checkpoint
 from pocketlm.config import Config
-from pocketlm.errors import ConfigError, Diverged, FileError, Interrupted, PocketError
+from pocketlm.errors import ConfigError, DataError, Diverged, FileError, Interrupted, PocketError
 from pocketlm.files import Lock, make_folder, sweep
 from pocketlm.training.boundary import Late, record, serve
 from pocketlm.training.guard import Trouble
@@ -70,6 +70,7 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
                 _loop(run, state, stop)
         finally:
             listener.finished()
+            _end_supply(run, listener)
             run.journal.close()
             _report(run)
     return folder
@@ -93,6 +94,13 @@ def _complete(folder: Path, start: Path, config: Config, listener: Listener) -> 
     listener.note(f"{folder} is complete: step {state.step} of {config.train.total_steps}")
     prune(folder, config, state, listener.note)
     return True
+
+
+def _end_supply(run: Run, listener: Listener) -> None:
+    """Ends the process that prepared data beside the run, and says how long training waited for it."""
+    if run.supply:
+        run.supply.close()
+        listener.note(f"training waited {run.supply.waited_s:.1f} s for data")
 
 
 def _report(run: Run) -> None:
@@ -125,6 +133,9 @@ def _loop(run: Run, state: TrainState, stop: StopRequest) -> None:
             except Stopped:
                 state.precision.drop_gradients()
                 raise _interrupted(run, state, late, saver, stop) from None
+            except DataError:  # of text that streams; what was trained until here is kept
+                _keep_in_trouble(run, state, late, saver)
+                raise
             except FileError as error:
                 if stop.received is None:
                     raise
@@ -148,18 +159,19 @@ def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequ
     durable = state.saved.micro_batch if state.saved else state.progress.micro_batch
     while True:
         saver.hear()
-        if run.is_due(state.progress.step):
+        if run.is_due(state.progress):
             late.read()
             serve(run, state, saver, stop)
         if state.progress.step >= run.last_step:
             late.read()
             return
         stop.check()
+        run.await_rows(state.progress, stop.check)
         late.put(step_that_fits(run, state, stop.check))
         if state.progress.micro_batch == durable:
             continue
         durable = state.progress.micro_batch
-        if not run.saves(state.progress.step):
+        if not run.saves(state.progress):
             late.read()
             state.check_finite()
             saver.begin(must=False)
@@ -175,6 +187,14 @@ def _keep(state: TrainState, late: Late, saver: Saver) -> None:
     late.read()
     state.check_finite()
     saver.begin(must=True)
+
+
+def _keep_in_trouble(run: Run, state: TrainState, late: Late, saver: Saver) -> None:
+    """Saves what may be saved before an error ends the run, which is the one to be told."""
+    try:
+        _keep(state, late, saver)
+    except (Trouble, FileError) as error:
+        run.listener.note(f"not saved: {error}")
 
 
 def _interrupted(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequest) -> Interrupted:

@@ -12,9 +12,12 @@ import torch
 
 from pocketlm import checkpoint, distributed
 from pocketlm.config import Config
+from pocketlm.data.feed import Feed, Supply
 from pocketlm.data.loader import Loader
 from pocketlm.data.prepare import prepare
+from pocketlm.data.segments import enters_segment
 from pocketlm.data.shards import Dataset, open_dataset, unigram_entropy
+from pocketlm.data.streamed import StreamedDataset, open_finished
 from pocketlm.errors import ConfigError, DataError, one_line
 from pocketlm.files import set_aside, write_file
 from pocketlm.journal import Journal
@@ -26,6 +29,7 @@ from pocketlm.training import micro_batch
 from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
+from pocketlm.training.progress import Progress
 from pocketlm.training.resolve import Resolved, resolve, why_not_compile
 from pocketlm.training.state import Scalars, TrainState, read_state
 
@@ -40,6 +44,8 @@ class Run:
     runtime: distributed.Runtime
     dataset: Dataset
     loader: Loader
+    supply: Supply | None
+    """What brings the loader's rows, where they are not all there yet."""
     journal: Journal
     listener: Listener
 
@@ -49,23 +55,36 @@ class Run:
         train = self.config.train
         return min(train.total_steps, train.stop_at_step or train.total_steps)
 
-    def evaluates(self, step: int) -> bool:
-        """Whether the validation loss is taken after a step; so for the others."""
-        return self._due(step, self.config.train.eval_every)
+    def evaluates(self, now: Progress) -> bool:
+        """Whether the validation loss is taken at a step boundary; so for the others."""
+        return self._due(now.step, self.config.train.eval_every)
 
-    def samples(self, step: int) -> bool:
-        return self._due(step, self.config.sample.every)
+    def samples(self, now: Progress) -> bool:
+        return self._due(now.step, self.config.sample.every)
 
-    def saves(self, step: int) -> bool:
-        """Whether a step has a regular checkpoint; step 0, the beginning, has."""
-        return self._due(step, self.config.train.checkpoint_every)
+    def saves(self, now: Progress) -> bool:
+        """Whether a boundary has a regular checkpoint: the beginning has, and the first step in each segment."""
+        rows, size = self.config.rows_per_step, self.config.data.segment_pieces
+        due = self._due(now.step, self.config.train.checkpoint_every)
+        return due or (now.step > 0 and enters_segment(self.loader.rows, size, now.position, rows))
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self, now: Progress) -> bool:
         """Whether there is anything to do at a step boundary."""
-        return self.evaluates(step) or self.samples(step) or self.saves(step)
+        return self.evaluates(now) or self.samples(now) or self.saves(now)
 
     def _due(self, step: int, every: int) -> bool:
         return step == self.config.train.total_steps or (every > 0 and step % every == 0)
+
+    def await_rows(self, now: Progress, check: Callable[[], None]) -> None:
+        """Returns when the rows of the next step are there; `check` is called while that is waited for.
+
+        Raises:
+            DataError: they do not come.
+        """
+        if self.supply:
+            rows = self.config.rows_per_step
+            left = rows * (self.config.train.total_steps - now.step)
+            self.supply.await_rows(now.position, rows, left, check)
 
     @property
     def flops_per_token(self) -> float:
@@ -74,7 +93,24 @@ class Run:
 
 def begin(folder: Path, config: Config, start: Path | None, listener: Listener) -> tuple[Run, TrainState]:
     """Data, model and state, at step 0 or at a checkpoint's step. Of the run nothing is changed until all fits."""
-    dataset = open_dataset(prepare(config.data, progress=listener.note))
+    feed = _feed(config, listener)
+    try:
+        return _begin(folder, config, start, listener, feed)
+    except BaseException:
+        if feed:
+            feed.close()
+        raise
+
+
+def _feed(config: Config, listener: Listener) -> Feed | None:
+    """What brings text that streams; None where the whole set is made first."""
+    return Feed(config.data, listener.note) if config.data.streams else None
+
+
+def _begin(
+    folder: Path, config: Config, start: Path | None, listener: Listener, feed: Feed | None
+) -> tuple[Run, TrainState]:
+    dataset = feed.open(config.data.context) if feed else _prepared(config, listener)
     _check_fits(config, dataset)
     stored = read_state(start) if start else None
     if stored and stored.data_fingerprint != dataset.fingerprint:
@@ -90,13 +126,26 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
     state = new_state(config, resolved, runtime)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
-    loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle)
+    loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.order)
+    supply = _supply(feed, dataset, loader, state)
 
     set_aside_later(folder, checkpoint.step_of(start) if start else None, listener)
     write_file(folder / "config.toml", config.to_toml().encode())
     write_file(folder / "resolved.toml", _as_it_is_now(resolved, state).to_toml(config).encode())
     journal = _open_journal(folder / "metrics.jsonl", stored, listener)
-    return Run(folder, config, resolved, runtime, dataset, loader, journal, listener), state
+    return Run(folder, config, resolved, runtime, dataset, loader, supply, journal, listener), state
+
+
+def _prepared(config: Config, listener: Listener) -> Dataset:
+    folder = prepare(config.data, progress=listener.note)
+    return open_finished(folder, config.data) if config.data.validation_tokens else open_dataset(folder)
+
+
+def _supply(feed: Feed | None, dataset: Dataset, loader: Loader, state: TrainState) -> Supply | None:
+    if feed is None:
+        return None
+    assert isinstance(dataset, StreamedDataset)
+    return Supply(feed, dataset, loader, state.progress.position)
 
 
 def _as_it_is_now(resolved: Resolved, state: TrainState) -> Resolved:
@@ -209,25 +258,38 @@ def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime) 
     return state
 
 
+def _data_line(run: Run) -> str:
+    data, rows = run.dataset, run.loader.rows
+    tokens = f"data: {data.train.num_tokens:,} training and {data.val.num_tokens:,} validation tokens"
+    if rows.complete:
+        dropped = f"{rows.dropped_tokens} tokens dropped"
+        return f"{tokens} in {data.path}; {rows.total:,} rows of {run.config.data.context}, {dropped}"
+    return f"{tokens} until now in {data.path}, {len(rows.num_rows)} piece(s); more comes while the run reads them"
+
+
+def _epochs(run: Run) -> str:
+    """How often the run reads each row, if it is known how many there are."""
+    rows, config = run.loader.rows, run.config
+    return f", {config.train.total_steps * config.rows_per_step / rows.total:.2f} epochs" if rows.complete else ""
+
+
 def info(run: Run, state: TrainState) -> RunInfo:
     """The plan of a run, printed before its first step."""
     config, resolved = run.config, run.resolved
     train, stream, step = config.train, run.dataset.train, state.progress.step
     count, now = sizes.parameters(config.model), _as_it_is_now(resolved, state)
-    rows, at_once = run.loader.rows, state.progress.micro_batch
+    at_once = state.progress.micro_batch
     accumulation = math.ceil(config.rows_per_step / at_once)
-    epochs = train.total_steps * config.rows_per_step / rows.total
     unigram_nats, unigram_bits = unigram_entropy(
         stream, run.dataset.tokenizer.byte_lengths, run.dataset.tokenizer.special_ids
     )
     going_on = [f"going on from step {step}"] if step else []
     lines = (
         f"{config.name}: {count.total:,} parameters, {count.non_embedding:,} without embeddings, in {run.folder}",
-        f"data: {stream.num_tokens:,} training and {run.dataset.val.num_tokens:,} validation tokens "
-        f"in {run.dataset.path}; {rows.total:,} rows of {config.data.context}, {rows.dropped_tokens} tokens dropped",
+        _data_line(run),
         f"unigram entropy of the corpus: {unigram_nats:.4f} nats/token, {unigram_bits:.4f} bits/byte",
         f"plan: {train.total_steps:,} steps x {train.tokens_per_step:,} tokens = "
-        f"{train.total_steps * train.tokens_per_step:,} tokens, {epochs:.2f} epochs",
+        f"{train.total_steps * train.tokens_per_step:,} tokens{_epochs(run)}",
         f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once} "
         f"({now.reasons['micro_batch']}); "
         f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",

@@ -76,7 +76,7 @@ class Saver:
         now = self.state.progress
         if self.state.saved == now.mark:
             return
-        if self.run.saves(now.step) and (metric := _metric(self.run, now)) is not None:
+        if self.run.saves(now) and (metric := _metric(self.run, now)) is not None:
             now.rate(metric, self.run.config.train.keep_best)
         snapshot = self._snapshot()
         try:
@@ -145,6 +145,8 @@ class Saver:
             self.run.journal.lose()
         if saving.folder:
             self.state.saved = saving.progress.mark
+            if self.run.supply:
+                self.run.supply.saved(saving.progress.position)
             self.run.listener.saved(saving.folder)
         for note in saving.notes:
             self.run.listener.note(note)
@@ -194,7 +196,7 @@ class Saver:
 
 def _scalars(run: Run, state: TrainState) -> Mapping[str, Any]:
     return state.scalars(
-        regular=run.saves(state.progress.step),
+        regular=run.saves(state.progress),
         records=run.journal.num_records,
         journal_sha256=run.journal.sha256,
         data_fingerprint=run.dataset.fingerprint,

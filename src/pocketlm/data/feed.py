@@ -1,0 +1,320 @@
+"""A training run's end of a set that another process makes meanwhile (feeder.py): when its rows are there, which pieces
+to make next, and which may go.
+
+A run needs the pieces of its next step and no others. What is ordered beside these follows from its position and from
+the newest checkpoint, and decides when text comes, never which:
+
+    everything is kept     as many pieces as the rest of the run reads
+    keep_segments          those segments (segments.py), and of them no more than the rest of the run reads
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Container
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TextIO
+
+from pocketlm.config import DataConfig
+from pocketlm.data.loader import Loader
+from pocketlm.data.order import Rows, cut_rows
+from pocketlm.data.pieces import Plan, Tree, read_plan
+from pocketlm.data.segments import Segments, turn_of
+from pocketlm.data.streamed import StreamedDataset, num_tokens, open_finished, open_unfinished
+from pocketlm.errors import DataError
+
+COMMAND = (sys.executable, "-m", "pocketlm.data.feeder")
+AHEAD = 4  # pieces that are ordered beyond those that are known
+CHECK_EVERY_S = 0.1
+
+Say = Callable[[str], None]
+Check = Callable[[], None]
+Order = dict[str, Any]
+"""What the feeder is told; it has the fields of `feeder.Order`."""
+
+
+def nothing_to_check() -> None:
+    """For who waits where no signal is watched."""
+
+
+class Feeder:
+    """The other process, and the lines to and from it."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._messages = queue.SimpleQueue[Tree | None]()
+        self._process = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._orders = self._process.stdin
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        self._write(config.model_dump_json())
+
+    def _listen(self, lines: TextIO) -> None:
+        for line in lines:
+            self._messages.put(json.loads(line))
+        self._messages.put(None)
+
+    def _write(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # why it has ended is heard
+            print(line, file=self._orders, flush=True)
+
+    def order(self, order: Order) -> None:
+        self._write(json.dumps(order))
+
+    def heard(self, check: Check) -> Tree:
+        """The next message, which is waited for.
+
+        Args:
+            check: called while waiting; if it raises, nothing is lost.
+
+        Raises:
+            DataError: the process has ended; it may have said why.
+        """
+        while True:
+            check()
+            with suppress(queue.Empty):
+                message = self._messages.get(timeout=CHECK_EVERY_S)
+                if message is None:
+                    raise DataError(f"the process that prepares the data {self._end()}; run the command again")
+                if "refused" in message:
+                    raise DataError(message["refused"])
+                return message
+
+    @property
+    def has_said(self) -> bool:
+        return not self._messages.empty()
+
+    def _end(self) -> str:
+        code = self._process.wait()
+        return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+
+    def close(self) -> None:
+        """Ends the process; nothing of its work is lost but the piece that it is at."""
+        self._process.kill()
+        self._process.wait()
+        with suppress(BrokenPipeError):
+            self._orders.close()
+
+
+@dataclass
+class Known:
+    """What was heard of a set."""
+
+    plan: Plan | None = None
+    entries: list[Tree] = field(default_factory=list)
+    """What piece-*.json says of each piece, from the first one on."""
+    there: set[int] = field(default_factory=set)
+    """Pieces that are on the disk, and stay until an order lets them go."""
+    complete: bool = False
+    finished: Path | None = None
+
+    def dataset(self, config: DataConfig, context: int) -> StreamedDataset | None:
+        """The set, as soon as enough is known of it: its validation text, and one row of its training text."""
+        if self.finished:
+            return open_finished(self.finished, config)
+        if self.plan is None:
+            return None
+        starts = list(accumulate((num_tokens(entry["train"]) for entry in self.entries), initial=0))
+        if not self.complete and not cut_rows(starts, context, config.order).total:
+            return None
+        return open_unfinished(self.plan, self.entries, config, self.complete)
+
+
+def wanted(rows: Rows, position: int, saved: int, last: int, config: DataConfig) -> tuple[list[int], list[int] | None]:
+    """Which pieces are to be made, the most urgent first, and which may stay; None for all.
+
+    Args:
+        rows: of the pieces that are known.
+        position: the next row of the run.
+        saved: the row from which a resume would go on.
+        last: the row that the run ends before.
+    """
+    num_pieces, here = len(rows.num_rows), turn_of(rows, position)
+    is_known = rows.complete or last <= rows.total
+    end = turn_of(rows, last - 1) + 1 if is_known else num_pieces + AHEAD
+    if not config.keep_segments:
+        return _pieces(range(here, min(end, here + num_pieces + AHEAD)), rows), None
+    segments = Segments(config.segment_pieces, num_pieces if rows.complete else None)
+    kept = segments.kept(turn_of(rows, saved), here, config.keep_segments)
+    return _pieces(range(here, min(end, kept.stop)), rows), _pieces(kept, rows)
+
+
+def _pieces(turns: range, rows: Rows) -> list[int]:
+    """The pieces of these turns, each once."""
+    return list(dict.fromkeys(turn % len(rows.num_rows) if rows.complete else turn for turn in turns))
+
+
+class Feed:
+    """A set in the making: what is heard of it, and what is ordered. Every method is the main thread's."""
+
+    def __init__(self, config: DataConfig, say: Say) -> None:
+        self.config, self.say = config, say
+        self.known = Known()
+        self._feeder: Feeder | None = Feeder(config)
+        self._dataset: StreamedDataset | None = None
+        self._number = 0
+        self._ordered: Order = {}
+        self._unheard: dict[int, Container[int]] = {}
+        """What those orders keep, by their number, of which the feeder may not have heard."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all pieces are there to stay."""
+        return self._feeder is None
+
+    def open(self, context: int) -> StreamedDataset:
+        """The set as it is when a run can begin with it; it grows as more is heard.
+
+        Raises:
+            DataError: it is refused, or does not come.
+        """
+        while (dataset := self.known.dataset(self.config, context)) is None:
+            if self.known.plan:
+                self.order([len(self.known.entries)], None, 0)
+            self.hear(nothing_to_check)
+        self._dataset = dataset
+        return dataset
+
+    def order(self, make: list[int], keep: list[int] | None, validation: int) -> None:
+        """Says what is wanted, if it was not said; what may go is taken for gone. See `feeder.Order`."""
+        wanted: Order = {"make": make, "keep": keep, "validation": validation}
+        if wanted == self._ordered or self._feeder is None:
+            return
+        self._ordered, self._number = wanted, self._number + 1
+        if keep is not None:
+            self._unheard[self._number] = keep
+            self.known.there.intersection_update(keep)
+        self._feeder.order({"number": self._number} | wanted)
+
+    def hear(self, check: Check, *, is_waiting: bool = True) -> None:
+        """Takes in one message, which is waited for; of how far the text is who does not wait needs to know nothing.
+
+        Raises:
+            DataError: the feeder has ended.
+        """
+        assert self._feeder is not None
+        known, message = self.known, self._feeder.heard(check)
+        match message:
+            case {"say": line}:
+                self.say(line)
+            case {"report": line}:
+                if is_waiting:
+                    self.say(line)
+            case {"plan": folder, "known": entries, "complete": complete}:
+                known.plan, known.entries, known.complete = read_plan(Path(folder)), entries, complete
+            case {"known": entry, "complete": complete}:
+                self._grow(entry, complete)
+            case {"there": piece, "number": number}:
+                self._is_there(piece, number)
+            case {"finished": folder}:
+                known.finished = Path(folder)
+                self.close()
+            case _:
+                raise AssertionError(message)
+
+    def hear_all(self, check: Check) -> None:
+        """Takes in what has been said already."""
+        while self._feeder and self._feeder.has_said:
+            self.hear(check, is_waiting=False)
+
+    def _grow(self, entry: Tree, complete: bool) -> None:
+        self.known.entries.append(entry)
+        self.known.complete = complete
+        if self._dataset:
+            self._dataset.train.add(entry["train"])
+            self._dataset.train.complete = complete
+
+    def _is_there(self, piece: int, number: int) -> None:
+        """What the feeder has said after the order of this number; those after it may let the piece go."""
+        self._unheard = {later: keep for later, keep in self._unheard.items() if later > number}
+        if all(piece in keep for keep in self._unheard.values()):
+            self.known.there.add(piece)
+
+    def close(self) -> None:
+        """Ends the other process, if it has not ended."""
+        if self._feeder:
+            self._feeder.close()
+            self._feeder = None
+
+
+class Supply:
+    """The rows of a run from a set in the making. Every method is the main thread's.
+
+    Attributes:
+        waited_s: seconds that `await_rows` has waited.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        dataset: StreamedDataset,
+        loader: Loader,
+        position: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """
+        Args:
+            feed: of the set.
+            dataset: what it has opened.
+            loader: of its training text.
+            position: the row that the run goes on from.
+        """
+        self.feed, self.dataset, self.loader, self._clock = feed, dataset, loader, clock
+        self.waited_s = 0.0
+        self._saved = position
+
+    def saved(self, position: int) -> None:
+        """A checkpoint from which a resume goes on with this row is on the disk."""
+        self._saved = position
+
+    def await_rows(self, position: int, count: int, left: int, check: Check) -> None:
+        """Returns when the rows at positions position .. position + count - 1 are there.
+
+        Args:
+            position: the next row of the run.
+            count: rows of a step.
+            left: rows of all steps that are left.
+            check: called while waiting; if it raises, nothing is lost.
+
+        Raises:
+            DataError: they do not come.
+        """
+        self.feed.hear_all(check)
+        self._order(position, position + left)
+        if self._has(position, count):
+            return
+        began_at = self._clock()
+        while not self._has(position, count):
+            self.feed.hear(check)
+            self._order(position, position + left)
+        self.waited_s += self._clock() - began_at
+
+    def close(self) -> None:
+        """Ends the other process."""
+        self.feed.close()
+
+    def _has(self, position: int, count: int) -> bool:
+        rows = self.loader.rows
+        if self.feed.has_ended:
+            return True
+        if not rows.complete and position + count > rows.total:
+            return False
+        turns = range(turn_of(rows, position), turn_of(rows, position + count - 1) + 1)
+        return self.feed.known.there.issuperset(_pieces(turns, rows))
+
+    def _order(self, position: int, last: int) -> None:
+        self.loader.cut()
+        make, keep = wanted(self.loader.rows, position, self._saved, last, self.feed.config)
+        if keep is not None:
+            self.dataset.train.keep(keep)
+        self.feed.order(make, keep, self.dataset.validation_pieces)

@@ -1,0 +1,72 @@
+"""Segments: pieces of a set that come and go together, while a run reads it.
+
+A run reads piece after piece, epoch after epoch. Its turns count the pieces as they are read: in epoch e of a set of n
+pieces, piece k has turn e * n + k. A segment is `size` turns that follow each other; the last one of an epoch may have
+fewer. It is the unit of checkpoint and deletion, and none of order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pocketlm.data.order import Rows
+
+
+@dataclass(frozen=True)
+class Segments:
+    """How the turns of a run are cut."""
+
+    size: int
+    """Turns in a segment."""
+    num_pieces: int | None
+    """Of the set; None where it is not known yet, and no turn of the second epoch is asked for."""
+
+    def of(self, turn: int) -> int:
+        """The segment of a turn, from 0."""
+        if self.num_pieces is None:
+            return turn // self.size
+        epoch, piece = divmod(turn, self.num_pieces)
+        return epoch * self._in_epoch(self.num_pieces) + piece // self.size
+
+    def first_turn(self, segment: int) -> int:
+        """Where a segment begins; what `of` takes back."""
+        if self.num_pieces is None:
+            return segment * self.size
+        epoch, inside = divmod(segment, self._in_epoch(self.num_pieces))
+        return epoch * self.num_pieces + inside * self.size
+
+    def kept(self, saved: int, current: int, keep: int) -> range:
+        """The turns whose pieces are on the disk.
+
+        From the segment of the newest checkpoint on, so that a resume finds what it needs; but one segment more than
+        the one that is read, or, where no checkpoint can be saved, at least this one.
+
+        Args:
+            saved: the turn that a resume would go on from.
+            current: the turn that is read.
+            keep: segments on the disk, at least 2.
+        """
+        here = self.of(current)
+        first = max(min(self.of(saved), here - (keep - 2)), here - (keep - 1), 0)
+        return range(self.first_turn(first), self.first_turn(first + keep))
+
+    def _in_epoch(self, num_pieces: int) -> int:
+        return -(-num_pieces // self.size)
+
+
+def turn_of(rows: Rows, position: int) -> int:
+    """The turn of the row at a position. One behind the last row that is known has the turn behind the last piece."""
+    num_pieces = len(rows.num_rows)
+    epoch, inside = divmod(position, rows.total) if rows.complete else (0, min(position, rows.total))
+    piece, _ = rows.locate(np.array([inside], dtype=np.int64))
+    return epoch * num_pieces + int(piece[0])
+
+
+def enters_segment(rows: Rows, size: int, position: int, count: int) -> bool:
+    """Whether the `count` rows before a position are the first that the run reads of a segment, but the first one."""
+    if not size or position <= count:
+        return False
+    segments = Segments(size, len(rows.num_rows) if rows.complete else None)
+    return segments.of(turn_of(rows, position - 1)) != segments.of(turn_of(rows, position - count - 1))
