@@ -36,8 +36,8 @@ PRESETS = """
 ## Presets
 
 A preset is a TOML file in `src/pocketlm/presets/`. A file of your own may begin with `preset = "NAME"` and hold only
-what differs. A source that begins with `hf:` is fetched from [the Hugging Face Hub](data.md#the-hub) before the first
-step; a first try takes `--data.max-documents`. See [the seeds](seeds.md) and [the recipe of `tiny`](recipe.md).
+what differs. A source that begins with `hf:` comes from [the Hugging Face Hub](data.md#the-hub) while the model
+trains; a first try takes `--data.max-documents`. See [the seeds](seeds.md) and [the recipe of `tiny`](recipe.md).
 
 | preset | parameters | not embeddings | source | tokenizer | context | tokens a step | steps | optimizer | schedule |
 |-|-:|-:|-|-|-:|-:|-:|-|-|

@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
 
     from pocketlm import checkpoint, distributed
     from pocketlm.evaluate.loss import evaluate_stream
-    from pocketlm.evaluate.source import open_stream, own_dataset, own_source
+    from pocketlm.evaluate.source import checked, open_stream, own_dataset, own_source
     from pocketlm.model.arithmetic import computing
 
     path = Path(arguments.model) if arguments.model else checkpoint.newest_run()
@@ -58,8 +58,12 @@ def run(argv: list[str]) -> int:
     arithmetic = _arithmetic(folder, state, device)
     if arguments.dtype != "auto":
         arithmetic = replace(arithmetic, dtype=arguments.dtype)
-    data = str(own_dataset(folder).path) if arguments.data is None else arguments.data
-    stream = open_stream(data, tokenizer, folder, limit=arguments.limit, say=say)
+    if arguments.data is None:
+        dataset = own_dataset(folder)
+        data, stream = str(dataset.path), checked(dataset.val, str(dataset.path))
+    else:
+        data = arguments.data
+        stream = open_stream(data, tokenizer, folder, limit=arguments.limit, say=say)
     if data == own_source(folder):
         say(f"{folder} was trained on {data}: this is how it remembers; without --data, what was held out is scored")
     arithmetic.use()

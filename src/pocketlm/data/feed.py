@@ -27,7 +27,7 @@ from pocketlm.config import DataConfig
 from pocketlm.data.loader import Loader
 from pocketlm.data.order import Rows, cut_rows
 from pocketlm.data.pieces import Plan, Tree, read_plan
-from pocketlm.data.segments import Segments, turn_of
+from pocketlm.data.segments import Segments, turn_of, turns_of
 from pocketlm.data.streamed import StreamedDataset, num_tokens, open_finished, open_unfinished
 from pocketlm.errors import DataError
 
@@ -56,12 +56,15 @@ class Feeder:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._orders = self._process.stdin
-        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True)
+        self._listener.start()
         self._write(config.model_dump_json())
 
     def _listen(self, lines: TextIO) -> None:
-        for line in lines:
-            self._messages.put(json.loads(line))
+        with lines:
+            for line in lines:
+                if line.endswith("\n"):  # it may have been killed in the middle of one
+                    self._messages.put(json.loads(line))
         self._messages.put(None)
 
     def _write(self, line: str) -> None:
@@ -102,6 +105,7 @@ class Feeder:
         """Ends the process; nothing of its work is lost but the piece that it is at."""
         self._process.kill()
         self._process.wait()
+        self._listener.join()
         with suppress(BrokenPipeError):
             self._orders.close()
 
@@ -130,23 +134,26 @@ class Known:
         return open_unfinished(self.plan, self.entries, config, self.complete)
 
 
-def wanted(rows: Rows, position: int, saved: int, last: int, config: DataConfig) -> tuple[list[int], list[int] | None]:
+def wanted(
+    rows: Rows, position: int, count: int, left: int, saved: int, config: DataConfig
+) -> tuple[list[int], list[int] | None]:
     """Which pieces are to be made, the most urgent first, and which may stay; None for all.
 
     Args:
         rows: of the pieces that are known.
         position: the next row of the run.
+        count: rows of a step.
+        left: rows of all steps that are left.
         saved: the row from which a resume would go on.
-        last: the row that the run ends before.
     """
-    num_pieces, here = len(rows.num_rows), turn_of(rows, position)
-    is_known = rows.complete or last <= rows.total
-    end = turn_of(rows, last - 1) + 1 if is_known else num_pieces + AHEAD
+    num_pieces, read = len(rows.num_rows), turns_of(rows, position, count)
+    is_known = rows.complete or position + left <= rows.total
+    end = turn_of(rows, position + left - 1) + 1 if is_known else num_pieces + AHEAD
     if not config.keep_segments:
-        return _pieces(range(here, min(end, here + num_pieces + AHEAD)), rows), None
+        return _pieces(range(read.start, min(end, read.start + num_pieces + AHEAD)), rows), None
     segments = Segments(config.segment_pieces, num_pieces if rows.complete else None)
-    kept = segments.kept(turn_of(rows, saved), here, config.keep_segments)
-    return _pieces(range(here, min(end, kept.stop)), rows), _pieces(kept, rows)
+    kept = segments.kept(turn_of(rows, saved), read, config.keep_segments)
+    return _pieces(range(read.start, min(end, kept.stop)), rows), _pieces(kept, rows)
 
 
 def _pieces(turns: range, rows: Rows) -> list[int]:
@@ -290,13 +297,13 @@ class Supply:
             DataError: they do not come.
         """
         self.feed.hear_all(check)
-        self._order(position, position + left)
+        self._order(position, count, left)
         if self._has(position, count):
             return
         began_at = self._clock()
         while not self._has(position, count):
             self.feed.hear(check)
-            self._order(position, position + left)
+            self._order(position, count, left)
         self.waited_s += self._clock() - began_at
 
     def close(self) -> None:
@@ -309,12 +316,11 @@ class Supply:
             return True
         if not rows.complete and position + count > rows.total:
             return False
-        turns = range(turn_of(rows, position), turn_of(rows, position + count - 1) + 1)
-        return self.feed.known.there.issuperset(_pieces(turns, rows))
+        return self.feed.known.there.issuperset(_pieces(turns_of(rows, position, count), rows))
 
-    def _order(self, position: int, last: int) -> None:
+    def _order(self, position: int, count: int, left: int) -> None:
         self.loader.cut()
-        make, keep = wanted(self.loader.rows, position, self._saved, last, self.feed.config)
+        make, keep = wanted(self.loader.rows, position, count, left, self._saved, self.feed.config)
         if keep is not None:
             self.dataset.train.keep(keep)
         self.feed.order(make, keep, self.dataset.validation_pieces)

@@ -47,7 +47,7 @@ from pocketlm.data.split import Split, Survey, survey
 from pocketlm.errors import DataError, Unfetched, one_line
 from pocketlm.files import Lock, make_folder, remove_file, sweep, write_file, write_manifest
 from pocketlm.reading import MANIFEST, Entry
-from pocketlm.text.sources import Source, open_source
+from pocketlm.text.sources import Remembering, Source, open_source
 from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_tokenizer
 
 LOCK_FILE = "prepare.lock"
@@ -91,6 +91,8 @@ def prepare(
         return named
     tokenizer = _given_tokenizer(config)
     source, folder = _open(config, tokenizer, root, progress)
+    if source.remote:
+        source = Remembering(source, ENOUGH_DOCUMENTS)  # a survey reads them, and then the first piece
     if source.remote and not named and is_finished(folder):
         _tidy(folder, progress)
         return folder

@@ -37,20 +37,21 @@ class Segments:
         epoch, inside = divmod(segment, self._in_epoch(self.num_pieces))
         return epoch * self.num_pieces + inside * self.size
 
-    def kept(self, saved: int, current: int, keep: int) -> range:
-        """The turns whose pieces are on the disk.
+    def kept(self, saved: int, read: range, keep: int) -> range:
+        """The turns whose pieces are on the disk: `keep` segments, or more where one step reads more.
 
-        From the segment of the newest checkpoint on, so that a resume finds what it needs; but one segment more than
-        the one that is read, or, where no checkpoint can be saved, at least this one.
+        From the segment of the newest checkpoint on, so that a resume finds what it needs; but one segment beyond what
+        is read comes first, and before all what is read, also if no checkpoint can be saved any more.
 
         Args:
             saved: the turn that a resume would go on from.
-            current: the turn that is read.
-            keep: segments on the disk, at least 2.
+            read: the turns of the next step.
+            keep: at least 2.
         """
-        here = self.of(current)
-        first = max(min(self.of(saved), here - (keep - 2)), here - (keep - 1), 0)
-        return range(self.first_turn(first), self.first_turn(first + keep))
+        first, last = self.of(read.start), self.of(read.stop - 1)
+        begin = max(min(self.of(saved), last - (keep - 2)), last - (keep - 1), 0)
+        begin = min(begin, first)
+        return range(self.first_turn(begin), self.first_turn(max(begin + keep, last + 1)))
 
     def _in_epoch(self, num_pieces: int) -> int:
         return -(-num_pieces // self.size)
@@ -59,9 +60,16 @@ class Segments:
 def turn_of(rows: Rows, position: int) -> int:
     """The turn of the row at a position. One behind the last row that is known has the turn behind the last piece."""
     num_pieces = len(rows.num_rows)
-    epoch, inside = divmod(position, rows.total) if rows.complete else (0, min(position, rows.total))
+    if not rows.complete and position >= rows.total:
+        return num_pieces
+    epoch, inside = divmod(position, rows.total)
     piece, _ = rows.locate(np.array([inside], dtype=np.int64))
     return epoch * num_pieces + int(piece[0])
+
+
+def turns_of(rows: Rows, position: int, count: int) -> range:
+    """The turns of the rows at positions position .. position + count - 1."""
+    return range(turn_of(rows, position), turn_of(rows, position + count - 1) + 1)
 
 
 def enters_segment(rows: Rows, size: int, position: int, count: int) -> bool:

@@ -144,6 +144,15 @@ def open_finished(folder: Path, config: DataConfig) -> StreamedDataset:
     return _opened(folder, dataset.info, dataset.tokenizer, entries, config, complete=True)
 
 
+def open_as_run(folder: Path, config: DataConfig) -> Dataset:
+    """A finished set as a run with these settings sees it.
+
+    Raises:
+        DataError: as `open_dataset`.
+    """
+    return open_finished(folder, config) if config.validation_tokens else open_dataset(folder)
+
+
 def open_unfinished(plan: Plan, entries: Sequence[Tree], config: DataConfig, complete: bool) -> StreamedDataset | None:
     """A set in the making; None where its validation text is not there yet.
 

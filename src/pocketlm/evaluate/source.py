@@ -7,14 +7,18 @@ configuration. So without a source its own held-out text can be found.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pocketlm.checkpoint import CONFIG, STATE, read_state
 from pocketlm.config import Config, DataConfig
 from pocketlm.data.loader import Stream
+from pocketlm.data.pieces import PLAN_FILE
 from pocketlm.data.shards import DATASET_FILE, Dataset, open_dataset
+from pocketlm.data.streamed import open_streamed
 from pocketlm.errors import DataError, FileError, UsageError
 from pocketlm.reading import read_json
 from pocketlm.text.documents import Document
@@ -67,13 +71,13 @@ def open_stream(
             )
         documents = opened.documents()
         tokens = first_tokens(documents, tokenizer, limit + 1) if limit else encode_documents(documents, tokenizer)
-        return _checked(ArrayStream(tokens), source)
+        return checked(ArrayStream(tokens), source)
     dataset = open_dataset(Path(source))
     if dataset.tokenizer.fingerprint != tokenizer.fingerprint:
         raise DataError(
             f"{source} was prepared with another tokenizer than {model_folder} has; give its text as files:GLOB"
         )
-    return _checked(dataset.val, source)
+    return checked(dataset.val, source)
 
 
 def own_dataset(model_folder: Path) -> Dataset:
@@ -86,7 +90,7 @@ def own_dataset(model_folder: Path) -> Dataset:
     if not (model_folder / STATE).is_file():
         raise UsageError(f"{model_folder} was not trained here; give the text to score: --data stdlib or files:GLOB")
     data, fingerprint = _data_settings(model_folder), read_state(model_folder).get("data_fingerprint")
-    if (dataset := find_dataset(fingerprint, data.source, data.dir)) is None:
+    if (dataset := find_dataset(fingerprint, data)) is None:
         raise UsageError(
             f"the data set that {model_folder} was trained on is not in {data.dir or 'data/'}; "
             "give the text to score: --data with its folder, or with stdlib or files:GLOB"
@@ -102,17 +106,17 @@ def own_source(model_folder: Path) -> str | None:
     return _source_of(Path(data.dir)) if data.dir else data.source
 
 
-def find_dataset(fingerprint: object, source: str, folder: str | None) -> Dataset | None:
-    """The data set with this fingerprint in `folder`, or without one among those under data/ that `source` gave.
+def find_dataset(fingerprint: object, data: DataConfig) -> Dataset | None:
+    """The data set with this fingerprint, in the folder that a run's settings name, or among those of its source.
 
     Raises:
         DataError: it was not found, and one of those looked at is damaged, so it may be that.
     """
-    made = (path for path in sorted(Path("data").glob("*")) if _source_of(path) == source)
+    made = (path for path in sorted(Path("data").glob("*")) if _source_of(path) == data.source)
     problems = []
-    for path in [Path(folder)] if folder else made:
+    for path in [Path(data.dir)] if data.dir else made:
         try:
-            if (path / DATASET_FILE).is_file() and (dataset := open_dataset(path)).fingerprint == fingerprint:
+            if (dataset := _standing(path, data)) and dataset.fingerprint == fingerprint:
                 return dataset
         except DataError as error:
             problems.append(error)
@@ -121,12 +125,22 @@ def find_dataset(fingerprint: object, source: str, folder: str | None) -> Datase
     return None
 
 
-def _source_of(dataset: Path) -> str | None:
-    """The SOURCE of a data set folder; None where there is no finished one."""
-    try:
-        return str(read_json(dataset / DATASET_FILE)["source"]["spec"])
-    except (FileError, KeyError, TypeError):
-        return None
+def _standing(folder: Path, data: DataConfig) -> Dataset | None:
+    """The set in a folder as a run with these settings sees it; None where it could not see one."""
+    if data.validation_tokens:
+        return open_streamed(folder, data) if _source_of(folder) else None
+    return open_dataset(folder) if (folder / DATASET_FILE).is_file() else None
+
+
+def _source_of(folder: Path) -> str | None:
+    """The SOURCE of a data set's folder; None where there is none, nor one in the making."""
+    for name, path in ((DATASET_FILE, ("source", "spec")), (PLAN_FILE, ("inputs", "source", "spec"))):
+        with suppress(FileError, KeyError, TypeError):
+            value: Any = read_json(folder / name)
+            for key in path:
+                value = value[key]
+            return str(value)
+    return None
 
 
 def _data_settings(checkpoint: Path) -> DataConfig:
@@ -152,7 +166,11 @@ def first_tokens(documents: Iterable[Document], tokenizer: Tokenizer, enough: in
     return np.concatenate(parts)
 
 
-def _checked(stream: Stream, source: str) -> Stream:
+def checked(stream: Stream, source: str) -> Stream:
+    """
+    Raises:
+        DataError: there is nothing to score.
+    """
     if stream.num_tokens < 2:
         raise DataError(f"{source} has {stream.num_tokens} tokens; a loss needs at least 2")
     return stream

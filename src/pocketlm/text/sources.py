@@ -147,6 +147,32 @@ class FilesSource:
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
+class Remembering:
+    """A source whose first documents are kept in memory once they were read, because they are asked for again soon."""
+
+    def __init__(self, source: Source, most: int) -> None:
+        """most: documents that are kept."""
+        self._source, self._most = source, most
+        self._first: list[Document] = []
+        self.spec, self.name, self.remote = source.spec, source.name, source.remote
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        return self._source.dropped
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+    def documents(self, start: Place = BEGINNING) -> Iterator[Document]:
+        known = list(self._first) if start == BEGINNING else []
+        yield from known
+        behind = known[-1].place._replace(row=known[-1].place.row + 1) if known else start
+        for number, document in enumerate(self._source.documents(behind), len(known)):
+            if start == BEGINNING and number == len(self._first) < self._most:
+                self._first.append(document)
+            yield document
+
+
 # --- the standard library
 
 

@@ -18,7 +18,8 @@ import torch
 from pocketlm import checkpoint, distributed
 from pocketlm.config import AttentionKernel, Config, Dtype
 from pocketlm.data.prepare import find_prepared
-from pocketlm.data.shards import Dataset, open_dataset
+from pocketlm.data.shards import Dataset
+from pocketlm.data.streamed import open_as_run
 from pocketlm.errors import ConfigError, PocketError
 from pocketlm.model import sizes
 from pocketlm.model.transformer import Transformer
@@ -70,7 +71,7 @@ def work_of(config: Config, dataset: Dataset | None) -> Work:
     train = config.train
     tokens = train.total_steps * train.tokens_per_step
     saved = _times(train.total_steps, train.checkpoint_every) + 1  # the beginning is a checkpoint
-    held_out = dataset.val.num_tokens - 1 if dataset else None
+    held_out = dataset.val.num_tokens - 1 if dataset else config.data.validation_tokens or None
     if train.eval_tokens:
         held_out = min(train.eval_tokens, held_out or train.eval_tokens)
     return Work(
@@ -382,7 +383,7 @@ def _dataset(config: Config) -> tuple[Dataset | None, list[str]]:
     try:
         path = find_prepared(config.data)
         if path is not None:
-            return open_dataset(path), ["samples"]
+            return open_as_run(path, config.data), ["samples"]
         why = "the data are not prepared yet"
     except PocketError as error:
         why = str(error)

@@ -131,8 +131,7 @@ def find_dataset(story: Story) -> Dataset | None:
     steps = checkpoint.list_checkpoints(story.folder)
     if not steps:
         return None
-    wanted, data = checkpoint.read_state(steps[-1]).get("data_fingerprint"), story.config.data
-    return source.find_dataset(wanted, data.source, data.dir)
+    return source.find_dataset(checkpoint.read_state(steps[-1]).get("data_fingerprint"), story.config.data)
 
 
 def points(records: Iterable[Record], key: str, x: Mapping[int, float]) -> list[curve.Point]:

@@ -16,8 +16,8 @@ from pocketlm.data.feed import Feed, Supply
 from pocketlm.data.loader import Loader
 from pocketlm.data.prepare import prepare
 from pocketlm.data.segments import enters_segment
-from pocketlm.data.shards import Dataset, open_dataset, unigram_entropy
-from pocketlm.data.streamed import StreamedDataset, open_finished
+from pocketlm.data.shards import Dataset, unigram_entropy
+from pocketlm.data.streamed import StreamedDataset, open_as_run
 from pocketlm.errors import ConfigError, DataError, one_line
 from pocketlm.files import set_aside, write_file
 from pocketlm.journal import Journal
@@ -110,7 +110,11 @@ def _feed(config: Config, listener: Listener) -> Feed | None:
 def _begin(
     folder: Path, config: Config, start: Path | None, listener: Listener, feed: Feed | None
 ) -> tuple[Run, TrainState]:
-    dataset = feed.open(config.data.context) if feed else _prepared(config, listener)
+    dataset = (
+        feed.open(config.data.context)
+        if feed
+        else open_as_run(prepare(config.data, progress=listener.note), config.data)
+    )
     _check_fits(config, dataset)
     stored = read_state(start) if start else None
     if stored and stored.data_fingerprint != dataset.fingerprint:
@@ -134,11 +138,6 @@ def _begin(
     write_file(folder / "resolved.toml", _as_it_is_now(resolved, state).to_toml(config).encode())
     journal = _open_journal(folder / "metrics.jsonl", stored, listener)
     return Run(folder, config, resolved, runtime, dataset, loader, supply, journal, listener), state
-
-
-def _prepared(config: Config, listener: Listener) -> Dataset:
-    folder = prepare(config.data, progress=listener.note)
-    return open_finished(folder, config.data) if config.data.validation_tokens else open_dataset(folder)
 
 
 def _supply(feed: Feed | None, dataset: Dataset, loader: Loader, state: TrainState) -> Supply | None:
