@@ -26,6 +26,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from huggingface_hub import close_session, constants
 
 LARGE_BYTES = 10_000  # from here on a file is large, as git-lfs has it
 PAGE = 3
+SLOW_CHUNK = 1 << 14
 
 
 class Request(NamedTuple):
@@ -75,6 +77,8 @@ class StandIn(http.server.ThreadingHTTPServer):
         self.sent: Counter[str] = Counter()
         self.connections = 0
         self.fault: Callable[[Request], str | None] = lambda request: None
+        self.rate: float | None = None
+        """Bytes of bodies a second, of each connection."""
         self.closing = threading.Event()
         self.counting = threading.Lock()
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,))
@@ -232,6 +236,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = b"<html>" if self.fault == "no json" else json.dumps(value).encode()
         self.answer(200, body, {"Content-Type": "application/json"} | (headers or {}))
 
+    def send(self, body: bytes) -> None:
+        rate, began_at = self.server.rate, time.monotonic()
+        if rate is None:
+            self.wfile.write(body)
+            return
+        for sent in range(0, len(body), SLOW_CHUNK):
+            self.wfile.write(body[sent : sent + SLOW_CHUNK])
+            time.sleep(max(0.0, began_at + (sent + SLOW_CHUNK) / rate - time.monotonic()))
+
     def answer(self, status: int, body: bytes, headers: dict[str, str], path: str = "") -> None:
         self.send_response(status)
         for name, value in headers.items():
@@ -248,7 +261,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         part = body[: len(body) // 2] if broken else body
         with self.server.counting:
             self.server.sent[path] += len(part)
-        self.wfile.write(part)
+        self.send(part)
         if self.fault == "stall":
             self.server.closing.wait()
         self.close_connection = self.close_connection or broken or self.fault in ("page", "longer")

@@ -393,7 +393,16 @@ def test_training_on_a_hub_goes_on_without_it(
     server: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    data = ["--data.source", f"hf:{NAME}", "--data.max-documents", "300", "--data.val-fraction", "0.1"]
+    data = [
+        "--data.source",
+        f"hf:{NAME}",
+        "--data.max-documents",
+        "300",
+        "--data.val-fraction",
+        "0.1",
+        "--data.stream",
+        "off",
+    ]
     words = ["train", "debug", "--out", "run", *data, "--total-steps", "3"]
     assert main(words) == 0
     said = capsys.readouterr().err
