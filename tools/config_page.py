@@ -86,7 +86,8 @@ def _kind(entry: dict[str, Any]) -> str:
         return f"`{entry['const']}`"
     if entry["type"] == "array":
         items = entry.get("prefixItems")
-        return f"list of {len(items)} numbers" if items else "list of texts"
+        kind = "tables" if "$ref" in entry.get("items", {}) else "texts"
+        return f"list of {len(items)} numbers" if items else f"list of {kind}"
     words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}
     return words.get(entry["type"], "`none`") + _range(entry)
 

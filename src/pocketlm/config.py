@@ -113,11 +113,23 @@ class InitConfig(Section):
     """First layers whose first head begins by reading the token before (model/init.py says what it takes)."""
 
 
+class SourceConfig(BaseModel):
+    """One source of a mixture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    max_documents: Annotated[int, Field(ge=0)] = 0
+
+
 class DataConfig(Section):
     """From text to rows of tokens."""
 
     source: str = "stdlib"
     """stdlib | files:GLOB | hf:OWNER/NAME[/CONFIG][@REVISION] | synthetic (tests)."""
+    sources: tuple[SourceConfig, ...] = ()
+    """In place of `source`, several: tables `[[data.sources]]` with `source`, `weight` (1) and `max_documents` (0)."""
     max_documents: Natural = 0
     """Only the first so many documents of the source; 0 is all."""
     tokenizer: str = "gpt2"
@@ -142,8 +154,16 @@ class DataConfig(Section):
     """Of a stream: segments on the disk at once, at least 2; 0 for all."""
 
     @property
+    def parts(self) -> tuple[DataConfig, ...]:
+        """A source each."""
+        given = ({"source": one.source, "max_documents": one.max_documents, "sources": ()} for one in self.sources)
+        return tuple(self.model_copy(update=one) for one in given) or (self,)
+
+    @property
     def streams(self) -> bool:
         """Whether the order is one that needs no more than the first piece to begin."""
+        if self.sources:
+            return any(part.streams for part in self.parts)
         return self.stream == "on" or (self.stream == "auto" and self.source.startswith("hf:"))
 
     @property
@@ -439,6 +459,22 @@ def _previous_token_misses(config: Config) -> list[str]:
     return [name for name, has in wanted.items() if not has]
 
 
+def _mixture_clashes(data: DataConfig) -> Iterator[str]:
+    total = sum(one.weight for one in data.sources)
+    for one in data.sources:
+        if round(one.weight / total * 1024) < 1:
+            yield f"data.sources: {one.source} has weight {one.weight:g} of {total:g}, no row in 1,024; give it more"
+    if data.dir:
+        yield f"data.dir {data.dir} is the folder of one source; leave it out where there are data.sources"
+    if data.max_documents:
+        yield "data.max_documents is for one source; give it in each table of data.sources"
+    if data.tokenizer.startswith("bpe:"):
+        yield (
+            f"data.tokenizer {data.tokenizer} is trained on one source; train one for all first: "
+            f"pocketlm tokenizer train --source SOURCE --vocab-size {data.tokenizer[4:]} --out FILE"
+        )
+
+
 def _stream_clashes(data: DataConfig) -> Iterator[str]:
     if data.streams and data.order == "global":
         yield "data.shuffle global needs all text before the first step; add --data.stream off, or --data.shuffle piece"
@@ -477,6 +513,8 @@ def _clashes(config: Config) -> Iterator[str]:
             f"add --model.vocab-size {ids}"
         )
     yield from _stream_clashes(data)
+    if data.sources:
+        yield from _mixture_clashes(data)
     warmup = config.schedule.warmup_steps
     if warmup is not None and warmup > train.total_steps:
         yield (

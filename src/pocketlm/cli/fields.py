@@ -13,11 +13,11 @@ from argparse import ArgumentParser
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pocketlm.config import Config, Section
+from pocketlm.config import Config, Section, SourceConfig
 from pocketlm.errors import UsageError
 
 WORDS = {bool: "true|false", int: "N", float: "X", str: "TEXT", NoneType: "none"}
-LIST_WORDS = {str: '"TEXT"', Ellipsis: "..."}
+LIST_WORDS = {str: '"TEXT"', SourceConfig: '{source = "SOURCE", weight = X}', Ellipsis: "..."}
 
 
 def parse_overrides(words: list[str]) -> dict[str, Any]:
@@ -83,8 +83,17 @@ def _typed(value: Any) -> str:
     """A value as one types it in a shell; argparse wants % doubled."""
     if value is None:
         return "none"
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, bool | tuple) else str(value)
+    if isinstance(value, tuple) and value and isinstance(value[0], SourceConfig):
+        text = f"[{', '.join(map(_table, value))}]"
+    else:
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, bool | tuple) else str(value)
     return shlex.quote(text).replace("%", "%%")
+
+
+def _table(source: SourceConfig) -> str:
+    """One line of TOML."""
+    fields = (f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in source.model_dump().items())
+    return f"{{{', '.join(fields)}}}"
 
 
 def _parsed_list(flag: str, text: str) -> Any:

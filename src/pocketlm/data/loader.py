@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.data.order import Rows, cut_rows, rows_at
+from pocketlm.data.segments import enters_segment
 from pocketlm.errors import DataError
 
 
@@ -51,6 +52,13 @@ class Loader:
             return
         self._known = known
         self.rows = cut_rows(self.stream.piece_starts, self.context, self.shuffle, self.stream.complete)
+
+    def enters_segment(self, size: int, position: int, count: int) -> bool:
+        """Whether the `count` rows before a position are the first that are read of a segment, but the first one.
+
+        size: pieces in a segment; 0 where there are none.
+        """
+        return enters_segment(self.rows, size, position, count)
 
     def read(self, position: int, count: int) -> Tensor:
         """The rows at positions position .. position + count - 1. (count, context + 1) int64."""

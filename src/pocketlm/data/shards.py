@@ -244,13 +244,14 @@ def unigram_entropy(
     nats of the other ids only, over the bytes of their text, as `pocketlm eval` does; nan where there are none.
     """
     counts = stream.counts(len(byte_lengths)).astype(np.float64)
+    num_tokens = counts.sum()  # of a stream these are not all
     seen = counts > 0
     nats = np.zeros_like(counts)
-    nats[seen] = -counts[seen] * np.log(counts[seen] / stream.num_tokens)
+    nats[seen] = -counts[seen] * np.log(counts[seen] / num_tokens)
     text = np.ones(len(counts), dtype=bool)
     text[list(special_ids)] = False
     text_bytes = float((counts * byte_lengths)[text].sum())
-    per_token = float(nats.sum()) / stream.num_tokens if stream.num_tokens else math.nan
+    per_token = float(nats.sum() / num_tokens) if num_tokens else math.nan
     return per_token, float(nats[text].sum()) / math.log(2) / text_bytes if text_bytes else math.nan
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from pocketlm.checkpoint import CONFIG, STATE, read_state
 from pocketlm.config import Config, DataConfig
 from pocketlm.data.loader import Stream
+from pocketlm.data.opened import mixed
 from pocketlm.data.pieces import PLAN_FILE
 from pocketlm.data.shards import DATASET_FILE, Dataset, open_dataset
 from pocketlm.data.streamed import open_streamed
@@ -103,26 +105,39 @@ def own_source(model_folder: Path) -> str | None:
     if not (model_folder / STATE).is_file():
         return None
     data = _data_settings(model_folder)
+    if data.sources:
+        return None
     return _source_of(Path(data.dir)) if data.dir else data.source
 
 
 def find_dataset(fingerprint: object, data: DataConfig) -> Dataset | None:
-    """The data set with this fingerprint, in the folder that a run's settings name, or among those of its source.
+    """The data set with this fingerprint, in the folder that a run's settings name, or among those of its source; of
+    several sources, all together.
 
     Raises:
         DataError: it was not found, and one of those looked at is damaged, so it may be that.
     """
-    made = (path for path in sorted(Path("data").glob("*")) if _source_of(path) == data.source)
-    problems = []
-    for path in [Path(data.dir)] if data.dir else made:
-        try:
-            if (dataset := _standing(path, data)) and dataset.fingerprint == fingerprint:
-                return dataset
-        except DataError as error:
-            problems.append(error)
+    problems = list[DataError]()
+    for parts in product(*(_candidates(part, problems) for part in data.parts)):
+        dataset = mixed(parts, data) if data.sources else parts[0]
+        if dataset.fingerprint == fingerprint:
+            return dataset
     if problems:
         raise problems[0]
     return None
+
+
+def _candidates(data: DataConfig, problems: list[DataError]) -> list[Dataset]:
+    """What stands where the set of one source may be; what is damaged goes to `problems`."""
+    made = (path for path in sorted(Path("data").glob("*")) if _source_of(path) == data.source)
+    found = list[Dataset]()
+    for path in [Path(data.dir)] if data.dir else made:
+        try:
+            if dataset := _standing(path, data):
+                found.append(dataset)
+        except DataError as error:
+            problems.append(error)
+    return found
 
 
 def _standing(folder: Path, data: DataConfig) -> Dataset | None:

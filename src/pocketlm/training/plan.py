@@ -17,6 +17,7 @@ import torch
 
 from pocketlm import checkpoint, distributed
 from pocketlm.config import AttentionKernel, Config, Dtype
+from pocketlm.data.opened import mixed
 from pocketlm.data.prepare import find_prepared
 from pocketlm.data.shards import Dataset
 from pocketlm.data.streamed import open_as_run
@@ -381,9 +382,10 @@ def _memory(config: Config, resolved: Resolved, micro_batch: int, available: int
 def _dataset(config: Config) -> tuple[Dataset | None, list[str]]:
     """The prepared data where they are, and what is not known without them."""
     try:
-        path = find_prepared(config.data)
-        if path is not None:
-            return open_as_run(path, config.data), ["samples"]
+        paths = [find_prepared(part) for part in config.data.parts]
+        if all(paths):
+            parts = [open_as_run(path, part) for path, part in zip(paths, config.data.parts, strict=True) if path]
+            return mixed(parts, config.data) if config.data.sources else parts[0], ["samples"]
         why = "the data are not prepared yet"
     except PocketError as error:
         why = str(error)

@@ -12,12 +12,11 @@ import torch
 
 from pocketlm import checkpoint, distributed
 from pocketlm.config import Config
-from pocketlm.data.feed import Feed, Supply
+from pocketlm.data.feed import Supply
 from pocketlm.data.loader import Loader
-from pocketlm.data.prepare import prepare
-from pocketlm.data.segments import enters_segment
+from pocketlm.data.mixture import MixedSupply, Mixture
+from pocketlm.data.opened import RunData
 from pocketlm.data.shards import Dataset, unigram_entropy
-from pocketlm.data.streamed import StreamedDataset, open_as_run
 from pocketlm.errors import ConfigError, DataError, one_line
 from pocketlm.files import set_aside, write_file
 from pocketlm.journal import Journal
@@ -43,8 +42,8 @@ class Run:
     resolved: Resolved
     runtime: distributed.Runtime
     dataset: Dataset
-    loader: Loader
-    supply: Supply | None
+    loader: Loader | Mixture
+    supply: Supply | MixedSupply | None
     """What brings the loader's rows, where they are not all there yet."""
     journal: Journal
     listener: Listener
@@ -66,7 +65,7 @@ class Run:
         """Whether a boundary has a regular checkpoint: the beginning has, and the first step in each segment."""
         rows, size = self.config.rows_per_step, self.config.data.segment_pieces
         due = self._due(now.step, self.config.train.checkpoint_every)
-        return due or (now.step > 0 and enters_segment(self.loader.rows, size, now.position, rows))
+        return due or (now.step > 0 and self.loader.enters_segment(size, now.position, rows))
 
     def is_due(self, now: Progress) -> bool:
         """Whether there is anything to do at a step boundary."""
@@ -93,28 +92,18 @@ class Run:
 
 def begin(folder: Path, config: Config, start: Path | None, listener: Listener) -> tuple[Run, TrainState]:
     """Data, model and state, at step 0 or at a checkpoint's step. Of the run nothing is changed until all fits."""
-    feed = _feed(config, listener)
+    data = RunData(config.data, listener.note)
     try:
-        return _begin(folder, config, start, listener, feed)
+        return _begin(folder, config, start, listener, data)
     except BaseException:
-        if feed:
-            feed.close()
+        data.close()
         raise
 
 
-def _feed(config: Config, listener: Listener) -> Feed | None:
-    """What brings text that streams; None where the whole set is made first."""
-    return Feed(config.data, listener.note) if config.data.streams else None
-
-
 def _begin(
-    folder: Path, config: Config, start: Path | None, listener: Listener, feed: Feed | None
+    folder: Path, config: Config, start: Path | None, listener: Listener, data: RunData
 ) -> tuple[Run, TrainState]:
-    dataset = (
-        feed.open(config.data.context)
-        if feed
-        else open_as_run(prepare(config.data, progress=listener.note), config.data)
-    )
+    dataset = data.open()
     _check_fits(config, dataset)
     stored = read_state(start) if start else None
     if stored and stored.data_fingerprint != dataset.fingerprint:
@@ -130,21 +119,13 @@ def _begin(
     state = new_state(config, resolved, runtime)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
-    loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.order)
-    supply = _supply(feed, dataset, loader, state)
+    loader, supply = data.rows(config.train.seed, state.progress.position)
 
     set_aside_later(folder, checkpoint.step_of(start) if start else None, listener)
     write_file(folder / "config.toml", config.to_toml().encode())
     write_file(folder / "resolved.toml", _as_it_is_now(resolved, state).to_toml(config).encode())
     journal = _open_journal(folder / "metrics.jsonl", stored, listener)
     return Run(folder, config, resolved, runtime, dataset, loader, supply, journal, listener), state
-
-
-def _supply(feed: Feed | None, dataset: Dataset, loader: Loader, state: TrainState) -> Supply | None:
-    if feed is None:
-        return None
-    assert isinstance(dataset, StreamedDataset)
-    return Supply(feed, dataset, loader, state.progress.position)
 
 
 def _as_it_is_now(resolved: Resolved, state: TrainState) -> Resolved:
@@ -257,19 +238,31 @@ def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime) 
     return state
 
 
-def _data_line(run: Run) -> str:
-    data, rows = run.dataset, run.loader.rows
+def _data_lines(run: Run) -> list[str]:
+    """What is read, and how much of it there is."""
+    data, loader, context = run.dataset, run.loader, run.config.data.context
     tokens = f"data: {data.train.num_tokens:,} training and {data.val.num_tokens:,} validation tokens"
-    if rows.complete:
-        dropped = f"{rows.dropped_tokens} tokens dropped"
-        return f"{tokens} in {data.path}; {rows.total:,} rows of {run.config.data.context}, {dropped}"
-    return f"{tokens} until now in {data.path}, {len(rows.num_rows)} piece(s); more comes while the run reads them"
+    if isinstance(loader, Mixture):
+        shares = zip(run.config.data.sources, loader.loaders, loader.shares, strict=True)
+        parts = [f"  {share} of 1,024 rows from {one.source}: {_rows(own)}" for one, own, share in shares]
+        return [f"{tokens} in {len(parts)} sets, mixed", *parts]
+    if loader.rows.complete:
+        dropped = f"{loader.rows.dropped_tokens} tokens dropped"
+        return [f"{tokens} in {data.path}; {loader.rows.total:,} rows of {context}, {dropped}"]
+    return [f"{tokens} until now in {data.path}, {_rows(loader)}; more comes while the run reads them"]
+
+
+def _rows(loader: Loader) -> str:
+    rows = loader.rows
+    return f"{rows.total:,} rows" if rows.complete else f"{len(rows.num_rows):,} piece(s)"
 
 
 def _epochs(run: Run) -> str:
-    """How often the run reads each row, if it is known how many there are."""
-    rows, config = run.loader.rows, run.config
-    return f", {config.train.total_steps * config.rows_per_step / rows.total:.2f} epochs" if rows.complete else ""
+    """How often the run reads each row, where it is known how many there are."""
+    config, loader = run.config, run.loader
+    if isinstance(loader, Mixture) or not loader.rows.complete:
+        return ""
+    return f", {config.train.total_steps * config.rows_per_step / loader.rows.total:.2f} epochs"
 
 
 def info(run: Run, state: TrainState) -> RunInfo:
@@ -285,7 +278,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
     going_on = [f"going on from step {step}"] if step else []
     lines = (
         f"{config.name}: {count.total:,} parameters, {count.non_embedding:,} without embeddings, in {run.folder}",
-        _data_line(run),
+        *_data_lines(run),
         f"unigram entropy of the corpus: {unigram_nats:.4f} nats/token, {unigram_bits:.4f} bits/byte",
         f"plan: {train.total_steps:,} steps x {train.tokens_per_step:,} tokens = "
         f"{train.total_steps * train.tokens_per_step:,} tokens{_epochs(run)}",
