@@ -17,7 +17,7 @@ Every field is a flag: `--optim.lr 3e-4`. All ways in meet in `Config.build`, wh
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -338,9 +338,15 @@ class Config(Section):
 
     def differences(self, other: Config) -> list[str]:
         """Lines `field: mine, theirs` for every field that changes the result."""
-        mine, theirs = dict(flat(self.model_dump())), dict(flat(other.model_dump()))
-        changed = [name for name in FIELDS if mine[name] != theirs[name] and name not in FREE_FIELDS]
-        return [f"{name}: {mine[name]}, {theirs[name]}" for name in changed if name != "name"]
+        binding = {name: values for name, values in differing([self, other]).items() if name not in FREE_FIELDS}
+        return [f"{name}: {mine}, {theirs}" for name, (mine, theirs) in binding.items()]
+
+
+def differing(configs: Sequence[Config]) -> dict[str, list[Any]]:
+    """The fields, but for the name, that are not the same in all of them: each one's values, in their order."""
+    trees = [dict(flat(config.model_dump())) for config in configs]
+    values = {name: [tree[name] for tree in trees] for name in FIELDS if name != "name"}
+    return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
 
 
 def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

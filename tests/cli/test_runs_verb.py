@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -95,8 +96,40 @@ def test_without_runs_it_says_how_to_begin(tmp_path: Path, monkeypatch: pytest.M
     assert "cannot read nowhere" in both("runs", "nowhere", code=3)[1]
 
 
+# --- compare
+
+
+def test_compare_draws_both_and_says_what_differs(home: Path, trained: dict[str, dict[str, Any]]) -> None:
+    out, err = both("runs", "compare", "runs/slow", "runs/fast", "--html", "both.html")
+    assert err == ""
+    assert out.count("● runs/slow   ○ runs/fast") == 2
+    assert {"●", "○"} <= set(out)
+    assert re.search(r"^optim\.lr +0\.001 +0\.01$", out, re.MULTILINE)
+    assert re.search(r"^train\.log_every +7 +5$", out, re.MULTILINE)
+    losses = " +".join(f"{trained[name]['val_loss']:.4f}" for name in ("slow", "fast"))
+    assert re.search(rf"^validation loss +{losses}$", out, re.MULTILINE)
+    assert re.search(r"^runs/fast reaches the best of runs/slow .* times sooner in tokens", out, re.MULTILINE)
+    assert "<svg" in Path("both.html").read_text()
+
+
+def test_compare_as_json(home: Path, trained: dict[str, dict[str, Any]]) -> None:
+    tree = run_json("runs", "compare", "runs/fast", "runs/slow")
+    for run in tree["runs"]:
+        said = trained[Path(run["run"]).name]
+        assert {key: run[key] for key in ("step", "tokens", "val_loss", "bits_per_byte", "elapsed_s")} == {
+            key: said[key] for key in ("step", "tokens", "val_loss", "bits_per_byte", "elapsed_s")
+        }
+    assert tree["measure"] == "loss"
+    assert tree["differences"]["settings"] == {"optim.lr": [0.01, 0.001]}
+
+
+def test_compare_refuses_what_is_no_run(home: Path) -> None:
+    assert "compare takes 2 to 6" in both("runs", "compare", "runs/fast", code=2)[1]
+    assert "runs/none is no run" in both("runs", "compare", "runs/fast", "runs/none", code=3)[1]
+
+
 def test_it_needs_no_torch(home: Path) -> None:
     program = "import sys; from pocketlm.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    for words in (["runs"], ["runs", "--json"]):
+    for words in (["runs"], ["runs", "compare", "runs/fast", "runs/slow", "--html", "page.html"]):
         said = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, check=True)
         assert said.stdout.splitlines()[-1] == "False"
