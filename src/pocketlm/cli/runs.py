@@ -115,8 +115,8 @@ def _draw(comparison: Comparison) -> None:
     legend = "   ".join(f"{mark} {shown(name)}" for mark, name in names)
     for axis, label in AXES.items():
         curves = dict(zip(MARKS, comparison.curves(axis), strict=False))
-        if chart := terminal_curves(curves, width, CHART_HEIGHT):
-            _print_in_colour(f"{MEASURES[comparison.measure]}, over {label}\n{legend}\n")
+        if chart := terminal_curves(curves, width, CHART_HEIGHT, x_label=label):
+            _print_in_colour(f"{MEASURES[comparison.measure]}\n{legend}\n")
             _print_in_colour("\n".join(chart) + "\n")
 
 

@@ -100,6 +100,7 @@ def _train_record(run: Run, now: Progress, after: Progress, figures: _Figures, s
         "lr": config.optim.lr * factor(config.schedule, step - 1, config.train.total_steps),
         "grad_norm": figures.grad_norm,
         "tokens": after.tokens,
+        "epoch": after.position / run.loader.rows.total,
         "tokens_per_s": rate,
         "mfu": rate * run.flops_per_token / run.resolved.peak_flops,
         "elapsed_s": now.elapsed_s,

@@ -23,7 +23,7 @@ from pocketlm.config import FREE_FIELDS, differing
 from pocketlm.errors import UsageError
 from pocketlm.model import sizes
 from pocketlm.training import curve
-from pocketlm.training.log import Record
+from pocketlm.training.log import Record, is_finite
 from pocketlm.training.story import Story, read_story
 
 MOST = curve.HUES
@@ -52,17 +52,17 @@ class Side:
 
     @property
     def evaluations(self) -> list[Record]:
-        return [record for record in self.story.records["eval"] if _is_number(record.get("loss"))]
+        return [record for record in self.story.records["eval"] if is_finite(record.get("loss"))]
 
     def points(self, measure: Measure, axis: Axis) -> list[curve.Point]:
         """What each evaluation measured, over tokens or over seconds of training."""
-        found = [record for record in self.evaluations if _is_number(record.get(measure))]
+        found = [record for record in self.evaluations if is_finite(record.get(measure))]
         return [(self._x(record["step"], axis), float(record[measure])) for record in found]
 
     def training(self) -> list[curve.Point]:
         """The training loss of each step over tokens."""
         tokens = self.story.config.train.tokens_per_step
-        found = [record for record in self.story.records["train"] if _is_number(record.get("loss"))]
+        found = [record for record in self.story.records["train"] if is_finite(record.get("loss"))]
         return [(float(record["step"] * tokens), float(record["loss"])) for record in found]
 
     def _x(self, step: int, axis: Axis) -> float:
@@ -80,7 +80,7 @@ class Side:
         train, config = self.story.records["train"], self.story.config
         last = self.evaluations[-1] if self.evaluations else {}
         best = min(self.evaluations, key=lambda record: float(record["loss"]), default={})
-        rates = [record["tokens_per_s"] for record in train if _is_number(record.get("tokens_per_s"))]
+        rates = [record["tokens_per_s"] for record in train if is_finite(record.get("tokens_per_s"))]
         return {
             "run": self.name,
             "parameters": sizes.parameters(config.model).total,
@@ -203,7 +203,3 @@ def _sooner(slow: float | None, fast: float | None) -> str:
     if not slow or not fast:
         return "as soon"
     return f"{slow / fast:.2f} times sooner" if slow >= fast else f"{fast / slow:.2f} times later"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -194,7 +194,7 @@ def frame(curves: Sequence[Points], *, from_x: float | None = None, from_y: floa
 # --- the terminal
 
 
-def terminal_chart(line: Points, marks: Points, width: int, height: int) -> list[str]:
+def terminal_chart(line: Points, marks: Points, width: int, height: int, *, x_label: str = "") -> list[str]:
     """A chart of `height` rows of exactly `width` characters; empty without points.
 
     The line is drawn in braille, 2 x 4 dots to a character; marks are round and lie over it.
@@ -210,10 +210,10 @@ def terminal_chart(line: Points, marks: Points, width: int, height: int) -> list
     for x, y in map(sheet.shown.place, marks):
         if 0 <= y <= 1:
             grid[min(sheet.rows - 1, int(y * sheet.rows))][min(sheet.columns - 1, int(x * sheet.columns))] = MARK
-    return sheet.with_axes(grid)
+    return sheet.with_axes(grid, x_label)
 
 
-def terminal_curves(curves: Mapping[str, Points], width: int, height: int) -> list[str]:
+def terminal_curves(curves: Mapping[str, Points], width: int, height: int, *, x_label: str = "") -> list[str]:
     """Curves, each drawn in the character that it goes by, in a chart as `terminal_chart`'s; x begins at 0.
 
     Of n curves each has every n-th column to itself, so that none hides another.
@@ -229,7 +229,7 @@ def terminal_curves(curves: Mapping[str, Points], width: int, height: int) -> li
         height_here = at(points, x)
         if height_here is not None and 0 <= (y := sheet.shown.place((x, height_here))[1]) <= 1:
             grid[min(sheet.rows - 1, int(y * sheet.rows))][column] = mark
-    return sheet.with_axes(grid)
+    return sheet.with_axes(grid, x_label)
 
 
 class _Sheet:
@@ -244,14 +244,16 @@ class _Sheet:
         self.columns = width - self.gutter - 2
         assert min(self.columns, self.rows) >= 3, f"no chart fits into {width} x {height}"
 
-    def with_axes(self, grid: list[list[str]]) -> list[str]:
+    def with_axes(self, grid: list[list[str]], x_label: str) -> list[str]:
+        """The grid with its axes; what x counts stands in the middle, where there is room."""
         plot = [
             f"{self.labels.get(row, ''):>{self.gutter}} {'┤' if row in self.labels else '│'}{''.join(cells)}"
             for row, cells in enumerate(grid)
         ]
         left, right = short(self.shown.x_low), short(self.shown.x_high)
-        axis = f"{'':{self.gutter}} └{'─' * self.columns}"
-        return [*plot, axis, f"{'':{self.gutter}}  {left}{right:>{self.columns - len(left)}}"]
+        middle = self.columns - len(left) - len(right)
+        words = f"{x_label if len(x_label) + 4 <= middle else '':^{middle}}"
+        return [*plot, f"{'':{self.gutter}} └{'─' * self.columns}", f"{'':{self.gutter}}  {left}{words}{right}"]
 
 
 def _line_dots(line: Points, shown: Frame, columns: int, rows: int) -> Iterator[tuple[int, int]]:

@@ -30,7 +30,7 @@ from pocketlm.errors import FileError
 from pocketlm.evaluate import source
 from pocketlm.files import write_file
 from pocketlm.model import sizes
-from pocketlm.training import curve, page
+from pocketlm.training import curve, page, watch
 from pocketlm.training.log import Record, describe, duration, figure
 from pocketlm.training.story import Story, read_story
 
@@ -147,6 +147,7 @@ def _context(story: Story, dataset: Dataset | None) -> dict[str, Any]:
     return {
         "name": story.config.name,
         "status": _status(story),
+        "signs": _signs(story),
         "numbers": _numbers(story, dataset),
         "loss_chart": Markup(loss_chart(story)),
         "small_charts": _small_charts(story),
@@ -164,6 +165,17 @@ def _troubles(story: Story) -> list[str]:
     return [describe(record) for record in sorted(records, key=lambda r: r["step"])][-TROUBLES:]
 
 
+def _signs(story: Story) -> list[str]:
+    """Whether the text is too small for the run, as far as it went."""
+    seen = next((float(record.get("epoch", 0.0)) for record in story.records["train"][-1:]), 0.0)
+    evaluations = watch.evaluations_of(sorted(story.records["train"] + story.records["eval"], key=_order))
+    return [sign for sign in (watch.repeats(seen), watch.turned_up(evaluations)) if sign]
+
+
+def _order(record: Record) -> tuple[int, bool]:
+    return record["step"], record["kind"] == "eval"
+
+
 def _status(story: Story) -> str:
     total = story.config.train.total_steps
     if story.step >= total:
@@ -178,6 +190,7 @@ def _numbers(story: Story, dataset: Dataset | None) -> list[Number]:
     if story.records["train"]:
         last = story.records["train"][-1]
         each = f"{story.step:,} steps of {story.config.train.tokens_per_step:,}"
+        each += f", {last['epoch']:.2f} epochs" if "epoch" in last else ""
         numbers.append(Number("Tokens trained on", f"{last['tokens']:,}", each))
     numbers += _quality(story, dataset)
     return numbers + _speed(story)

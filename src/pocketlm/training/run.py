@@ -246,6 +246,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         total_steps=run.last_step,
         first_step=step,
         tokens_per_step=train.tokens_per_step,
+        epochs=epochs,
         flops_per_token=run.flops_per_token,
         peak_flops=resolved.peak_flops,
         lines=lines,
