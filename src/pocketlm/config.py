@@ -39,6 +39,7 @@ Dtype = Literal["fp32", "bf16"]
 Determinism = Literal["bitwise", "same-data", "off"]
 AttentionKernel = Literal["sdpa", "folded"]
 FP32Matmul = Literal["highest", "medium"]
+Tracking = Literal["tensorboard", "trackio", "wandb"]
 
 
 class Section(BaseModel):
@@ -237,6 +238,10 @@ class TrainConfig(Section):
     """Steps between lines where there is no live panel."""
     stop_at_step: Count | None = None
     """Stop here with a checkpoint, the schedule unchanged; go on later with the same command."""
+    tracker: Tracking | None = None
+    """Who gets the figures beside the run's own journal; its package must be there."""
+    tracker_project: str = "pocketlm"
+    """The project that trackio or wandb files the run under."""
 
 
 class SampleConfig(Section):
@@ -260,6 +265,7 @@ class SampleConfig(Section):
 FREE_FIELDS = frozenset(
     {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every"}
     | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "train.on_save_error"}
+    | {"train.tracker", "train.tracker_project"}
     | {"data.dir", "guard.spike_sigma", "guard.max_skips", "guard.max_rollbacks"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )
