@@ -220,6 +220,7 @@ def test_a_tracker_that_fails_is_named_once_and_stops_nothing(
         where, [step for step, _ in there.logged]
     )
     assert there.finished == (1 if where == "finish" else 0)
+    assert (folder / "tracker.json").exists() == (where != "start")
 
 
 def test_a_tracker_changes_nothing_of_the_run(kind: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

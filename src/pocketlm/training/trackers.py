@@ -210,23 +210,27 @@ class TrackedRun(Relay):
     def started(self, info: RunInfo) -> None:
         super().started(info)
         with self._attempt("start"):
-            assert self._tracker is not None
-            ids = read_json(self.folder / IDS) if (self.folder / IDS).exists() else {}
-            known = self.kind in ids
-            if not known:
-                ids[self.kind] = secrets.token_hex(4)
-                write_file(self.folder / IDS, (json.dumps(ids) + "\n").encode())
-            self._tracker.start(
-                Tracked(
-                    folder=self.folder,
-                    project=self.config.train.tracker_project,
-                    id=ids[self.kind],
-                    config=self.config.tree(),
-                    first_step=info.first_step,
-                    recorded_step=self._recorded_step if known else 0,
-                )
+            self._start(info)
+
+    def _start(self, info: RunInfo) -> None:
+        """The id is kept once the tracker has taken it."""
+        assert self._tracker is not None
+        ids = read_json(self.folder / IDS) if (self.folder / IDS).exists() else {}
+        is_known = self.kind in ids
+        identity = ids.setdefault(self.kind, secrets.token_hex(4))
+        self._tracker.start(
+            Tracked(
+                folder=self.folder,
+                project=self.config.train.tracker_project,
+                id=identity,
+                config=self.config.tree(),
+                first_step=info.first_step,
+                recorded_step=self._recorded_step if is_known else 0,
             )
-            self._has_started = True
+        )
+        self._has_started = True
+        if not is_known:
+            write_file(self.folder / IDS, (json.dumps(ids) + "\n").encode())
 
     def record(self, record: Record) -> None:
         super().record(record)
@@ -258,5 +262,5 @@ class TrackedRun(Relay):
 def _last_step(folder: Path) -> int:
     """The last step in a run's journal, before what a resume cuts off."""
     path = folder / "metrics.jsonl"
-    last = Journal.last(path, ("train", "eval", "skip")) if path.is_file() else {}
+    last = Journal.last(path, ("train", "eval")) if path.is_file() else {}
     return max((int(record["step"]) for record in last.values()), default=0)
