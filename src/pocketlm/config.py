@@ -17,7 +17,7 @@ Every field is a flag: `--optim.lr 3e-4`. All ways in meet in `Config.build`, wh
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -40,6 +40,7 @@ Dtype = Literal["fp32", "bf16"]
 Determinism = Literal["bitwise", "same-data", "off"]
 AttentionKernel = Literal["sdpa", "folded"]
 FP32Matmul = Literal["highest", "medium"]
+Tracking = Literal["tensorboard", "trackio", "wandb"]
 
 
 class Section(BaseModel):
@@ -283,6 +284,10 @@ class TrainConfig(Section):
     """Steps between lines where there is no live panel."""
     stop_at_step: Count | None = None
     """Stop here with a checkpoint, the schedule unchanged; go on later with the same command."""
+    tracker: Tracking | None = None
+    """Who gets the figures beside the run's own journal; its package must be there."""
+    tracker_project: str = "pocketlm"
+    """The project that trackio or wandb files the run under."""
 
 
 class SampleConfig(Section):
@@ -306,7 +311,8 @@ class SampleConfig(Section):
 FREE_FIELDS = frozenset(
     {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every"}
     | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "train.on_save_error"}
-    | {"data.dir", "data.keep_segments", "guard.spike_sigma", "guard.max_skips", "guard.max_rollbacks"}
+    | {"train.tracker", "train.tracker_project", "data.dir", "data.keep_segments"}
+    | {"guard.spike_sigma", "guard.max_skips", "guard.max_rollbacks"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )
 
@@ -384,11 +390,10 @@ class Config(Section):
 
     def differences(self, other: Config) -> list[str]:
         """Lines `field: mine, theirs` for every field that changes the result."""
-        mine, theirs = self._decided(), other._decided()
-        changed = [name for name in FIELDS if mine[name] != theirs[name] and name not in FREE_FIELDS]
-        return [f"{name}: {mine[name]}, {theirs[name]}" for name in changed if name != "name"]
+        binding = {name: values for name, values in differing([self, other]).items() if name not in FREE_FIELDS}
+        return [f"{name}: {mine}, {theirs}" for name, (mine, theirs) in binding.items()]
 
-    def _decided(self) -> dict[str, Any]:
+    def decided(self) -> dict[str, Any]:
         """Every field, by its dotted name; of what the configuration alone decides, the decision."""
         data = self.data
         decided = {
@@ -397,6 +402,13 @@ class Config(Section):
             "data.val_tokens": data.validation_tokens,
         }
         return dict(flat(self.model_dump())) | decided
+
+
+def differing(configs: Sequence[Config]) -> dict[str, list[Any]]:
+    """The fields, but for the name, that are not the same in all of them: each one's values, in their order."""
+    trees = [config.decided() for config in configs]
+    values = {name: [tree[name] for tree in trees] for name in FIELDS if name != "name"}
+    return {name: each for name, each in values.items() if any(value != each[0] for value in each)}
 
 
 def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -355,3 +355,17 @@ class Lock:
         with contextlib.suppress(OSError):
             DISK.truncate(self._file, 0)
             DISK.write(self._file, text.encode())
+
+
+def lock_holder(folder: Path, name: str = "run.lock") -> str | None:
+    """Who holds the lock of a folder; None if nobody does, or it cannot be looked at.
+
+    The lock is only tried where the file still names somebody, so that a process which begins just then finds it free.
+    """
+    with contextlib.suppress(OSError), (folder / name).open("rb") as file:
+        if holder := file.read(200).decode(errors="replace").strip():
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                return holder
+    return None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pocketlm import files
+
+BLOCK_BYTES = 1 << 20
 
 
 class Journal:
@@ -137,15 +140,55 @@ class Journal:
         """The records up to the first line that is none."""
         return [record for _, record in _whole_lines(path)]
 
+    @staticmethod
+    def last(path: Path, kinds: Collection[str]) -> dict[str, dict[str, Any]]:
+        """The last record of each of some kinds, as far as there are any.
+
+        The file is read from its end, and only as far as it takes; a line that is no record is passed over.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        wanted = {kind: json.dumps(kind).encode() for kind in kinds}
+        for line in _lines_from_the_end(path):
+            if any(word in line for word in wanted.values()) and (record := _record(line)) and record["kind"] in wanted:
+                found[record["kind"]] = record
+                del wanted[record["kind"]]
+            if not wanted:
+                break
+        return found
+
 
 def _whole_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Each line with its record, up to the first that is not one."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     for line in lines:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(record, dict) or type(record.get("step")) is not int or type(record.get("kind")) is not str:
+        if (record := _record(line)) is None:
             return
         yield line, record
+
+
+def _lines_from_the_end(path: Path) -> Iterator[bytes]:
+    """Each line that has its end, the last first."""
+    with path.open("rb") as file:
+        end, rest, ended = file.seek(0, io.SEEK_END), b"", False
+        while end:
+            begin = max(0, end - BLOCK_BYTES)
+            file.seek(begin)
+            rest, *lines = (file.read(end - begin) + rest).split(b"\n")
+            if lines and not ended:
+                lines.pop()  # what stands after the last line end
+                ended = True
+            yield from reversed(lines)
+            end = begin
+        if ended:
+            yield rest
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if it is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int or type(record.get("kind")) is not str:
+        return None
+    return record

@@ -267,6 +267,7 @@ def flags() -> dict[str, set[str]]:
     """What each verb takes, by its own help, and the fields of the configuration."""
     commands = {verb: [[verb]] for verb in VERBS}
     commands["data"] = [["data", "prepare"], ["data", "show"]]
+    commands["runs"] = [["runs"], ["runs", "compare"]]
     commands["tokenizer"] = [["tokenizer", "train"]]
     known = {verb: set().union(*(flags_of(words) for words in each)) for verb, each in commands.items()}
     known["fields"] = {f"--{name.replace('_', '-')}" for name in FIELDS}

@@ -42,7 +42,7 @@ ALLOWED_MODULES = {
         "rich",
         "safetensors",
     ),
-    *("tiktoken", "tokenizers", "tomli_w", "torch", "pocketlm"),
+    *("tensorboard", "tiktoken", "tokenizers", "tomli_w", "torch", "trackio", "wandb", "pocketlm"),
 }
 """What may be imported at all: what is today. To add one is to have thought about what it reads, runs and writes."""
 MODULES = {

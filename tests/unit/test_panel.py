@@ -35,6 +35,7 @@ def info(folder: Path, first_step: int = 0, total_steps: int = 200) -> RunInfo:
         total_steps=total_steps,
         first_step=first_step,
         tokens_per_step=1000,
+        epochs=2.5,
         flops_per_token=3e6,
         peak_flops=1e11,
         lines=("the plan",),
@@ -49,6 +50,7 @@ def train_record(step: int, loss: float) -> dict[str, Any]:
         "lr": 0.0125,
         "grad_norm": 0.75,
         "tokens": 1000 * step,
+        "epoch": step / 80,
         "tokens_per_s": 4000.0 if step % 2 else 12000.0,
         "mfu": 0.1,
         "elapsed_s": step * 0.25,
@@ -90,6 +92,7 @@ def test_the_numbers_are_those_of_the_run() -> None:
         "tokens/s": "6,000",  # as many steps of 1/4 s as of 1/12 s: 1000 tokens in 1/6 s
         "MFU": "18 %",  # 6000 x 3e6 of 1e11
         "tokens": "100k",
+        "epochs": "1.25 of 2.50",
         "elapsed": "1 min 1 s",
         "memory": "1.00 GiB",
         "checkpoint": "none yet",
@@ -143,8 +146,8 @@ def test_wide_characters_are_folded_by_their_cells() -> None:
 def test_a_long_run_is_remembered_coarsely() -> None:
     heard = heard_of(5000)
     assert len(heard.line) <= panel.CURVE_POINTS
-    assert heard.line[0][0] == 1
-    assert heard.line[-1][0] == 5000
+    assert heard.line[0][0] == 1000
+    assert heard.line[-1][0] == 5_000_000
 
 
 def test_a_run_from_start_to_end(tmp_path: Path) -> None:
@@ -204,7 +207,7 @@ def test_a_resumed_run_shows_its_past(tmp_path: Path) -> None:
     live.started(info(tmp_path, first_step=2))
     live.finished()
     assert live.heard is not None
-    assert live.heard.line == [(1, 5.0), (2, 4.5)]
+    assert live.heard.line == [(1000, 5.0), (2000, 4.5)]
     assert {"3.5000", "step-00000002"} <= set(out.getvalue().split())
 
 

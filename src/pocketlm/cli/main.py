@@ -28,6 +28,7 @@ VERBS = {
     "sizes": "parameters, FLOPs and memory of a preset or model",
     "data": "prepare a data set, or look into one",
     "tokenizer": "train a tokenizer",
+    "runs": "list runs, or compare some of them",
     "verify": "say whether a run, checkpoint or data set is whole",
 }
 

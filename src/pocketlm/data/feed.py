@@ -27,7 +27,7 @@ from pocketlm.config import DataConfig
 from pocketlm.data.loader import Loader
 from pocketlm.data.order import Rows, cut_rows
 from pocketlm.data.pieces import Plan, Tree, read_plan
-from pocketlm.data.segments import Segments, turn_of, turns_of
+from pocketlm.data.segments import segments, turn_of, turns_of
 from pocketlm.data.streamed import StreamedDataset, num_tokens, open_finished, open_unfinished
 from pocketlm.errors import DataError
 
@@ -151,8 +151,7 @@ def wanted(
     end = turn_of(rows, position + left - 1) + 1 if is_known else num_pieces + AHEAD
     if not config.keep_segments:
         return _pieces(range(read.start, min(end, read.start + num_pieces + AHEAD)), rows), None
-    segments = Segments(config.segment_pieces, num_pieces if rows.complete else None)
-    kept = segments.kept(turn_of(rows, saved), read, config.keep_segments)
+    kept = segments(rows, config.segment_pieces).kept(turn_of(rows, saved), read, config.keep_segments)
     return _pieces(range(read.start, min(end, kept.stop)), rows), _pieces(kept, rows)
 
 

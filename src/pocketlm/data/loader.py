@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.data.order import Rows, cut_rows, rows_at
-from pocketlm.data.segments import enters_segment
+from pocketlm.data.segments import enters_segment, segments, turn_of
 from pocketlm.errors import DataError
 
 
@@ -59,6 +59,14 @@ class Loader:
         size: pieces in a segment; 0 where there are none.
         """
         return enters_segment(self.rows, size, position, count)
+
+    def epochs(self, position: int) -> float | None:
+        """How often the rows have been read before a position; None where it is not known how many there are."""
+        return position / self.rows.total if self.rows.complete else None
+
+    def segment(self, size: int, position: int) -> int | None:
+        """The segment of the row before a position, from 0; None where there are no segments."""
+        return segments(self.rows, size).of(turn_of(self.rows, position - 1)) if size and position else None
 
     def read(self, position: int, count: int) -> Tensor:
         """The rows at positions position .. position + count - 1. (count, context + 1) int64."""

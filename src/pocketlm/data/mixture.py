@@ -72,6 +72,16 @@ class Mixture:
                 batch[torch.from_numpy(mine)] = loader.read(starts[source], len(mine))
         return batch
 
+    def epochs(self, position: int) -> float | None:
+        """As a loader's, of the one that is read most often; None where it is not known of all."""
+        mine = zip(self.loaders, self.positions(position), strict=True)
+        known = [epochs for loader, own in mine if (epochs := loader.epochs(own)) is not None]
+        return max(known) if len(known) == len(self.loaders) else None
+
+    def segment(self, size: int, position: int) -> int | None:
+        """None: each source has its own."""
+        return None
+
     def enters_segment(self, size: int, position: int, count: int) -> bool:
         """As a loader's, of any of them."""
         ends, starts = self.positions(position), self.positions(position - count)

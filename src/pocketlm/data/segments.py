@@ -72,9 +72,14 @@ def turns_of(rows: Rows, position: int, count: int) -> range:
     return range(turn_of(rows, position), turn_of(rows, position + count - 1) + 1)
 
 
+def segments(rows: Rows, size: int) -> Segments:
+    """Those of a set with these rows."""
+    return Segments(size, len(rows.num_rows) if rows.complete else None)
+
+
 def enters_segment(rows: Rows, size: int, position: int, count: int) -> bool:
     """Whether the `count` rows before a position are the first that the run reads of a segment, but the first one."""
     if not size or position <= count:
         return False
-    segments = Segments(size, len(rows.num_rows) if rows.complete else None)
-    return segments.of(turn_of(rows, position - 1)) != segments.of(turn_of(rows, position - count - 1))
+    cut = segments(rows, size)
+    return cut.of(turn_of(rows, position - 1)) != cut.of(turn_of(rows, position - count - 1))

@@ -1,9 +1,11 @@
 """Curves as text: rows of characters for a terminal, SVG for a page. Pure functions of their points.
 
     finite, thinned, smoothed   points made fit to draw: no NaN, not too many, less noise
+    at, reached                 a curve's height at an x, and where it comes down to a height
     ceiling                     where to cut the fall of the first steps, so that the rest is seen
     ticks, short                round numbers for axes, and how they are written
     terminal_chart              a line in braille dots and round marks, with axes
+    terminal_curves             several curves, each in a character of its own, with axes
     svg_chart                   lines and dots, with axes; light and dark by CSS classes
 
 A point is (x, y), both finite. Points come in the order of x. What lies above the ceiling is cut, and both charts
@@ -13,10 +15,11 @@ leave the line running out at the top, so that it is seen to be cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Literal
 
 Point = tuple[float, float]
@@ -41,7 +44,10 @@ SVG_STYLE = """
   .chart .raw { stroke-width: 1; opacity: 0.35; }
   .chart .line { stroke-width: 2; }
   .chart .dots { fill: var(--val); }
+  .chart .hue-1 { stroke: #d4620f; } .chart .hue-2 { stroke: #2a9d5c; } .chart .hue-3 { stroke: #b44bc2; }
+  .chart .hue-4 { stroke: #c23b4b; } .chart .hue-5 { stroke: #8a7a1f; }
 """
+HUES = 6
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,8 @@ class Series:
     name: str
     points: Points
     look: Literal["raw", "line", "dots"]
+    hue: int = 0
+    """Which colour, where several runs are in one chart: 0 to HUES - 1."""
 
 
 # --- points
@@ -83,16 +91,42 @@ def smoothed(points: Points, span: int) -> list[Point]:
     return means
 
 
+def at(points: Points, x: float) -> float | None:
+    """The height at x, straight from point to point; None before the first and after the last."""
+    after = bisect_left(points, x, key=_x)
+    if after == len(points) or (after == 0 and points[0][0] > x):
+        return None
+    right_x, right_y = points[after]
+    left_x, left_y = points[max(0, after - 1)]
+    share = (x - left_x) / (right_x - left_x) if right_x > left_x else 1.0
+    return left_y + share * (right_y - left_y)
+
+
+def reached(points: Points, y: float) -> float | None:
+    """The first x at which the height is y or less, straight from point to point; None where it never is."""
+    if points and points[0][1] <= y:
+        return points[0][0]
+    for (left_x, left_y), (right_x, right_y) in pairwise(points):
+        if right_y <= y:
+            return left_x + (left_y - y) / (left_y - right_y) * (right_x - left_x)
+    return None
+
+
 def span_of(total_steps: int) -> int:
     """Steps that are averaged for the eye: a fiftieth of the run, at most 100."""
     return max(1, min(100, total_steps // 50))
 
 
-def ceiling(curves: Sequence[Points], share: float = 0.05) -> float:
+def ceiling(curves: Sequence[Points], share: float = 0.05, *, from_x: float | None = None) -> float:
     """The highest y after the first `share` of the x axis, over all curves; the highest of all if nothing is there."""
     every = [point for points in curves for point in points]
     low, high = min(every)[0], max(every)[0]
+    low = low if from_x is None else min(from_x, low)
     return max([y for x, y in every if x > low + share * (high - low)] or [y for _, y in every])
+
+
+def _x(point: Point) -> float:
+    return point[0]
 
 
 def _y(point: Point) -> float:
@@ -150,7 +184,7 @@ def frame(curves: Sequence[Points], *, from_x: float | None = None, from_y: floa
     """A frame around the points up to their ceiling, widened to begin at from_x and from_y where they are given."""
     xs = [x for points in curves for x, _ in points]
     low = min(y for points in curves for _, y in points)
-    high = ceiling(curves)
+    high = ceiling(curves, from_x=from_x)
     pad = 0.04 * (high - low) or 0.05 * abs(high) or 1.0  # a flat line still gets a height
     bottom = low - pad if from_y is None else min(from_y, low)
     left = min(xs) if from_x is None else min(from_x, *xs)
@@ -160,7 +194,7 @@ def frame(curves: Sequence[Points], *, from_x: float | None = None, from_y: floa
 # --- the terminal
 
 
-def terminal_chart(line: Points, marks: Points, width: int, height: int) -> list[str]:
+def terminal_chart(line: Points, marks: Points, width: int, height: int, *, x_label: str = "") -> list[str]:
     """A chart of `height` rows of exactly `width` characters; empty without points.
 
     The line is drawn in braille, 2 x 4 dots to a character; marks are round and lie over it.
@@ -168,29 +202,58 @@ def terminal_chart(line: Points, marks: Points, width: int, height: int) -> list
     curves = [points for points in (line, marks) if points]
     if not curves:
         return []
-    shown = frame(curves)
-    rows = height - 2
-    step = (shown.y_high - shown.y_low) / rows
-    at_row = {row: f"{shown.y_high - (row + 0.5) * step:.2f}" for row in (0, rows // 2, rows - 1)}
-    gutter = max(map(len, at_row.values()))
-    columns = width - gutter - 2
-    assert min(columns, rows) >= 3, f"no chart fits into {width} x {height}"
-
-    cells = [[0] * columns for _ in range(rows)]
-    for column, row in _line_dots(line, shown, 2 * columns, 4 * rows):
+    sheet = _Sheet(frame(curves), width, height)
+    cells = [[0] * sheet.columns for _ in range(sheet.rows)]
+    for column, row in _line_dots(line, sheet.shown, 2 * sheet.columns, 4 * sheet.rows):
         cells[row // 4][column // 2] |= DOTS[row % 4][column % 2]
     grid = [[chr(0x2800 + cell) if cell else " " for cell in cells_row] for cells_row in cells]
-    for x, y in map(shown.place, marks):
+    for x, y in map(sheet.shown.place, marks):
         if 0 <= y <= 1:
-            grid[min(rows - 1, int(y * rows))][min(columns - 1, int(x * columns))] = MARK
+            grid[min(sheet.rows - 1, int(y * sheet.rows))][min(sheet.columns - 1, int(x * sheet.columns))] = MARK
+    return sheet.with_axes(grid, x_label)
 
-    plot = [
-        f"{at_row.get(row, ''):>{gutter}} {'┤' if row in at_row else '│'}{''.join(cells_row)}"
-        for row, cells_row in enumerate(grid)
-    ]
-    left, right = short(shown.x_low), short(shown.x_high)
-    axis = f"{'':{gutter}} └{'─' * columns}"
-    return [*plot, axis, f"{'':{gutter}}  {left}{right:>{columns - len(left)}}"]
+
+def terminal_curves(curves: Mapping[str, Points], width: int, height: int, *, x_label: str = "") -> list[str]:
+    """Curves, each drawn in the character that it goes by, in a chart as `terminal_chart`'s; x begins at 0.
+
+    Of n curves each has every n-th column to itself, so that none hides another.
+    """
+    curves = {mark: points for mark, points in curves.items() if points}
+    if not curves:
+        return []
+    sheet = _Sheet(frame(list(curves.values()), from_x=0), width, height)
+    grid = [[" "] * sheet.columns for _ in range(sheet.rows)]
+    turns = zip(range(sheet.columns), cycle(curves.items()), strict=False)
+    for column, (mark, points) in turns:
+        x = sheet.shown.x_low + column / (sheet.columns - 1) * (sheet.shown.x_high - sheet.shown.x_low)
+        height_here = at(points, x)
+        if height_here is not None and 0 <= (y := sheet.shown.place((x, height_here))[1]) <= 1:
+            grid[min(sheet.rows - 1, int(y * sheet.rows))][column] = mark
+    return sheet.with_axes(grid, x_label)
+
+
+class _Sheet:
+    """The room for a chart of `height` rows of `width` characters, and its axes."""
+
+    def __init__(self, shown: Frame, width: int, height: int) -> None:
+        self.shown = shown
+        self.rows = height - 2
+        step = (shown.y_high - shown.y_low) / self.rows
+        self.labels = {row: f"{shown.y_high - (row + 0.5) * step:.2f}" for row in (0, self.rows // 2, self.rows - 1)}
+        self.gutter = max(map(len, self.labels.values()))
+        self.columns = width - self.gutter - 2
+        assert min(self.columns, self.rows) >= 3, f"no chart fits into {width} x {height}"
+
+    def with_axes(self, grid: list[list[str]], x_label: str) -> list[str]:
+        """The grid with its axes; what x counts stands in the middle, where there is room."""
+        plot = [
+            f"{self.labels.get(row, ''):>{self.gutter}} {'┤' if row in self.labels else '│'}{''.join(cells)}"
+            for row, cells in enumerate(grid)
+        ]
+        left, right = short(self.shown.x_low), short(self.shown.x_high)
+        middle = self.columns - len(left) - len(right)
+        words = f"{x_label if len(x_label) + 4 <= middle else '':^{middle}}"
+        return [*plot, f"{'':{self.gutter}} └{'─' * self.columns}", f"{'':{self.gutter}}  {left}{words}{right}"]
 
 
 def _line_dots(line: Points, shown: Frame, columns: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -275,7 +338,7 @@ def _svg_words(series: Sequence[Series], title: str, box: Frame) -> Iterator[str
         if one.look == "dots":
             yield f'<circle class="dots" cx="{left + 2:.0f}" cy="14" r="{DOT_RADIUS}"/>'
         else:
-            yield f'<polyline class="{one.look}" points="{left - 12:.0f},14 {left + 5:.0f},14"/>'
+            yield f'<polyline class="{_classes(one)}" points="{left - 12:.0f},14 {left + 5:.0f},14"/>'
         right = left - 28
 
 
@@ -287,4 +350,8 @@ def _svg_series(one: Series, shown: Frame, width: float, height: float) -> Itera
             yield f'<circle class="dots" cx="{x:.1f}" cy="{y:.1f}" r="{DOT_RADIUS}">{hover}</circle>'
     else:
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        yield f'<polyline class="{one.look}" points="{line}"/>'
+        yield f'<polyline class="{_classes(one)}" points="{line}"/>'
+
+
+def _classes(one: Series) -> str:
+    return f"{one.look} hue-{one.hue}" if one.hue else one.look

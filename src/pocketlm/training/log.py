@@ -2,24 +2,26 @@
 
 A record is a plain dict with `step` and one of the kinds
 
-    train     loss, smoothed_loss, lr, grad_norm, tokens, tokens_per_s, mfu, elapsed_s
+    train     loss, smoothed_loss, lr, grad_norm, tokens, tokens_per_s, mfu, elapsed_s, epoch, segment (where they are known)
     eval      loss, bits_per_byte, bits_per_byte_with_special, perplexity, tokens, bytes
     sample    prompt, text
     skip      reason, loss, grad_norm                   a step whose update was not applied, instead of its `train`
     rollback  reason, from_step, rows_left_out, skipped   the run goes on from `step` again, with other data
     micro_batch  reason, micro_batch, before              memory ran out in the step after `step`: fewer rows at once
 
-A figure that is not finite is None.
+A figure that is not finite is None. `epoch` is how often the training text has been seen: 2.5 is half way through the
+third time.
 
 A `Listener` hears them as they happen. `PlainLines` is the one for files and pipes; `panel.py` has the live one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 Record = Mapping[str, Any]
 
@@ -34,6 +36,8 @@ class RunInfo:
     total_steps: int
     first_step: int
     tokens_per_step: int
+    epochs: float | None
+    """How often the whole plan sees the training text; None where it is not known how much there is."""
     flops_per_token: float
     peak_flops: float
     lines: tuple[str, ...]
@@ -48,6 +52,28 @@ class Listener(Protocol):
     def record(self, record: Record) -> None: ...
     def saved(self, folder: Path) -> None: ...
     def finished(self) -> None: ...
+
+
+class Relay:
+    """Passes everything on to another listener; what hears a run beside it is made of this."""
+
+    def __init__(self, to: Listener) -> None:
+        self.to = to
+
+    def note(self, text: str) -> None:
+        self.to.note(text)
+
+    def started(self, info: RunInfo) -> None:
+        self.to.started(info)
+
+    def record(self, record: Record) -> None:
+        self.to.record(record)
+
+    def saved(self, folder: Path) -> None:
+        self.to.saved(folder)
+
+    def finished(self) -> None:
+        self.to.finished()
 
 
 class PlainLines:
@@ -137,6 +163,11 @@ def describe(record: Record) -> str:
 def figure(value: float | None) -> str:
     """Four digits after the point, or that there is no number."""
     return "not finite" if value is None else f"{value:.4f}"
+
+
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether a figure of a record is there, and is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def inert(text: str) -> str:

@@ -25,8 +25,10 @@ from pocketlm.training.run import Run, begin, info, set_aside_later
 from pocketlm.training.saving import Saver, prune, regular_steps
 from pocketlm.training.signals import Stopped, StopRequest, exit_signal, stop_on_signal
 from pocketlm.training.state import TrainState, read_state
+from pocketlm.training.trackers import IDS, TrackedRun
+from pocketlm.training.watch import Watch
 
-RUN_FILES = re.compile(r"config\.toml|resolved\.toml|metrics\.jsonl|report\.html")
+RUN_FILES = re.compile(rf"config\.toml|resolved\.toml|metrics\.jsonl|report\.html|{re.escape(IDS)}")
 
 
 def train(config: Config, *, out: Path | None = None, resume: str = "auto", listener: Listener | None = None) -> Path:
@@ -50,7 +52,9 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
     if out is None and (Path(config.name).name != config.name or not config.name):
         raise ConfigError(f"name: given {config.name!r}, allowed is the name of a folder in runs/; or give --out")
     folder = out or Path("runs") / config.name
-    listener = listener or Silent()
+    listener = Watch(listener or Silent())
+    if config.train.tracker:
+        listener = TrackedRun(listener, config, folder)
     if folder.exists() and not folder.is_dir():
         raise FileError(f"{folder} is a file; give a folder as --out")
     make_folder(folder)

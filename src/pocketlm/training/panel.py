@@ -57,9 +57,9 @@ class Heard:
     """Of the last steps, as many as are averaged."""
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RATE_STEPS))
     line: list[curve.Point] = field(default_factory=list)
-    """(step, mean loss)."""
+    """(tokens, mean loss)."""
     marks: list[curve.Point] = field(default_factory=list)
-    """(step, validation loss)."""
+    """(tokens, validation loss)."""
     last: dict[str, Record] = field(default_factory=dict)
     """By kind."""
     saved: str = "none yet"
@@ -75,16 +75,19 @@ class Heard:
         if record["kind"] == "train":
             self.losses.append(record["loss"])
             self.step_seconds.append(self.info.tokens_per_step / record["tokens_per_s"])
-            self._remember(self.line, (record["step"], sum(self.losses) / len(self.losses)))
+            self._remember(self.line, (self._tokens(record), sum(self.losses) / len(self.losses)))
         elif record["kind"] == "eval":
-            self._remember(self.marks, (record["step"], record["loss"]))
+            self._remember(self.marks, (self._tokens(record), record["loss"]))
         elif record["kind"] == "rollback":
-            self._forget_after(record["step"])
+            self._forget_after(self._tokens(record))
 
-    def _forget_after(self, step: int) -> None:
+    def _tokens(self, record: Record) -> float:
+        return float(record["step"] * self.info.tokens_per_step)
+
+    def _forget_after(self, tokens: float) -> None:
         """What was drawn of steps that the run goes through again."""
-        self.line[:] = [point for point in self.line if point[0] <= step]
-        self.marks[:] = [point for point in self.marks if point[0] <= step]
+        self.line[:] = [point for point in self.line if point[0] <= tokens]
+        self.marks[:] = [point for point in self.marks if point[0] <= tokens]
         self.losses.clear()
         for kind in ("train", "skip"):
             self.last.pop(kind, None)
@@ -217,10 +220,20 @@ def numbers(heard: Heard, clock: Clock, memory: Pairs) -> Pairs:
         ("tokens/s", f"{rate:,.0f}" if rate else "-"),
         ("MFU", f"{100 * rate * heard.info.flops_per_token / heard.info.peak_flops:.0f} %" if rate else "-"),
         ("tokens", curve.short(train["tokens"]) if train else "-"),
+        *_place(heard.info, train or {}),
         ("elapsed", duration(clock.elapsed_s)),
         *memory,
         ("checkpoint", heard.saved),
     ]
+
+
+def _place(info: RunInfo, train: Record) -> Pairs:
+    """Where in the text the run is: the segment, where there are any, and the epoch, where it is known."""
+    segment = [("segment", f"{train['segment'] + 1:,}")] if "segment" in train else []
+    if segment and "epoch" not in train:
+        return segment
+    of = "" if info.epochs is None else f" of {info.epochs:.2f}"
+    return [*segment, ("epochs", f"{train['epoch']:.2f}{of}" if "epoch" in train else "-")]
 
 
 def _header(info: RunInfo) -> Text:
@@ -243,7 +256,7 @@ def _body(pairs: Pairs, heard: Heard, width: int) -> list[Text]:
     """Numbers beside the chart; without it in as many columns as there is room for."""
     cells = [_cell(label, value) for label, value in pairs]
     if width + 1 >= CHART_FROM_WIDTH:
-        chart = curve.terminal_chart(heard.line, heard.marks, width - NUMBERS_WIDTH - 4, len(cells))
+        chart = curve.terminal_chart(heard.line, heard.marks, width - NUMBERS_WIDTH - 4, len(cells), x_label="tokens")
         rows = [_chart_row(row) for row in chart] or [Text() for _ in cells]
         return [_beside(cell, row) for cell, row in zip(cells, rows, strict=True)]
     if width < 2 * NUMBERS_WIDTH:
@@ -268,7 +281,7 @@ def _chart_row(row: str) -> Text:
     text = Text(row)
     text.highlight_regex("[\u2801-\u28ff]+", TRAIN)
     text.highlight_regex(curve.MARK, VALIDATION)
-    text.highlight_regex(r"^[^┤│└]*[┤│]|^ *└─*$|^ +\S+ +\S+$", FAINT)
+    text.highlight_regex(r"^[^┤│└]*[┤│]|^ *└─*$|^ +[^\s┤│└]\S*( +\S+)+$", FAINT)
     return text
 
 

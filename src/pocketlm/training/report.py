@@ -6,9 +6,8 @@ be made again at any time, for a stopped run too:
     from pocketlm.training.report import write_report
     write_report(Path("runs/tiny"))
 
-Whatever a run holds is text to the page: the template escapes every value, a policy in its head forbids scripts and
-requests, and only the charts, which escape their own words, enter as they are. Parts that were not recorded are left
-out. The page names the machine that it is made on, which is the run's own where the run writes it.
+Whatever a run holds is text to the page (page.py). Parts that were not recorded are left out. The page names the
+machine that it is made on, which is the run's own where the run writes it.
 """
 
 from __future__ import annotations
@@ -16,30 +15,24 @@ from __future__ import annotations
 import math
 import platform
 import shlex
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from pocketlm import checkpoint, distributed
-from pocketlm.config import Config
 from pocketlm.data.shards import Dataset, unigram_entropy
 from pocketlm.errors import FileError
 from pocketlm.evaluate import source
 from pocketlm.files import write_file
-from pocketlm.journal import Journal
 from pocketlm.model import sizes
-from pocketlm.reading import read_text
-from pocketlm.training import curve
+from pocketlm.training import curve, page, watch
 from pocketlm.training.log import Record, describe, duration, figure
+from pocketlm.training.story import Story, read_story
 
 REPORT = "report.html"
 CHART_POINTS = 1500
@@ -47,23 +40,6 @@ TROUBLES = 40
 SAMPLE_STEPS = 12
 
 Rows = list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Story:
-    """What the folder of a run holds."""
-
-    folder: Path
-    config: Config
-    resolved: Mapping[str, Any]
-    """The table [resolved] of resolved.toml; empty before the first step."""
-    versions: Mapping[str, str]
-    records: Mapping[str, list[Record]]
-    """By kind, in the order of their steps."""
-
-    @property
-    def step(self) -> int:
-        return int(self.records["train"][-1]["step"]) if self.records["train"] else 0
 
 
 @dataclass(frozen=True)
@@ -88,9 +64,8 @@ def write_report(folder: Path, dataset: Dataset | None = None) -> Path:
     """
     story = read_story(folder)
     dataset = dataset or find_dataset(story)
-    page = _environment().from_string(_template()).render(_context(story, dataset))
     path = folder / REPORT
-    write_file(path, page.encode("utf-8", "replace"))
+    write_file(path, page.render("report.html.jinja", _context(story, dataset)))
     return path
 
 
@@ -104,26 +79,6 @@ def write_curve(folder: Path, out: Path) -> None:
     if not chart:
         raise FileError(f"{folder} has no loss to draw yet; let it train first")
     write_file(out, chart.encode())
-
-
-# --- reading
-
-
-def read_story(folder: Path) -> Story:
-    """The files of a run.
-
-    Raises:
-        FileError: there is no config.toml, or a file that is damaged.
-    """
-    if not (folder / "config.toml").is_file():
-        raise FileError(f"{folder} is no run: it has no config.toml; give a folder that pocketlm train made")
-    ran = folder / "resolved.toml"
-    resolved = tomllib.loads(read_text(ran)) if ran.is_file() else {}
-    records: dict[str, list[Record]] = {"train": [], "eval": [], "sample": []}
-    for record in Journal.read(folder / "metrics.jsonl"):
-        records.setdefault(record["kind"], []).append(record)
-    config = Config.from_toml(folder / "config.toml")
-    return Story(folder, config, resolved.get("resolved", {}), resolved.get("versions", {}), records)
 
 
 def find_dataset(story: Story) -> Dataset | None:
@@ -185,24 +140,14 @@ def _noisy(raw: list[curve.Point], span: int) -> list[curve.Series]:
 # --- words
 
 
-def _template() -> str:
-    return (resources.files("pocketlm.training") / "report.html.jinja").read_text(encoding="utf-8")
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-
-
 def _context(story: Story, dataset: Dataset | None) -> dict[str, Any]:
     samples = [(step, list(texts)) for step, texts in groupby(story.records["sample"], key=lambda r: r["step"])]
     shown = samples[: SAMPLE_STEPS // 2] + samples[SAMPLE_STEPS // 2 :][-SAMPLE_STEPS // 2 :]
     return {
         "name": story.config.name,
         "status": _status(story),
+        "signs": _signs(story),
         "numbers": _numbers(story, dataset),
-        "chart_style": Markup(curve.SVG_STYLE),
         "loss_chart": Markup(loss_chart(story)),
         "small_charts": _small_charts(story),
         "troubles": _troubles(story),
@@ -219,6 +164,17 @@ def _troubles(story: Story) -> list[str]:
     return [describe(record) for record in sorted(records, key=lambda r: r["step"])][-TROUBLES:]
 
 
+def _signs(story: Story) -> list[str]:
+    """Whether the text is too small for the run, as far as it went."""
+    seen = next((float(record.get("epoch", 0.0)) for record in story.records["train"][-1:]), 0.0)
+    evaluations = watch.evaluations_of(sorted(story.records["train"] + story.records["eval"], key=_order))
+    return [sign for sign in (watch.repeats(seen), watch.turned_up(evaluations)) if sign]
+
+
+def _order(record: Record) -> tuple[int, bool]:
+    return record["step"], record["kind"] == "eval"
+
+
 def _status(story: Story) -> str:
     total = story.config.train.total_steps
     if story.step >= total:
@@ -233,6 +189,8 @@ def _numbers(story: Story, dataset: Dataset | None) -> list[Number]:
     if story.records["train"]:
         last = story.records["train"][-1]
         each = f"{story.step:,} steps of {story.config.train.tokens_per_step:,}"
+        each += f", {last['epoch']:.2f} epochs" if "epoch" in last else ""
+        each += f", segment {last['segment'] + 1:,}" if "segment" in last else ""
         numbers.append(Number("Tokens trained on", f"{last['tokens']:,}", each))
     numbers += _quality(story, dataset)
     return numbers + _speed(story)

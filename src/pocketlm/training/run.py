@@ -257,14 +257,6 @@ def _rows(loader: Loader) -> str:
     return f"{rows.total:,} rows" if rows.complete else f"{len(rows.num_rows):,} piece(s)"
 
 
-def _epochs(run: Run) -> str:
-    """How often the run reads each row, where it is known how many there are."""
-    config, loader = run.config, run.loader
-    if isinstance(loader, Mixture) or not loader.rows.complete:
-        return ""
-    return f", {config.train.total_steps * config.rows_per_step / loader.rows.total:.2f} epochs"
-
-
 def info(run: Run, state: TrainState) -> RunInfo:
     """The plan of a run, printed before its first step."""
     config, resolved = run.config, run.resolved
@@ -275,13 +267,15 @@ def info(run: Run, state: TrainState) -> RunInfo:
     unigram_nats, unigram_bits = unigram_entropy(
         stream, run.dataset.tokenizer.byte_lengths, run.dataset.tokenizer.special_ids
     )
+    epochs = run.loader.epochs(train.total_steps * config.rows_per_step)
     going_on = [f"going on from step {step}"] if step else []
     lines = (
         f"{config.name}: {count.total:,} parameters, {count.non_embedding:,} without embeddings, in {run.folder}",
         *_data_lines(run),
         f"unigram entropy of the corpus: {unigram_nats:.4f} nats/token, {unigram_bits:.4f} bits/byte",
         f"plan: {train.total_steps:,} steps x {train.tokens_per_step:,} tokens = "
-        f"{train.total_steps * train.tokens_per_step:,} tokens{_epochs(run)}",
+        f"{train.total_steps * train.tokens_per_step:,} tokens"
+        f"{'' if epochs is None else f', {epochs:.2f} epochs'}",
         f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once} "
         f"({now.reasons['micro_batch']}); "
         f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",
@@ -300,6 +294,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         total_steps=run.last_step,
         first_step=step,
         tokens_per_step=train.tokens_per_step,
+        epochs=epochs,
         flops_per_token=run.flops_per_token,
         peak_flops=resolved.peak_flops,
         lines=lines,
