@@ -2,7 +2,7 @@
 
 A record is a plain dict with `step` and one of the kinds
 
-    train     loss, smoothed_loss, lr, grad_norm, tokens, tokens_per_s, mfu, elapsed_s, epoch, segment (where they are known)
+    train     loss, smoothed_loss, lr, grad_norm, tokens, tokens_per_s, mfu, elapsed_s; epoch and segment, if known
     eval      loss, bits_per_byte, bits_per_byte_with_special, perplexity, tokens, bytes
     sample    prompt, text
     skip      reason, loss, grad_norm                   a step whose update was not applied, instead of its `train`
