@@ -123,6 +123,8 @@ class DataConfig(Section):
     """gpt2 | byte | bpe:SIZE (trained on the training documents) | a tokenizer.json or its folder | a Hub id."""
     context: Count = 256
     """Tokens in a row; each row trains all of them."""
+    document_masks: bool = False
+    """Attention and positions begin anew at each document inside a row."""
     dir: str | None = None
     """Where the prepared data set lies; by default data/NAME-FINGERPRINT."""
     val_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.01

@@ -79,6 +79,7 @@ def computing(model: Transformer, arithmetic: Arithmetic) -> Transformer:
     copied = allocate(model.config, vocab_rows=padded, dtype=dtype, device=model.head.device)
     copied.use_attention(arithmetic.attention)
     copied.gradient_checkpointing = model.gradient_checkpointing
+    copied.document_end = model.document_end
     for mine, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         mine.zero_()[: theirs.shape[0]] = theirs
         mine.requires_grad_(theirs.requires_grad)

@@ -132,6 +132,7 @@ def training_memory(
     moments = 8 * num - 4 * num_muon
     keys = _keys_kept(context) if folded else 0
     activations = rows * activation_bytes_per_token(model, dtype, config.train.gradient_checkpointing, keys)
+    activations += rows * document_bytes_per_token(model, dtype, context) if config.data.document_masks else 0
     block = rows * activation_bytes_per_token(model.model_copy(update={"num_hidden_layers": 1}), dtype, False, keys)
     return TrainingMemory(
         weights=4 * num,
@@ -148,6 +149,12 @@ def training_memory(
 def _keys_kept(context: int) -> int:
     """Keys a query whose probabilities are kept: blocks of queries meet the keys up to their own end."""
     return (context + min(FOLDED_BLOCK, context)) // 2 if context <= FOLDED_KEPT_UP_TO else 0
+
+
+def document_bytes_per_token(model: ModelConfig, dtype: Dtype, context: int) -> int:
+    """Bytes per token of document masks, once for all layers: its row of the mask, and its own rotary angles."""
+    size = 4 if dtype == "fp32" else 2
+    return size * (context + (2 * model.head_dim if model.position == "rope" else 0))
 
 
 def activation_bytes_per_token(

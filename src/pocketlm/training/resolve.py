@@ -22,6 +22,7 @@ from pocketlm.distributed import Runtime, versions
 from pocketlm.errors import UsageError
 from pocketlm.model.arithmetic import FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
 from pocketlm.model.attention import folded_attention
+from pocketlm.model.documents import documents_in
 from pocketlm.model.sizes import flops_per_token
 from pocketlm.training import micro_batch as micro_batches
 
@@ -155,12 +156,16 @@ def _attention_s(config: Config, dtype: torch.dtype, kernel: AttentionKernel) ->
 
     q, k, v = (heads(num) for num in (model.num_attention_heads, *[model.num_key_value_heads] * 2))
     upstream = torch.ones_like(q)
+    mask = None
+    if config.data.document_masks:
+        one_document = torch.ones(rows, config.data.context, dtype=torch.int64)
+        mask = documents_in(one_document, 0, dtype).mask
 
     def work() -> None:
         if kernel == "folded":
-            y = folded_attention(q, k, v)
+            y = folded_attention(q, k, v, mask=mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         torch.autograd.grad(y, (q, k, v), upstream)
 
     work()  # the first call chooses kernels and takes memory

@@ -87,7 +87,7 @@ def begin(folder: Path, config: Config, start: Path | None, listener: Listener) 
         line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, resolved.attention, runtime.device)
     ):
         listener.note(line)
-    state = new_state(config, resolved, runtime)
+    state = new_state(config, resolved, runtime, dataset.tokenizer.end_id)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
     loader = Loader(dataset.train, config.data.context, config.train.seed, config.data.shuffle)
@@ -196,11 +196,16 @@ def _check_fits(config: Config, dataset: Dataset) -> None:
         )
 
 
-def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime) -> TrainState:
-    """The state before the first step: a function of the configuration. Sets the process's precision of products."""
+def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime, end_id: int = 0) -> TrainState:
+    """The state before the first step: a function of the configuration. Sets the process's precision of products.
+
+    Args:
+        end_id: the tokenizer's, at which documents end; what is only timed has none, and takes any.
+    """
     resolved.arithmetic.use()
     model = allocate(config.model)
     model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.document_end = end_id if config.data.document_masks else None
     model.to(runtime.device)
     precision = Precision(model, resolved.arithmetic)
     optimizer = Optimizer(model, config.optim, precision.copies)
