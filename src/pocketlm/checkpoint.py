@@ -20,12 +20,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from pocketlm.config import Config, ModelConfig, SampleConfig
+from pocketlm.config import Config, Dtype, ModelConfig, SampleConfig
 from pocketlm.errors import FileError, PocketError, Unreadable
 from pocketlm.files import commit_folder
 from pocketlm.formats import huggingface
@@ -144,8 +144,9 @@ def trained_with(state: Mapping[str, Any]) -> Arithmetic:
     """How a model computed in training, by the state of its checkpoint; PyTorch's defaults where nothing says so."""
     resolved = state.get("resolved")
     said = resolved if isinstance(resolved, dict) else {}
+    dtypes = (dtype for dtype in get_args(Dtype) if dtype == said.get("dtype"))
     return Arithmetic(
-        dtype="bf16" if said.get("dtype") == "bf16" else "fp32",
+        dtype=next(dtypes, "fp32"),
         attention="folded" if said.get("attention") == "folded" else "sdpa",
         fp32_matmul="medium" if said.get("fp32_matmul") == "medium" else "highest",
     )

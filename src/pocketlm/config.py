@@ -35,7 +35,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "fp16"]
 Determinism = Literal["bitwise", "same-data", "off"]
 AttentionKernel = Literal["sdpa", "folded"]
 FP32Matmul = Literal["highest", "medium"]
@@ -203,8 +203,9 @@ class TrainConfig(Section):
     """Tokens of one optimizer step, whatever the micro-batch: a multiple of data.context."""
     micro_batch: Literal["auto"] | Count = "auto"
     """Rows that go through the model at once."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the computation; weights, gradient sums and moments are fp32 always. `auto` probes."""
+    dtype: Literal["auto"] | Dtype = "auto"
+    """Precision of the computation; weights, gradient sums and moments are fp32 always. fp16, with a loss scale, is for
+    GPUs that have no bf16. `auto` probes."""
     attention: Literal["auto"] | AttentionKernel = "auto"
     """PyTorch's kernel, or batched products folded by key-value head (model/attention.py). `auto` probes."""
     fp32_matmul: Literal["auto"] | FP32Matmul = "auto"

@@ -201,3 +201,19 @@ def test_bf16_gradients_of_sure_targets_keep_their_digits(p: float, share: float
     pairs = [(dx[sure], exact[0][sure]), (dhead[targets[sure]], exact[1][targets[sure]]), (dhead, exact[1])]
     for got, expected in pairs:
         assert (got - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_fp16_keeps_a_vocabulary_beyond_its_end(softcap: float | None) -> None:
+    """With 70,000 likely ids the sum of exponents is above 65,504; and a rare id's share is below what fp16 keeps."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 32, generator=generator) * 0.3
+    head = torch.randn(70_000, 32, generator=generator) * 0.3
+    targets = torch.randint(70_000, (24,), generator=generator)
+    exact = [tensor.double().requires_grad_() for tensor in (x.half(), head.half())]
+    truth = torch.autograd.grad(4 * plain(*exact, targets, softcap), exact)
+    half = [tensor.half().requires_grad_() for tensor in (x, head)]
+    loss = linear_cross_entropy(*half, targets, scale=torch.tensor(4.0), chunk=7, softcap=softcap)
+    assert loss.item() / 4 == pytest.approx(plain(*exact, targets, softcap).item(), rel=1e-3)
+    for ours, theirs in zip(torch.autograd.grad(loss, half), truth, strict=True):
+        assert (ours.double() - theirs).norm() < 3e-3 * theirs.norm()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pocketlm.cli.arguments import Parser, print_json, print_table, say
+from pocketlm.config import Dtype
 from pocketlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: the model's)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the context)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="score only this many first tokens")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: as it was trained")
+    parser.add_argument("--dtype", choices=["auto", *get_args(Dtype)], default="auto", help="auto: as it was trained")
     parser.add_argument(
         "--document-masks",
         choices=["auto", "on", "off"],

@@ -298,7 +298,7 @@ def look_up(table: Tensor, ids: Tensor) -> Tensor:
 
 
 class _LookUp(torch.autograd.Function):
-    """F.embedding, whose gradient in 16 bits on a CPU adds token by token to such a row: in bf16 a common one loses 2 %."""
+    """F.embedding, whose gradient in 16 bits on a CPU adds token by token to such a row: a common one's loses 2 %."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:

@@ -69,17 +69,16 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     """Probes what is left to `auto`. The probe takes about a second, and some more where compiling may pay.
 
     Raises:
-        UsageError: `train.compile = "on"`, and nothing compiles here.
+        UsageError: `train.compile = "on"`, and nothing compiles here; fp16 on a CPU.
         ConfigError: training would not fit into memory; nothing was allocated.
     """
-    device, wanted = runtime.device, config.train.dtype
+    device, candidates = runtime.device, _candidates(config, runtime.device)
     fp32_matmul, fp32_reason, rates = _fp32_matmul(config, device)
     torch.set_float32_matmul_precision(fp32_matmul)
-    candidates: tuple[Dtype, ...] = ("fp32", "bf16") if wanted == "auto" else (wanted,)
     for candidate in candidates:
         if candidate not in rates:
             rates[candidate] = matmul_rate(config, device, TORCH_DTYPES[candidate])
-    dtype, dtype_reason = _dtype(config, rates)
+    dtype, dtype_reason = _dtype(candidates, rates)
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
     micro_batch, micro_reason = micro_batches.choose(config, device, dtype, attention)
@@ -126,12 +125,26 @@ def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str,
     return chosen, reason, {"fp32": rates[chosen]}
 
 
-def _dtype(config: Config, rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
-    if config.train.dtype != "auto":
-        return config.train.dtype, "as given"
-    gain = rates["bf16"] / rates["fp32"]
-    reason = f"bf16 products run at {gain:.1f} times the rate of fp32 here"
-    return ("bf16" if gain >= MUST_GAIN else "fp32"), reason
+def _candidates(config: Config, device: torch.device) -> tuple[Dtype, ...]:
+    """The precisions that `auto` chooses from, fp32 first; or the one that is given."""
+    wanted = config.train.dtype
+    if wanted == "fp16" and device.type == "cpu":
+        raise UsageError(
+            "train.dtype: given fp16, which is for GPUs that have no bf16; on a CPU take auto, bf16 or fp32"
+        )
+    if wanted != "auto":
+        return (wanted,)
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return ("fp32", "fp16" if emulated else "bf16")
+
+
+def _dtype(candidates: tuple[Dtype, ...], rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
+    if len(candidates) == 1:
+        return candidates[0], "as given"
+    fp32, half = candidates
+    gain = rates[half] / rates[fp32]
+    reason = f"{half} products run at {gain:.1f} times the rate of fp32 here"
+    return (half if gain >= MUST_GAIN else fp32), reason
 
 
 def _attention(config: Config, device: torch.device, dtype: Dtype) -> tuple[AttentionKernel, str]:

@@ -27,6 +27,7 @@ from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
 from pocketlm.training.resolve import Resolved, resolve, why_not_compile
+from pocketlm.training.scaler import LossScaler
 from pocketlm.training.state import Scalars, TrainState, read_state
 
 
@@ -209,7 +210,8 @@ def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime, 
     model.to(runtime.device)
     precision = Precision(model, resolved.arithmetic)
     optimizer = Optimizer(model, config.optim, precision.copies)
-    state = TrainState(precision, optimizer, Guard(config.guard, runtime.device))
+    scaler = LossScaler(runtime.device) if resolved.dtype == "fp16" else None
+    state = TrainState(precision, optimizer, Guard(config.guard, runtime.device), scaler)
     state.begin(config, resolved.micro_batch)
     return state
 
