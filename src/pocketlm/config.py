@@ -203,9 +203,8 @@ class TrainConfig(Section):
     """Tokens of one optimizer step, whatever the micro-batch: a multiple of data.context."""
     micro_batch: Literal["auto"] | Count = "auto"
     """Rows that go through the model at once."""
-    dtype: Literal["auto"] | Dtype = "auto"
-    """Precision of the computation; weights, gradient sums and moments are fp32 always. fp16, with a loss scale, is for
-    GPUs that have no bf16. `auto` probes."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the computation; what is stored is fp32 always. fp16 is for GPUs without bf16. `auto` probes."""
     attention: Literal["auto"] | AttentionKernel = "auto"
     """PyTorch's kernel, or batched products folded by key-value head (model/attention.py). `auto` probes."""
     fp32_matmul: Literal["auto"] | FP32Matmul = "auto"
