@@ -83,7 +83,6 @@ def test_by_hand() -> None:
     assert mask[mask != 0].isneginf().all()
 
 
-@pytest.mark.goal("R16")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_document_is_as_if_alone(layout: str, kernel: AttentionKernel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Computed on a CPU, which the engine can do and users are refused.
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from pocketlm.config import Config
 from pocketlm.errors import UsageError
 from pocketlm.training import resolve, scaler
 from pocketlm.training.guard import APPLIED, LEAP, NO_GRADIENT, NO_LOSS
+from pocketlm.training.loop import train
 from pocketlm.training.probe import RandomRows
 from pocketlm.training.run import new_state
 from pocketlm.training.scaler import OVERFLOW, LossScaler, after
@@ -29,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resolve, "PROBE_S", 0.001)
-    monkeypatch.setattr(resolve, "_candidates", lambda config, device: (config.train.dtype,))
+    monkeypatch.setattr(resolve, "SLOW_ON_A_CPU", ())
 
 
 def config_of(dtype: str = "fp16", **fields: Any) -> Config:
@@ -139,15 +141,20 @@ def test_only_fp16_has_a_scale_in_its_state() -> None:
     assert names["fp16"] - names["bf16"] == {"scaler.scale", "scaler.good_steps"}
 
 
-def test_a_user_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_on_a_cpu_is_refused_before_anything_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.undo()
-    with pytest.raises(UsageError, match=r"given fp16, which is for GPUs that have no bf16; on a CPU take auto, bf16"):
-        resolve._candidates(config_of(), CPU)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"given fp16, which is for GPUs without bf16; on a CPU take auto, bf16 or fp3"
+    ):
+        train(config_of())
+    assert not Path("data").exists()
+    with pytest.raises(UsageError, match="given fp16"):
+        state_of(config_of())  # as `pocketlm plan` and `bench` do
 
 
 @pytest.mark.parametrize(("has_bf16", "half"), [(True, "bf16"), (False, "fp16")])
 def test_auto_takes_fp16_where_a_gpu_has_no_bf16(has_bf16: bool, half: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     candidates = resolve._candidates(config_of("auto"), torch.device("cuda"))
     assert candidates == ("fp32", half)

@@ -31,6 +31,8 @@ MUST_GAIN = 1.2
 COMPILE_S, COMPILE_GAIN, RATE = 30.0, 0.05, 0.5
 """What compiling costs once, what it saves of a run, and the share of the matmul rate that a run reaches: measured in
 docs/performance-log.md, and good enough to tell minutes from hours."""
+SLOW_ON_A_CPU: tuple[Dtype, ...] = ("fp16",)
+"""Products in fp16 run at a twentieth of the rate of bf16 there, and attention at an eighth."""
 PROBE_ROWS = 2048
 PROBE_S = 0.25
 ATTENTION_ROWS = 4
@@ -72,7 +74,9 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
         UsageError: `train.compile = "on"`, and nothing compiles here; fp16 on a CPU.
         ConfigError: training would not fit into memory; nothing was allocated.
     """
-    device, candidates = runtime.device, _candidates(config, runtime.device)
+    device = runtime.device
+    check_dtype(config, device)
+    candidates = _candidates(config, device)
     fp32_matmul, fp32_reason, rates = _fp32_matmul(config, device)
     torch.set_float32_matmul_precision(fp32_matmul)
     for candidate in candidates:
@@ -125,15 +129,20 @@ def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str,
     return chosen, reason, {"fp32": rates[chosen]}
 
 
+def check_dtype(config: Config, device: torch.device) -> None:
+    """What a new run asks for; one that was begun elsewhere keeps its precision.
+
+    Raises:
+        UsageError: fp16 on a CPU.
+    """
+    if device.type == "cpu" and config.train.dtype in SLOW_ON_A_CPU:
+        raise UsageError("train.dtype: given fp16, which is for GPUs without bf16; on a CPU take auto, bf16 or fp32")
+
+
 def _candidates(config: Config, device: torch.device) -> tuple[Dtype, ...]:
     """The precisions that `auto` chooses from, fp32 first; or the one that is given."""
-    wanted = config.train.dtype
-    if wanted == "fp16" and device.type == "cpu":
-        raise UsageError(
-            "train.dtype: given fp16, which is for GPUs that have no bf16; on a CPU take auto, bf16 or fp32"
-        )
-    if wanted != "auto":
-        return (wanted,)
+    if config.train.dtype != "auto":
+        return (config.train.dtype,)
     emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     return ("fp32", "fp16" if emulated else "bf16")
 

@@ -26,7 +26,7 @@ from pocketlm.training import micro_batch
 from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
-from pocketlm.training.resolve import Resolved, resolve, why_not_compile
+from pocketlm.training.resolve import Resolved, check_dtype, resolve, why_not_compile
 from pocketlm.training.scaler import LossScaler
 from pocketlm.training.state import Scalars, TrainState, read_state
 
@@ -75,6 +75,8 @@ class Run:
 
 def begin(folder: Path, config: Config, start: Path | None, listener: Listener) -> tuple[Run, TrainState]:
     """Data, model and state, at step 0 or at a checkpoint's step. Of the run nothing is changed until all fits."""
+    if start is None:
+        check_dtype(config, distributed.default_device())  # preparing the data may take hours
     dataset = open_dataset(prepare(config.data, progress=listener.note))
     _check_fits(config, dataset)
     stored = read_state(start) if start else None
