@@ -1,8 +1,7 @@
 """Well-known GPUs by name, for plans of machines that are not here: dense rates, memory and its speed.
 
 From the makers' data sheets, without sparsity, products summed in fp32. fp32 is the real one, as pocketlm computes it,
-not TF32. What a training run reaches of the rate is assumed, and said: `ASSUMED_MFU`. A T4 has no
-bf16, but fp16.
+not TF32. What a training run reaches of the rate is assumed, and said: `ASSUMED_MFU`. A T4 has fp16 in place of bf16.
 """
 
 from __future__ import annotations

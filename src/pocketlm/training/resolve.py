@@ -32,7 +32,7 @@ COMPILE_S, COMPILE_GAIN, RATE = 30.0, 0.05, 0.5
 """What compiling costs once, what it saves of a run, and the share of the matmul rate that a run reaches: measured in
 docs/performance-log.md, and good enough to tell minutes from hours."""
 SLOW_ON_A_CPU: tuple[Dtype, ...] = ("fp16",)
-"""Products in fp16 run at a twentieth of the rate of bf16 there, and attention at an eighth."""
+"""On a Zen 4 core products in fp16 run at a hundredth of the rate of bf16, and PyTorch's attention at a sixth."""
 PROBE_ROWS = 2048
 PROBE_S = 0.25
 ATTENTION_ROWS = 4
