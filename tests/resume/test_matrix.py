@@ -71,6 +71,7 @@ def test_stopped_and_resumed_on_the_fast_path(dtype: str, rig: Rig) -> None:
 def test_stopped_and_resumed_with_document_masks(cell: dict[str, Any], rig: Rig) -> None:
     """And `pocketlm eval` reads documents as the training did, unless it is told otherwise."""
     stopped_equals_whole(rig, BASE, cell, {"data.document_masks": "true", "train.micro_batch": 36})
+    assert " inside each document (as given)" in rig.children[0].stderr
     measured = [record for record in oracle.journal(rig.folder / "run") if record["kind"] == "eval"][-1]["loss"]
     said = [
         json.loads(rig.run(["eval", "run", "--json", *words]).stdout)

@@ -229,6 +229,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
     unigram_nats, unigram_bits = unigram_entropy(
         stream, run.dataset.tokenizer.byte_lengths, run.dataset.tokenizer.special_ids
     )
+    apart = " inside each document" if config.data.document_masks else ""
     going_on = [f"going on from step {step}"] if step else []
     lines = (
         f"{config.name}: {count.total:,} parameters, {count.non_embedding:,} without embeddings, in {run.folder}",
@@ -243,7 +244,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
         f"{run.runtime.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",
         f"fp32 products: {resolved.fp32_matmul} ({resolved.reasons['fp32_matmul']})",
-        f"attention: {resolved.attention} ({resolved.reasons['attention']}); "
+        f"attention: {resolved.attention}{apart} ({resolved.reasons['attention']}); "
         f"blocks {'compiled' if resolved.compile else 'not compiled'} ({resolved.reasons['compile']})",
         f"determinism: {run.runtime.determinism}: {distributed.PROMISES[run.runtime.determinism]}",
         *going_on,
