@@ -20,12 +20,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from pocketlm.config import Config, ModelConfig, SampleConfig
+from pocketlm.config import Config, Dtype, ModelConfig, SampleConfig
 from pocketlm.errors import FileError, PocketError, Unreadable
 from pocketlm.files import commit_folder
 from pocketlm.formats import huggingface
@@ -34,6 +34,7 @@ from pocketlm.model.transformer import Transformer
 from pocketlm.reading import MANIFEST, read_json, read_manifest, verify_folder
 from pocketlm.tensors import FLOATS, Shapes, bytes_of, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
+from pocketlm.toml_trees import read_toml
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 HALF_WRITTEN = re.compile(r"step-\d{8}(\.old)?")
@@ -143,11 +144,19 @@ def trained_with(state: Mapping[str, Any]) -> Arithmetic:
     """How a model computed in training, by the state of its checkpoint; PyTorch's defaults where nothing says so."""
     resolved = state.get("resolved")
     said = resolved if isinstance(resolved, dict) else {}
+    dtypes = (dtype for dtype in get_args(Dtype) if dtype == said.get("dtype"))
     return Arithmetic(
-        dtype="bf16" if said.get("dtype") == "bf16" else "fp32",
+        dtype=next(dtypes, "fp32"),
         attention="folded" if said.get("attention") == "folded" else "sdpa",
         fp32_matmul="medium" if said.get("fp32_matmul") == "medium" else "highest",
     )
+
+
+def masked_documents(folder: Path) -> bool:
+    """Whether a model was trained with document masks; no where nothing says so, as in a Hugging Face folder."""
+    path = folder / CONFIG
+    data = read_toml(path).get("data") if path.is_file() else None
+    return isinstance(data, dict) and data.get("document_masks") is True
 
 
 def step_of(path: Path) -> int:
@@ -285,6 +294,8 @@ def find_checkpoint(path: Path, warn: Warn) -> Path:
 def load_model(folder: Path) -> tuple[Transformer, Tokenizer, SampleConfig]:
     """The model of a checkpoint or Hugging Face folder, fp32 and in evaluation mode, with its tokenizer and sampling.
 
+    It keeps documents apart if it did so in training.
+
     Raises:
         FileError: a file is missing, damaged, or of a model that pocketlm does not have.
     """
@@ -297,6 +308,7 @@ def load_model(folder: Path) -> tuple[Transformer, Tokenizer, SampleConfig]:
     tokenizer = load_tokenizer(str(folder))
     if tokenizer.vocab_size > config.vocab_size:
         raise FileError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
+    model.document_end = tokenizer.end_id if masked_documents(folder) else None
     generation = folder / "generation_config.json"
     sample = huggingface.sample_config(read_json(generation)) if generation.is_file() else SampleConfig()
     return model.eval().requires_grad_(False), tokenizer, sample

@@ -36,7 +36,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "fp16"]
 Determinism = Literal["bitwise", "same-data", "off"]
 AttentionKernel = Literal["sdpa", "folded"]
 FP32Matmul = Literal["highest", "medium"]
@@ -137,6 +137,8 @@ class DataConfig(Section):
     """gpt2 | byte | bpe:SIZE (trained on the training documents) | a tokenizer.json or its folder | a Hub id."""
     context: Count = 256
     """Tokens in a row; each row trains all of them."""
+    document_masks: bool = False
+    """Attention and positions begin anew at each document inside a row."""
     dir: str | None = None
     """Where the prepared data set lies; by default data/NAME-FINGERPRINT."""
     val_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.01
@@ -248,8 +250,8 @@ class TrainConfig(Section):
     """Tokens of one optimizer step, whatever the micro-batch: a multiple of data.context."""
     micro_batch: Literal["auto"] | Count = "auto"
     """Rows that go through the model at once."""
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of the computation; weights, gradient sums and moments are fp32 always. `auto` probes."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the computation; what is stored is fp32 always. fp16 is for GPUs without bf16. `auto` probes."""
     attention: Literal["auto"] | AttentionKernel = "auto"
     """PyTorch's kernel, or batched products folded by key-value head (model/attention.py). `auto` probes."""
     fp32_matmul: Literal["auto"] | FP32Matmul = "auto"

@@ -95,6 +95,26 @@ def test_random_weights_give_transformers_logits(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.goal("R16")
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@torch.no_grad()
+def test_document_masks_are_transformers_with_a_mask_and_positions(name: str, tmp_path: Path) -> None:
+    """Both given to it token by token: it does not find the documents."""
+    model = random_model(ModelConfig.model_validate(TINY | LLAMAS[name]))
+    save(model, tmp_path)
+    theirs = opened(tmp_path).double()
+    lengths = (10, 1, 30, 23)
+    ids = torch.randint(1, 193, (1, 64), generator=torch.Generator().manual_seed(12))
+    ids[0, torch.tensor(lengths).cumsum(0) - 1] = 0
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    seen = torch.block_diag(*(torch.ones(length, length).tril() for length in lengths))
+    mask = torch.zeros(1, 1, 64, 64, dtype=torch.float64).masked_fill_(seen == 0, torch.finfo(torch.float64).min)
+    expected = theirs(ids, attention_mask=mask, position_ids=positions).logits
+    model.document_end = 0
+    torch.testing.assert_close(model(ids).double(), expected, rtol=0, atol=1e-5)
+    assert (theirs(ids).logits - expected).abs().max() > 0.01, "the masks would change nothing"
+
+
+@pytest.mark.goal("R16")
 @pytest.mark.parametrize("name", LLAMAS)
 def test_greedy_text_is_transformers(name: str, tmp_path: Path) -> None:
     model = random_model(ModelConfig.model_validate(TINY | LLAMAS[name] | {"max_position_embeddings": 80}), std=0.3)

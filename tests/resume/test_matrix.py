@@ -64,6 +64,24 @@ def test_stopped_and_resumed_on_the_fast_path(dtype: str, rig: Rig) -> None:
     assert (state["resolved.attention"], state["resolved.fp32_matmul"]) == ('"folded"', '"medium"')
 
 
+@pytest.mark.goal("R4")
+@pytest.mark.parametrize(
+    "cell", [FAST | {"train.dtype": "bf16"}, {"model.position": "learned"}], ids=["fast", "learned"]
+)
+def test_stopped_and_resumed_with_document_masks(cell: dict[str, Any], rig: Rig) -> None:
+    """And `pocketlm eval` reads documents as the training did, unless it is told otherwise."""
+    stopped_equals_whole(rig, BASE, cell, {"data.document_masks": "true", "train.micro_batch": 36})
+    assert " inside each document (as given)" in rig.children[0].stderr
+    measured = [record for record in oracle.journal(rig.folder / "run") if record["kind"] == "eval"][-1]["loss"]
+    said = [
+        json.loads(rig.run(["eval", "run", "--json", *words]).stdout)
+        for words in ([], ["--document-masks", "on"], ["--document-masks", "off"])
+    ]
+    assert [each["document_masks"] for each in said] == [True, True, False]
+    assert [each["loss"] for each in said[:2]] == [measured] * 2
+    assert said[2]["loss"] > measured, "it has never seen two documents at once"
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_eval_in_another_process_gives_what_training_measured(dtype: str, threads: int, rig: Rig) -> None:

@@ -41,6 +41,7 @@ from pocketlm.training.loop import train
 from pocketlm.training.resolve import resolve
 from pocketlm.training.run import Run, new_state
 from pocketlm.training.saving import THREAD
+from pocketlm.training.scaler import LossScaler
 from pocketlm.training.signals import StopRequest
 from pocketlm.training.state import TrainState
 from proof import Proof
@@ -376,13 +377,14 @@ def test_the_host_does_not_wait_between_loss_and_update() -> None:
             return op(*arguments, **(options or {}))
 
     guard, loss = Guard(GuardConfig(), torch.device("cpu")), torch.tensor(3.0)
+    scaler = LossScaler(torch.device("cpu"))
     model = allocate(Config.preset("debug").model)
     init_weights(model, Config.preset("debug").init, 0)
     optimizer = Optimizer(model, OptimConfig(kind="muon"))
     gradients = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
     with NoWaiting():
         norm = global_norm(gradients.values())
-        verdict = guard.verdict(loss, norm)
+        verdict = scaler.judge(guard.verdict(loss, norm))
         optimizer.step(gradients, 1.0, 0, 10, skip=verdict != APPLIED, clip=clip_coefficient(norm, 1.0))
     assert int(verdict) == APPLIED
 

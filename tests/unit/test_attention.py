@@ -95,11 +95,11 @@ def test_what_the_backward_pass_is_left(T: int, kept: int) -> None:
 
     q, k, v = inputs(1, 2, 1, T, 8)
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        made = attention._FoldedAttention.apply(q.reshape(1, 2, T, 8), k[:, 0], v[:, 0])
+        made = attention._FoldedAttention.apply(q.reshape(1, 2, T, 8), k[:, 0], v[:, 0], None)
         assert len(held) == 3 + kept
         held.clear()
         with torch.no_grad():
-            without = attention._FoldedAttention.apply(q.reshape(1, 2, T, 8), k[:, 0], v[:, 0])
+            without = attention._FoldedAttention.apply(q.reshape(1, 2, T, 8), k[:, 0], v[:, 0], None)
     assert held == []
     assert torch.equal(made, without)
 

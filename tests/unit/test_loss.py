@@ -201,3 +201,21 @@ def test_bf16_gradients_of_sure_targets_keep_their_digits(p: float, share: float
     pairs = [(dx[sure], exact[0][sure]), (dhead[targets[sure]], exact[1][targets[sure]]), (dhead, exact[1])]
     for got, expected in pairs:
         assert (got - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_fp16_keeps_a_vocabulary_beyond_its_end(softcap: float | None) -> None:
+    """The exponents of 80,000 near-equal ids sum to above 65,504; each share is 1e-5, where fp16 has few digits."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 32, generator=generator) * 0.05
+    head = torch.randn(80_000, 32, generator=generator) * 0.05
+    targets = torch.randint(80_000, (24,), generator=generator)
+    exact = [tensor.double().requires_grad_() for tensor in (x.half(), head.half())]
+    truth = torch.autograd.grad(1024 * plain(*exact, targets, softcap), exact)
+    half = [tensor.half().requires_grad_() for tensor in (x, head)]
+    loss = linear_cross_entropy(*half, targets, scale=torch.tensor(1024.0), chunk=7, softcap=softcap)
+    assert loss.item() / 1024 == pytest.approx(plain(*exact, targets, softcap).item(), rel=1e-3)
+    others = torch.ones(80_000, dtype=torch.bool).index_fill_(0, targets, False)
+    dx, dW = torch.autograd.grad(loss, half)
+    for ours, theirs in ((dx, truth[0]), (dW, truth[1]), (dW[others], truth[1][others])):
+        assert (ours.double() - theirs).norm() < 1e-3 * theirs.norm()

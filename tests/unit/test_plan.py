@@ -121,9 +121,9 @@ def test_fp32_on_a_gpu_is_real_fp32_by_hand() -> None:
 
 
 def test_bf16_on_a_gpu_without_it_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"T4 has no bf16; type: --train.dtype fp32"):
+    with pytest.raises(ConfigError, match=r"T4 has no bf16; type: --train.dtype fp16"):
         plan_for(Config.preset("tiny", {"train.dtype": "bf16"}), find_gpu("T4"))
-    assert plan_for(Config.preset("tiny", {"train.dtype": "auto"}), find_gpu("T4")).dtype == "fp32"
+    assert plan_for(Config.preset("tiny", {"train.dtype": "auto"}), find_gpu("T4")).dtype == "fp16"
 
 
 def test_what_does_not_fit_there_is_refused() -> None:
@@ -151,7 +151,7 @@ def test_an_unknown_gpu_is_refused_with_the_nearest_and_all() -> None:
         ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
-        ("Tesla T4", 8.1e12),
+        ("Tesla T4", 65e12),
         ("NVIDIA A10G", 70e12),
         ("NVIDIA GeForce RTX 3090", 71e12),
         *(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pocketlm.config import Config, Dtype, ModelConfig
 from pocketlm.model import attention, sizes
+from pocketlm.model.arithmetic import TORCH_DTYPES
 from pocketlm.model.transformer import Transformer, allocate
 
 PRESETS = {
@@ -146,7 +147,7 @@ def test_the_loss_holds_no_more_rows_than_there_are() -> None:
     assert sizes.training_memory(config, 9, "fp32").loss < sizes.training_memory(whole, 9, "fp32").loss
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -161,7 +162,34 @@ def test_the_loss_holds_no_more_rows_than_there_are() -> None:
 )
 def test_the_estimate_of_activations_is_what_autograd_keeps(fields: dict[str, str], dtype: Dtype) -> None:
     config = ModelConfig.model_validate({"vocab_size": 99, "num_key_value_heads": 2, "num_hidden_layers": 3} | fields)
-    model = allocate(config).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    model = allocate(config).to(TORCH_DTYPES[dtype])
+    assert sizes.activation_bytes_per_token(config, dtype, False) == pytest.approx(kept_per_token(model), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_the_estimate_of_document_masks_is_what_autograd_keeps_more(position: str, dtype: Dtype) -> None:
+    """One mask for all layers, whichever kernel; and in `training_memory` only where they are wanted."""
+    config = ModelConfig.model_validate({"vocab_size": 99, "num_hidden_layers": 3, "position": position})
+    model = allocate(config).to(TORCH_DTYPES[dtype])
+    size = TORCH_DTYPES[dtype].itemsize
+    shared = (
+        2 * 64 * config.head_dim * size / (2 * 64) if position == "rope" else 0
+    )  # angles of all rows, in their place
+    for kernel in ("sdpa", "folded"):
+        model.use_attention(kernel)
+        model.document_end = None
+        without = kept_per_token(model)
+        model.document_end = 7
+        more = kept_per_token(model) - without
+        assert sizes.document_bytes_per_token(config, dtype, 64) == pytest.approx(more + shared, abs=16)
+    run, masked = (Config.preset("smallm", {"data.document_masks": masks}) for masks in (False, True))
+    before, after = (sizes.training_memory(each, 2, dtype).activations for each in (run, masked))
+    assert after - before == 2 * 256 * 256 * size, "smallm has learned positions"
+
+
+def kept_per_token(model: Transformer) -> float:
+    """Bytes that autograd keeps of 2 rows of 64 tokens, the weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -172,8 +200,7 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(fields: dict[str, st
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.hidden(torch.zeros(2, 64, dtype=torch.int64))
-    measured = sum(t.untyped_storage().nbytes() for t in kept.values()) / (2 * 64)
-    assert sizes.activation_bytes_per_token(config, dtype, False) == pytest.approx(measured, rel=0.02)
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) / (2 * 64)
 
 
 def test_checkpointing_keeps_a_fraction() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pocketlm.cli.arguments import Parser, print_json, print_table, say
+from pocketlm.config import Dtype
 from pocketlm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,7 +30,13 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (default: the model's)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the context)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="score only this many first tokens")
-    parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="auto: as it was trained")
+    parser.add_argument("--dtype", choices=["auto", *get_args(Dtype)], default="auto", help="auto: as it was trained")
+    parser.add_argument(
+        "--document-masks",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="keep attention inside each document (auto: as it was trained)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
 
@@ -43,6 +50,9 @@ def run(argv: list[str]) -> int:
     path = Path(arguments.model) if arguments.model else checkpoint.newest_run()
     folder = checkpoint.find_checkpoint(path, say)
     model, tokenizer, _ = checkpoint.load_model(folder)
+    if arguments.document_masks != "auto":
+        model.document_end = tokenizer.end_id if arguments.document_masks == "on" else None
+    masks = model.document_end is not None
     context = model.config.max_position_embeddings if arguments.context is None else arguments.context
     stride = context if arguments.stride is None else arguments.stride
     if not 1 <= context <= model.config.max_position_embeddings:
@@ -72,7 +82,8 @@ def run(argv: list[str]) -> int:
     model = computing(model.to(device), arithmetic)
     report = evaluate_stream(model, stream, tokenizer, context=context, stride=stride, limit=arguments.limit)
     if arguments.json:
-        print_json({"model": str(folder), "data": data, "dtype": arithmetic.dtype, "context": context, **report.tree()})
+        how = {"dtype": arithmetic.dtype, "context": context, "document_masks": masks}
+        print_json({"model": str(folder), "data": data, **how, **report.tree()})
         return 0
     rows: list[tuple[str, ...]] = [
         ("loss (nats/token)", f"{report.loss:.4f}"),
@@ -83,7 +94,8 @@ def run(argv: list[str]) -> int:
         ("bytes", f"{report.bytes:,}"),
     ]
     print_table(rows)
-    say(f"{folder} on {data} in {arithmetic.dtype}, windows of {context} tokens, stride {stride}")
+    apart = ", each document by itself" if masks else ""
+    say(f"{folder} on {data} in {arithmetic.dtype}, windows of {context} tokens, stride {stride}{apart}")
     return 0
 
 

@@ -109,7 +109,7 @@ def _summary(folder: Path) -> dict[str, Any]:
     train, validation = last.get("train", {}), last.get("eval", {})
     return {
         "run": str(folder),
-        "step": max((last[kind]["step"] for kind in ("train", "skip") if kind in last), default=None),
+        "step": max((last[kind]["step"] for kind in ("train", "skip", "overflow") if kind in last), default=None),
         "loss": train.get("loss"),
         "tokens": train.get("tokens"),
         "elapsed_s": train.get("elapsed_s", 0.0),

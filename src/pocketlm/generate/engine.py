@@ -14,6 +14,9 @@ between floor(T/2) + 1 and T of them with `halves`, and T with `exact`. It makes
 given or generated: going on from a text yields what generating it in one go would have (greedily; draws also need
 the same state of the generator).
 
+A model that was trained with document masks has never seen two documents at once: once a token follows the id that
+ends a document, all up to that id is out of sight, and n counts the tokens after it.
+
 Token ids only: text, stop strings and printing are others' work.
 """
 
@@ -71,19 +74,25 @@ def generate(
     limit = model.config.max_position_embeddings
     cache = _cache_for(model, capacity=min(limit, len(prompt_ids) + max_new_tokens))
     ids = torch.tensor([list(prompt_ids)], device=generator.device)  # (B=1, n)
-    start = 0
+    start, document, token = 0, _document_start(prompt_ids, model.document_end), prompt_ids[-1]
     for _ in range(max_new_tokens):
-        previous, start = start, window_start(ids.shape[1], limit, window)
+        previous, start = start, document + window_start(ids.shape[1] - document, limit, window)
         if start != previous:
             cache.reset()
         logits = _last_logits(model, ids[:, start + cache.length :], cache)  # (B, V)
         logits = logits[:, :num_ids].to(generator.device, torch.float32)
         chosen = next_token(logits, ids, sampling, generator)  # (B,)
+        document = ids.shape[1] if token == model.document_end else document
         ids = torch.cat((ids, chosen[:, None]), dim=1)
         token = int(chosen)
         yield token
         if token in stop_ids:
             return
+
+
+def _document_start(ids: Sequence[int], end_id: int | None) -> int:
+    """Where the document of the last token begins, which may end it."""
+    return max((place + 1 for place, token in enumerate(ids[:-1]) if token == end_id), default=0)
 
 
 # no_grad and not inference_mode: the trainer draws samples too, and inference tensors cannot come back to training.

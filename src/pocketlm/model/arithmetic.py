@@ -3,8 +3,8 @@
 None of it is part of the model: each choice gives the same function but for rounding. It is chosen once for a run,
 kept in its checkpoints, and taken again by whatever must repeat the run's figures: a resume, `pocketlm eval`.
 
-A computing copy in bf16 has its vocabulary rounded up to a multiple of 64: matrix kernels of CPUs and GPUs are slow at
-odd widths (GPT-2's 50,257). The rows added are zero, their logits count as -inf, and nothing outside knows of them.
+A computing copy in 16 bits has its vocabulary rounded up to a multiple of 64: matrix kernels of CPUs and GPUs are slow
+at odd widths (GPT-2's 50,257). The rows added are zero, their logits count as -inf, and nothing outside knows of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from pocketlm.config import AttentionKernel, Dtype, FP32Matmul
 from pocketlm.model.transformer import Transformer, allocate
 
-TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCAB_MULTIPLE = 64
 FP32_ERROR = 1e-5
 """Relative; fp32 products are below 1e-6, those of TF32 or bf16 above 1e-4."""
@@ -79,6 +79,7 @@ def computing(model: Transformer, arithmetic: Arithmetic) -> Transformer:
     copied = allocate(model.config, vocab_rows=padded, dtype=dtype, device=model.head.device)
     copied.use_attention(arithmetic.attention)
     copied.gradient_checkpointing = model.gradient_checkpointing
+    copied.document_end = model.document_end
     for mine, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         mine.zero_()[: theirs.shape[0]] = theirs
         mine.requires_grad_(theirs.requires_grad)

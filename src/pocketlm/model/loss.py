@@ -11,7 +11,8 @@ For rows x (N, C), head W (V, C) and targets t, with w = scale where a target co
 The gradients are made in the forward pass, while E is there: three products, nothing recomputed, and no N x V matrix
 kept. At the target D is minus the sum of the others, added up as such: E_t - s would lose its digits where the model
 is sure, and all of them in bf16. D is never normalised: 1/s goes on the thin matrix, so the wide one is passed over
-less often. A soft-cap, z = c tanh(x W^T / c), multiplies D by its slope 1 - tanh^2. The products run in the dtype of
+less often. fp16 ends at 65,504, before the ids of a large vocabulary do: there D is made D 64/s, with 64 for s in
+what follows. A soft-cap, z = c tanh(x W^T / c), multiplies D by its slope 1 - tanh^2. The products run in the dtype of
 x; all that is between them, and the sum of dW over chunks, is fp32 (fp64 for fp64).
 """
 
@@ -72,6 +73,8 @@ def token_losses(
     return _token_losses(hidden, head, targets, options)
 
 
+FP16_DIVISOR = 64.0
+"""Large enough that shares of 1e-9 are not lost, small enough that a row of D times the head is no overflow."""
 CACHED_VALUES = 2**19
 """fp32 logits worked on at once on a CPU: 2 MiB."""
 
@@ -122,7 +125,7 @@ def _token_losses(hidden: Tensor, head: Tensor, targets: Tensor, options: _Optio
 class _Softmax(NamedTuple):
     nats: Tensor  # (n,), zero where ignored
     D: Tensor  # (n, V) in the dtype of x, times the slope of the soft-cap; the logits where it is not wanted
-    s: Tensor  # (n, 1)
+    s: Tensor  # (n, 1); FP16_DIVISOR where D is divided already
 
 
 def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options, *, want_D: bool = True) -> _Softmax:
@@ -141,7 +144,7 @@ def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options, *, want_D: b
 
 
 def _row_sums(logits: Tensor, column: Tensor, options: _Options, want_D: bool) -> tuple[Tensor, Tensor]:
-    """log s - z_t and s of logits (r, V), both (r, 1); writes D over the logits where it is wanted."""
+    """log s - z_t and s of logits (r, V), both (r, 1); writes D over the logits where it is wanted, and its divisor."""
     z = logits.to(_wide(logits))
     slopes: Tensor | None = None
     if options.softcap is not None:
@@ -155,8 +158,10 @@ def _row_sums(logits: Tensor, column: Tensor, options: _Options, want_D: bool) -
     s = z_t.exp() + others
     if want_D:
         D = E.scatter_(1, column, -others)
+        if logits.dtype == torch.float16:
+            D *= FP16_DIVISOR / s
         logits.copy_(D if slopes is None else D.mul_(slopes))
-    return s.log() - z_t, s
+    return s.log() - z_t, torch.full_like(s, FP16_DIVISOR) if logits.dtype == torch.float16 else s
 
 
 def _wide(x: Tensor) -> torch.dtype:

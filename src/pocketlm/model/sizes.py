@@ -89,11 +89,11 @@ class TrainingMemory:
     weights: int
     """fp32, the only ones that are stored."""
     gradients: int
-    """fp32 sums over the micro-batches of a step; counted also for a step of one, which needs none in bf16."""
+    """fp32 sums over the micro-batches of a step; counted also for a step of one, which needs none in 16 bits."""
     moments: int
     """fp32; AdamW has two for each parameter, Muon one."""
     compute_copy: int
-    """bf16 weights and their gradients; nothing in fp32."""
+    """bf16 or fp16 weights and their gradients; nothing in fp32."""
     snapshot: int
     """Copies of weights and moments that are written while training goes on; on a GPU they are not on it."""
     activations: int
@@ -123,7 +123,7 @@ def training_memory(
         folded: whether attention keeps its probabilities, as folded attention does in short rows.
         snapshot: whether checkpoints are written from copies on the same device.
     """
-    model, context, half = config.model, config.data.context, dtype == "bf16"
+    model, context, half = config.model, config.data.context, dtype != "fp32"
     size = 2 if half else 4
     num = parameters(model).total
     num_muon = block_matrix_parameters(model) if config.optim.kind == "muon" else 0
@@ -132,6 +132,7 @@ def training_memory(
     moments = 8 * num - 4 * num_muon
     keys = _keys_kept(context) if folded else 0
     activations = rows * activation_bytes_per_token(model, dtype, config.train.gradient_checkpointing, keys)
+    activations += rows * document_bytes_per_token(model, dtype, context) if config.data.document_masks else 0
     block = rows * activation_bytes_per_token(model.model_copy(update={"num_hidden_layers": 1}), dtype, False, keys)
     return TrainingMemory(
         weights=4 * num,
@@ -150,6 +151,12 @@ def _keys_kept(context: int) -> int:
     return (context + min(FOLDED_BLOCK, context)) // 2 if context <= FOLDED_KEPT_UP_TO else 0
 
 
+def document_bytes_per_token(model: ModelConfig, dtype: Dtype, context: int) -> int:
+    """Bytes per token of document masks, once for all layers: its row of the mask, and its own rotary angles."""
+    size = 4 if dtype == "fp32" else 2
+    return size * (context + (2 * model.head_dim if model.position == "rope" else 0))
+
+
 def activation_bytes_per_token(
     model: ModelConfig, dtype: Dtype, gradient_checkpointing: bool, keys_kept: int = 0
 ) -> int:
@@ -162,8 +169,8 @@ def activation_bytes_per_token(
     Args:
         keys_kept: keys a query and head whose probabilities are kept.
     """
-    C, size = model.hidden_size, 2 if dtype == "bf16" else 4
-    rms = 3 * size + (4 if dtype == "bf16" else 0)  # input, its fp32 copy, normalised, times the weight
+    C, size = model.hidden_size, 4 if dtype == "fp32" else 2
+    rms = 3 * size + (0 if dtype == "fp32" else 4)  # input, its fp32 copy, normalised, times the weight
     norm = C * (rms if model.norm == "rms" else 2 * size)
     heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
     block = norm * (1 if model.block == "parallel" else 2) + 2 * heads * size

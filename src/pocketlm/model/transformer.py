@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pocketlm.config import AttentionKernel, ModelConfig
 from pocketlm.model.attention import folded_attention
+from pocketlm.model.documents import Documents, documents_in
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -54,6 +55,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.document_end: int | None = None
+        """The id after which, inside a row, attention and positions begin anew; None: they run through the row."""
         rows = vocab_rows or config.vocab_size
         self.model = Decoder(config, rows)
         if not config.tie_word_embeddings:
@@ -84,10 +87,14 @@ class Transformer(nn.Module):
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) int64 -> (B, T, C) after the final norm: what the head, or `loss.py`, multiplies.
 
-        With a cache, T tokens may be read when it is empty (prefill) and one at a time afterwards.
+        With a cache, T tokens may be read when it is empty (prefill) and one at a time afterwards. It holds one
+        document: `document_end` has no say.
         """
         recompute = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
-        x: Tensor = self.model(ids, cache, recompute)
+        documents = None
+        if self.document_end is not None and cache is None:
+            documents = documents_in(ids, self.document_end, self.head.dtype)
+        x: Tensor = self.model(ids, cache, recompute, documents)
         return x
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -110,7 +117,7 @@ class Decoder(nn.Module):
         self.norm = make_norm(config)
         self.run_block = run_block
 
-    def forward(self, ids: Tensor, cache: KVCache | None, recompute: bool) -> Tensor:
+    def forward(self, ids: Tensor, cache: KVCache | None, recompute: bool, documents: Documents | None) -> Tensor:
         T = ids.shape[1]
         start = 0 if cache is None else cache.length
         assert start == 0 or T == 1, "several tokens after cached ones would need a mask; decode one at a time"
@@ -118,22 +125,32 @@ class Decoder(nn.Module):
 
         x: Tensor = look_up(self.embed_tokens.weight, ids)  # (B, T, C)
         rotary = None
-        if self.config.position == "learned":
-            x = x + self.embed_positions(positions)
-        else:
+        if self.config.position == "rope":
             rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+            if documents is not None:
+                rotary = rotary[0][documents.positions], rotary[1][documents.positions]  # (B, T, 1, D) each
+        elif documents is not None:
+            x = x + look_up(self.embed_positions.weight, documents.positions)
+        else:
+            x = x + self.embed_positions(positions)
+        mask = documents.mask if documents is not None else None
         run = run_block if cache is not None or not torch.is_grad_enabled() else self.run_block
         for block in self.layers:
-            x = checkpoint(run, block, x, rotary, use_reentrant=False) if recompute else run(block, x, rotary, cache)
+            if recompute:
+                x = checkpoint(run, block, x, rotary, mask, use_reentrant=False)
+            else:
+                x = run(block, x, rotary, mask, cache)
         if cache is not None:
             cache.advance(T)
         x = self.norm(x)
         return x
 
 
-def run_block(block: nn.Module, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
+def run_block(
+    block: nn.Module, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: KVCache | None = None
+) -> Tensor:
     """One layer as a function of its module, so that compiling it once compiles all of them."""
-    y: Tensor = block(x, rotary, cache)
+    y: Tensor = block(x, rotary, mask, cache)
     return y
 
 
@@ -149,9 +166,9 @@ class Block(nn.Module):
         if not self.parallel:
             self.post_attention_layernorm = make_norm(config)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
         h = self.input_layernorm(x)
-        x = x + self.self_attn(h, rotary, cache)
+        x = x + self.self_attn(h, rotary, mask, cache)
         if not self.parallel:
             h = self.post_attention_layernorm(x)
         x = x + self.mlp(h)
@@ -177,7 +194,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, rotary: Rotary | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, H, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, K, D)
@@ -190,11 +207,12 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if self.kernel == "folded" and T > 1:
-            y = self.folded(q, k, v)  # (B, H, T, D)
+            y = self.folded(q, k, v, mask)  # (B, H, T, D)
         else:
             # is_causal aligns the triangle to the first key: right when queries and keys are the same tokens. One new
             # token after cached ones sees every key, and would with is_causal see only the first.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+            causal = mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
         return out
 
@@ -273,14 +291,14 @@ def allocate(
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:
     """Rows of an embedding: table (V, C), ids (B, T) -> (B, T, C)."""
-    if table.dtype == torch.bfloat16 and table.device.type == "cpu" and table.requires_grad:
+    if table.itemsize == 2 and table.device.type == "cpu" and table.requires_grad:
         rows: Tensor = _LookUp.apply(table, ids)  # type: ignore[no-untyped-call]
         return rows
     return F.embedding(ids, table)
 
 
 class _LookUp(torch.autograd.Function):
-    """F.embedding, whose gradient in bf16 on a CPU adds token by token to a bf16 row: a common token's loses 2 %."""
+    """F.embedding, whose gradient in 16 bits on a CPU adds token by token to such a row: a common one's loses 2 %."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:

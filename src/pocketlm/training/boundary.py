@@ -20,6 +20,7 @@ from pocketlm.training.guard import APPLIED, REASONS, Trouble
 from pocketlm.training.progress import Progress
 from pocketlm.training.run import Run
 from pocketlm.training.saving import Saver, refused
+from pocketlm.training.scaler import OVERFLOW
 from pocketlm.training.signals import StopRequest
 from pocketlm.training.state import TrainState
 from pocketlm.training.step import Outcome
@@ -51,7 +52,8 @@ class Late:
         """
         outcome, self.unread = self.unread, None
         if outcome is not None:
-            figures = _Figures(outcome.loss.item(), outcome.grad_norm.item(), int(outcome.verdict.item()))
+            scale = None if outcome.loss_scale is None else outcome.loss_scale.item()
+            figures = _Figures(outcome.loss.item(), outcome.grad_norm.item(), int(outcome.verdict.item()), scale)
             ended_at = outcome.ended_at or time.perf_counter()  # a GPU has just told its figures
             seconds = ended_at - max(outcome.started_at, self.ended_at)
             self.ended_at = ended_at
@@ -66,6 +68,7 @@ class _Figures(NamedTuple):
     loss: float
     grad_norm: float
     verdict: int
+    loss_scale: float | None
 
 
 def _hear(run: Run, state: TrainState, after: Progress, figures: _Figures, seconds: float) -> None:
@@ -74,13 +77,16 @@ def _hear(run: Run, state: TrainState, after: Progress, figures: _Figures, secon
     Raises:
         Trouble: more steps of the window were skipped than `guard.max_skips`.
     """
-    loss, grad_norm, verdict = figures
+    loss, grad_norm, verdict, scale = figures
     now, step, guard = state.progress, after.step, run.config.guard
     now.elapsed_s += seconds
     now.skips = [skipped for skipped in now.skips if skipped > step - guard.window]
     if verdict == APPLIED:
         now.smooth(loss)
         record(run, _train_record(run, now, after, figures, seconds))
+        return
+    if verdict == OVERFLOW:
+        record(run, {"kind": "overflow", "step": step, "loss": loss, "loss_scale": scale})
         return
     now.skips = [*now.skips, step]
     record(run, {"kind": "skip", "step": step, "reason": REASONS[verdict], "loss": loss, "grad_norm": grad_norm})

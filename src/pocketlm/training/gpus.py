@@ -1,7 +1,7 @@
 """Well-known GPUs by name, for plans of machines that are not here: dense rates, memory and its speed.
 
 From the makers' data sheets, without sparsity, products summed in fp32. fp32 is the real one, as pocketlm computes it,
-not TF32. What a training run reaches of the rate is assumed, and said: `ASSUMED_MFU`. A T4 has no bf16.
+not TF32. What a training run reaches of the rate is assumed, and said: `ASSUMED_MFU`. A T4 has fp16 in place of bf16.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ GPUS = (
     _gpu("L40S", 362, 91.6, 864, 48),
     _gpu("L4", 121, 30.3, 300, 24),
     _gpu("A10G", 70, 31, 600, 24),
-    _gpu("T4", 8.1, 8.1, 320, 16, "fp32"),
+    _gpu("T4", 65, 8.1, 320, 16, "fp16"),
     _gpu("RTX-5090", 209.5, 104.8, 1792, 32),
     _gpu("RTX-4090", 165.2, 82.6, 1008, 24),
     _gpu("RTX-3090", 71, 35.6, 936, 24),

@@ -23,7 +23,7 @@ from pocketlm.config import GuardConfig
 from pocketlm.training.progress import Progress
 
 SMALLEST_LEAP = 0.5  # nats: where losses hardly vary, six deviations are nothing
-APPLIED = 0
+APPLIED, NO_LOSS, NO_GRADIENT, LEAP = range(4)
 REASONS = ("", "the loss is not finite", "the gradient is not finite", "the loss leaps")
 
 
@@ -57,9 +57,9 @@ class Guard:
             () int64.
         """
         zero = torch.zeros_like(self.count)
-        verdict = torch.where(self._leaps(loss), zero + 3, zero)
-        verdict = torch.where(grad_norm.isfinite(), verdict, zero + 2)
-        verdict = torch.where(loss.isfinite(), verdict, zero + 1)
+        verdict = torch.where(self._leaps(loss), zero + LEAP, zero)
+        verdict = torch.where(grad_norm.isfinite(), verdict, zero + NO_GRADIENT)
+        verdict = torch.where(loss.isfinite(), verdict, zero + NO_LOSS)
         applied = verdict == APPLIED
         here = self._places == self.count % self.config.window  # an index would make the host wait for the device
         torch.where(here & applied, loss, self.losses, out=self.losses)

@@ -6,6 +6,7 @@ A record is a plain dict with `step` and one of the kinds
     eval      loss, bits_per_byte, bits_per_byte_with_special, perplexity, tokens, bytes
     sample    prompt, text
     skip      reason, loss, grad_norm                   a step whose update was not applied, instead of its `train`
+    overflow  loss, loss_scale                          the same in fp16, where the loss scale was too large: no trouble
     rollback  reason, from_step, rows_left_out, skipped   the run goes on from `step` again, with other data
     micro_batch  reason, micro_batch, before              memory ran out in the step after `step`: fewer rows at once
 
@@ -148,6 +149,8 @@ def describe(record: Record) -> str:
     if record["kind"] == "skip":
         figures = f"loss {figure(record['loss'])}, norm {figure(record['grad_norm'])}"
         return f"{step}  skipped: {record['reason']} ({figures})"
+    if record["kind"] == "overflow":
+        return f"{step}  fp16 overflow: not applied, the loss scale of {record['loss_scale']:,.0f} is halved"
     if record["kind"] == "rollback":
         left_out = f"{record['rows_left_out']:,} rows are left out"
         return f"{step}  gone back from step {record['from_step']}: {record['reason']}; {left_out}"

@@ -42,6 +42,8 @@ NUMBERS_WIDTH = 30
 SAMPLE_LINES = 5
 CURVE_POINTS = 512
 RATE_STEPS = 20
+STEPS = ("train", "skip", "overflow")
+"""Kinds of records of which each step has one."""
 Pairs = list[tuple[str, str]]
 """Labels and values."""
 
@@ -67,7 +69,7 @@ class Heard:
 
     @property
     def step(self) -> int:
-        steps: list[int] = [self.last[kind]["step"] for kind in ("train", "skip", "rollback") if kind in self.last]
+        steps: list[int] = [self.last[kind]["step"] for kind in (*STEPS, "rollback") if kind in self.last]
         return max(steps, default=self.info.first_step)
 
     def hear(self, record: Record) -> None:
@@ -89,7 +91,7 @@ class Heard:
         self.line[:] = [point for point in self.line if point[0] <= tokens]
         self.marks[:] = [point for point in self.marks if point[0] <= tokens]
         self.losses.clear()
-        for kind in ("train", "skip"):
+        for kind in STEPS:
             self.last.pop(kind, None)
 
     @staticmethod

@@ -284,7 +284,7 @@ def plan_for(config: Config, gpu: Gpu) -> Plan:
     """
     dtype = gpu.dtype if config.train.dtype == "auto" else config.train.dtype
     if dtype == "bf16" != gpu.dtype:
-        raise ConfigError(f"{gpu.name} has no bf16; type: --train.dtype fp32")
+        raise ConfigError(f"{gpu.name} has no bf16; type: --train.dtype fp16")
     attention: AttentionKernel = "folded" if config.train.attention == "folded" else "sdpa"
     micro_batch, _ = chosen(config, "cuda", dtype, attention, gpu.memory_bytes)
     dataset, left_out = _dataset(config)

@@ -3,7 +3,8 @@
 Parameters, gradient sums and optimizer state are fp32. In bf16 mode the model computes with a bf16 copy, written by
 the optimizer after every update and never stored: bf16 keeps 8 bits of mantissa, too few to hold an update of a
 thousandth of a weight (Micikevicius et al., "Mixed Precision Training", 2018, section 3.1). The gradients of the
-micro-batches come out of the copy in bf16 and are summed in fp32.
+micro-batches come out of the copy in bf16 and are summed in fp32. fp16 is the same with another copy, and a loss scale
+beside it (`scaler.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pocketlm.model.transformer import Transformer
 
 
 class Precision:
-    """A model's fp32 parameters and the model that computes: the same object in fp32, a copy in bf16."""
+    """A model's fp32 parameters and the model that computes: the same object in fp32, else a copy."""
 
     def __init__(self, model: Transformer, arithmetic: Arithmetic) -> None:
         self.model = model
@@ -26,7 +27,7 @@ class Precision:
 
     @property
     def copies(self) -> dict[str, Tensor]:
-        """The bf16 copy of each parameter, by name, in its shape; none in fp32.
+        """The copy of each parameter, by name, in its shape; none in fp32.
 
         Whoever updates a parameter writes its copy too.
         """
@@ -35,7 +36,7 @@ class Precision:
         return {name: self._unpadded(name, copied.detach()) for name, copied in self._computed.items()}
 
     def gradients(self) -> dict[str, Tensor]:
-        """The gradient of each parameter, by name, in its shape: fp32 sums, or the only micro-batch's own in bf16."""
+        """The gradient of each parameter, by name, in its shape: fp32 sums, or the only micro-batch's own."""
         gradients = {}
         for name, master in self._masters.items():
             gradient = self._computed[name].grad if master.grad is None else master.grad

@@ -22,6 +22,7 @@ from pocketlm.distributed import Runtime, versions
 from pocketlm.errors import UsageError
 from pocketlm.model.arithmetic import FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
 from pocketlm.model.attention import folded_attention
+from pocketlm.model.documents import documents_in
 from pocketlm.model.sizes import flops_per_token
 from pocketlm.training import micro_batch as micro_batches
 
@@ -30,6 +31,8 @@ MUST_GAIN = 1.2
 COMPILE_S, COMPILE_GAIN, RATE = 30.0, 0.05, 0.5
 """What compiling costs once, what it saves of a run, and the share of the matmul rate that a run reaches: measured in
 docs/performance-log.md, and good enough to tell minutes from hours."""
+SLOW_ON_A_CPU: tuple[Dtype, ...] = ("fp16",)
+"""On a Zen 4 core products in fp16 run at a hundredth of the rate of bf16, and PyTorch's attention at a sixth."""
 PROBE_ROWS = 2048
 PROBE_S = 0.25
 ATTENTION_ROWS = 4
@@ -68,17 +71,18 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     """Probes what is left to `auto`. The probe takes about a second, and some more where compiling may pay.
 
     Raises:
-        UsageError: `train.compile = "on"`, and nothing compiles here.
+        UsageError: `train.compile = "on"`, and nothing compiles here; fp16 on a CPU.
         ConfigError: training would not fit into memory; nothing was allocated.
     """
-    device, wanted = runtime.device, config.train.dtype
+    device = runtime.device
+    check_dtype(config, device)
+    candidates = _candidates(config, device)
     fp32_matmul, fp32_reason, rates = _fp32_matmul(config, device)
     torch.set_float32_matmul_precision(fp32_matmul)
-    candidates: tuple[Dtype, ...] = ("fp32", "bf16") if wanted == "auto" else (wanted,)
     for candidate in candidates:
         if candidate not in rates:
             rates[candidate] = matmul_rate(config, device, TORCH_DTYPES[candidate])
-    dtype, dtype_reason = _dtype(config, rates)
+    dtype, dtype_reason = _dtype(candidates, rates)
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
     micro_batch, micro_reason = micro_batches.choose(config, device, dtype, attention)
@@ -125,12 +129,31 @@ def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str,
     return chosen, reason, {"fp32": rates[chosen]}
 
 
-def _dtype(config: Config, rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
+def check_dtype(config: Config, device: torch.device) -> None:
+    """What a new run asks for; one that was begun elsewhere keeps its precision.
+
+    Raises:
+        UsageError: fp16 on a CPU.
+    """
+    if device.type == "cpu" and config.train.dtype in SLOW_ON_A_CPU:
+        raise UsageError("train.dtype: given fp16, which is for GPUs without bf16; on a CPU take auto, bf16 or fp32")
+
+
+def _candidates(config: Config, device: torch.device) -> tuple[Dtype, ...]:
+    """The precisions that `auto` chooses from, fp32 first; or the one that is given."""
     if config.train.dtype != "auto":
-        return config.train.dtype, "as given"
-    gain = rates["bf16"] / rates["fp32"]
-    reason = f"bf16 products run at {gain:.1f} times the rate of fp32 here"
-    return ("bf16" if gain >= MUST_GAIN else "fp32"), reason
+        return (config.train.dtype,)
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return ("fp32", "fp16" if emulated else "bf16")
+
+
+def _dtype(candidates: tuple[Dtype, ...], rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
+    if len(candidates) == 1:
+        return candidates[0], "as given"
+    fp32, half = candidates
+    gain = rates[half] / rates[fp32]
+    reason = f"{half} products run at {gain:.1f} times the rate of fp32 here"
+    return (half if gain >= MUST_GAIN else fp32), reason
 
 
 def _attention(config: Config, device: torch.device, dtype: Dtype) -> tuple[AttentionKernel, str]:
@@ -155,12 +178,16 @@ def _attention_s(config: Config, dtype: torch.dtype, kernel: AttentionKernel) ->
 
     q, k, v = (heads(num) for num in (model.num_attention_heads, *[model.num_key_value_heads] * 2))
     upstream = torch.ones_like(q)
+    mask = None
+    if config.data.document_masks:
+        one_document = torch.ones(rows, config.data.context, dtype=torch.int64)
+        mask = documents_in(one_document, 0, dtype).mask
 
     def work() -> None:
         if kernel == "folded":
-            y = folded_attention(q, k, v)
+            y = folded_attention(q, k, v, mask=mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         torch.autograd.grad(y, (q, k, v), upstream)
 
     work()  # the first call chooses kernels and takes memory

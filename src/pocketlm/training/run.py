@@ -29,7 +29,8 @@ from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
 from pocketlm.training.progress import Progress
-from pocketlm.training.resolve import Resolved, resolve, why_not_compile
+from pocketlm.training.resolve import Resolved, check_dtype, resolve, why_not_compile
+from pocketlm.training.scaler import LossScaler
 from pocketlm.training.state import Scalars, TrainState, read_state
 
 
@@ -92,6 +93,8 @@ class Run:
 
 def begin(folder: Path, config: Config, start: Path | None, listener: Listener) -> tuple[Run, TrainState]:
     """Data, model and state, at step 0 or at a checkpoint's step. Of the run nothing is changed until all fits."""
+    if start is None:
+        check_dtype(config, distributed.default_device())  # preparing the data may take hours
     data = RunData(config.data, listener.note)
     try:
         return _begin(folder, config, start, listener, data)
@@ -116,7 +119,7 @@ def _begin(
         line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, resolved.attention, runtime.device)
     ):
         listener.note(line)
-    state = new_state(config, resolved, runtime)
+    state = new_state(config, resolved, runtime, dataset.tokenizer.end_id)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
     loader, supply = data.rows(config.train.seed, state.progress.position)
@@ -225,15 +228,21 @@ def _check_fits(config: Config, dataset: Dataset) -> None:
         )
 
 
-def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime) -> TrainState:
-    """The state before the first step: a function of the configuration. Sets the process's precision of products."""
+def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime, end_id: int = 0) -> TrainState:
+    """The state before the first step: a function of the configuration. Sets the process's precision of products.
+
+    Args:
+        end_id: the tokenizer's, at which documents end; what is only timed has none, and takes any.
+    """
     resolved.arithmetic.use()
     model = allocate(config.model)
     model.gradient_checkpointing = config.train.gradient_checkpointing
+    model.document_end = end_id if config.data.document_masks else None
     model.to(runtime.device)
     precision = Precision(model, resolved.arithmetic)
     optimizer = Optimizer(model, config.optim, precision.copies)
-    state = TrainState(precision, optimizer, Guard(config.guard, runtime.device))
+    scaler = LossScaler(runtime.device) if resolved.dtype == "fp16" else None
+    state = TrainState(precision, optimizer, Guard(config.guard, runtime.device), scaler)
     state.begin(config, resolved.micro_batch)
     return state
 
@@ -268,6 +277,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         stream, run.dataset.tokenizer.byte_lengths, run.dataset.tokenizer.special_ids
     )
     epochs = run.loader.epochs(train.total_steps * config.rows_per_step)
+    apart = " inside each document" if config.data.document_masks else ""
     going_on = [f"going on from step {step}"] if step else []
     lines = (
         f"{config.name}: {count.total:,} parameters, {count.non_embedding:,} without embeddings, in {run.folder}",
@@ -282,7 +292,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
         f"{run.runtime.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",
         f"fp32 products: {resolved.fp32_matmul} ({resolved.reasons['fp32_matmul']})",
-        f"attention: {resolved.attention} ({resolved.reasons['attention']}); "
+        f"attention: {resolved.attention}{apart} ({resolved.reasons['attention']}); "
         f"blocks {'compiled' if resolved.compile else 'not compiled'} ({resolved.reasons['compile']})",
         f"determinism: {run.runtime.determinism}: {distributed.PROMISES[run.runtime.determinism]}",
         *going_on,

@@ -1,8 +1,8 @@
 """Everything that step k + 1 depends on, as one value that can be written down and read back.
 
-Tensors: the parameters, the optimizer's moments and the guard's history, by name. The rest is state.json: how far the
-run is, the count of updates, the random states, what `auto` was resolved to, and the fingerprints that say whether a
-resume continues the same computation.
+Tensors: the parameters, the optimizer's moments, the guard's history and in fp16 the loss scale, by name. The rest is
+state.json: how far the run is, the count of updates, the random states, what `auto` was resolved to, and the
+fingerprints that say whether a resume continues the same computation.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pocketlm.training.guard import Guard, Trouble
 from pocketlm.training.precision import Precision
 from pocketlm.training.progress import Mark, Natural, Progress
 from pocketlm.training.resolve import Resolved
+from pocketlm.training.scaler import LossScaler
 
 SCHEMA = 3
 
@@ -61,6 +62,8 @@ class TrainState:
     precision: Precision
     optimizer: Optimizer
     guard: Guard
+    scaler: LossScaler | None = None
+    """Only in fp16."""
     progress: Progress = field(default_factory=Progress)
     saved: Mark | None = None
     """The mark of the newest checkpoint that this process has read or written."""
@@ -81,8 +84,8 @@ class TrainState:
             raise Trouble(f"after step {self.progress.step} {broken} is not finite", self.progress)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The moments and the guard's history, by name; the tensors themselves."""
-        return self.optimizer.tensors() | self.guard.tensors()
+        """The moments, the guard's history and the loss scale, by name; the tensors themselves."""
+        return self.optimizer.tensors() | self.guard.tensors() | (self.scaler.tensors() if self.scaler else {})
 
     def scalars(self, **run: Any) -> dict[str, Any]:
         """The part that is no tensor; `run` are the fields of `Scalars` that this value does not know."""
@@ -104,6 +107,8 @@ class TrainState:
         self.precision.refresh()
         self.optimizer.reset()
         self.guard.reset()
+        if self.scaler:
+            self.scaler.reset()
         self.progress, self.saved = Progress(micro_batch=micro_batch), None
 
     @torch.no_grad()
@@ -125,6 +130,8 @@ class TrainState:
         self.precision.refresh()
         self.optimizer.load(restored.optimizer, scalars.updates)
         self.guard.load(restored.optimizer)
+        if self.scaler:
+            self.scaler.load(restored.optimizer)
         self.progress = Progress(**{name: getattr(scalars, name) for name in Progress.model_fields})
         self.saved = self.progress.mark
         restore_random_states(scalars.random)

@@ -24,6 +24,7 @@ from pocketlm.optim.schedule import factor
 from pocketlm.training.guard import APPLIED
 from pocketlm.training.micro_batch import OutOfMemory, is_out_of_memory
 from pocketlm.training.progress import Progress
+from pocketlm.training.scaler import LossScaler
 from pocketlm.training.state import TrainState
 
 
@@ -44,7 +45,9 @@ class Outcome:
     grad_norm: Tensor
     """() fp32, before clipping."""
     verdict: Tensor
-    """() int64, the guard's."""
+    """() int64, the guard's, or the scaler's OVERFLOW."""
+    loss_scale: Tensor | None
+    """() fp32, what it was computed with in fp16."""
     started_at: float
     """By the clock of time.perf_counter."""
     ended_at: float | None
@@ -66,15 +69,20 @@ def train_step(
     rows = config.rows_per_step
     loss = _gradients_or_nothing(state, loader, config, micro_batch, check)
     gradients = state.precision.gradients()
-    norm = global_norm(gradients.values())
+    norm = _unscaled(global_norm(gradients.values()), state.scaler)
+    multiplier = _multiplier(norm, config.optim.clip, state.scaler)
     verdict = state.guard.verdict(loss, norm)
+    loss_scale = None
+    if state.scaler:
+        loss_scale = state.scaler.scale.clone()
+        verdict = state.scaler.judge(verdict)
     now, total = state.progress, config.train.total_steps
     state.optimizer.step(
         gradients,
         factor(config.schedule, now.step, total),
         now.step,
         total,
-        clip=clip_coefficient(norm, config.optim.clip) if config.optim.clip else None,
+        clip=multiplier,
         skip=verdict != APPLIED,
     )
     del gradients
@@ -83,7 +91,7 @@ def train_step(
     now.position += rows
     now.tokens += rows * config.data.context
     ended_at = time.perf_counter() if loss.device.type == "cpu" else None
-    return Outcome(now.model_copy(), loss, norm, verdict, started_at, ended_at)
+    return Outcome(now.model_copy(), loss, norm, verdict, loss_scale, started_at, ended_at)
 
 
 def _gradients_or_nothing(
@@ -113,10 +121,14 @@ def _moved(rows: Tensor, device: torch.device) -> Tensor:
 
 
 def _gradients(state: TrainState, loader: Rows, config: Config, micro_batch: int, check: Callable[[], None]) -> Tensor:
-    """The sums of a step's gradients, as `precision.gradients()` gives them; returns the loss, () fp32."""
+    """The sums of a step's gradients, as `precision.gradients()` gives them; returns the loss, () fp32.
+
+    In fp16 the gradients are times the loss scale.
+    """
     model, rows = state.precision.compute, config.rows_per_step
     batch = _moved(loader.read(state.progress.position, rows), model.head.device)  # (rows, T + 1)
-    scale = 1.0 / (rows * config.data.context)  # every target of the step weighs the same, whatever the micro-batch
+    mean = 1.0 / (rows * config.data.context)  # every target of the step weighs the same, whatever the micro-batch
+    scale = mean * state.scaler.scale if state.scaler else mean
     loss = torch.zeros((), device=batch.device)
     parts = torch.split(batch, micro_batch)
     for part in parts:
@@ -136,4 +148,17 @@ def _gradients(state: TrainState, loader: Rows, config: Config, micro_batch: int
         if len(parts) > 1:
             state.precision.collect_gradients()
         loss += part_loss.detach()
-    return loss
+    return _unscaled(loss, state.scaler)
+
+
+def _multiplier(norm: Tensor, limit: float | None, scaler: LossScaler | None) -> Tensor | None:
+    """By what the optimizer multiplies every gradient, in fp32, () fp32: it clips, and takes the loss scale out."""
+    clip = clip_coefficient(norm, limit) if limit else None
+    if scaler is None:
+        return clip
+    return _unscaled(torch.ones_like(norm) if clip is None else clip, scaler)
+
+
+def _unscaled(value: Tensor, scaler: LossScaler | None) -> Tensor:
+    """An fp32 value of the step, divided by its loss scale: a power of two, so that nothing is rounded."""
+    return value / scaler.scale if scaler else value
