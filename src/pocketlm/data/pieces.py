@@ -2,7 +2,7 @@
 
 plan.json and piece-*.json say how far the work is. Each carries a hash of itself, and the SHA-256 of what was written
 beside it: what a later run finds changed, it makes again. A hash keeps nobody from writing nonsense, so their shape is
-checked too.
+checked too. Where copies are left out, piece-*.seen is what later pieces must know of this one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from pocketlm.data.selection import COUNT, Selection, reasons
 from pocketlm.data.shards import COUNTS, TOKENIZER_FILE, Tokens, misfit, shard_chunks, token_dtype
 from pocketlm.data.split import Split, text_bytes
 from pocketlm.errors import DataError, FileError
 from pocketlm.files import remove_file, write_file
-from pocketlm.reading import read_json, read_text, verify_file
+from pocketlm.reading import read_bytes, read_json, read_text, verify_file
 from pocketlm.text.bulk import BulkEncoder, Unequal
 from pocketlm.text.documents import BEGINNING, Document, Place
 from pocketlm.text.sources import Remote, Source
@@ -30,6 +31,7 @@ from pocketlm.text.tokenizer import Tokenizer
 
 PLAN_FILE = "plan.json"
 PIECE_FILES = "piece-*.json"
+SEEN_FILES = "piece-*.seen"
 MAX_PIECES = 5120  # dataset.json and manifest.json are then within three quarters of what reading.py reads
 BATCH_CHARS = 1 << 21  # of text tokenized at once
 REPORT_EVERY_S = 5.0
@@ -93,6 +95,17 @@ class Plan:
         return int(self.tree["inputs"].get("max_documents", 0))
 
     @property
+    def selection(self) -> Tree:
+        """Which documents are left out; empty for none."""
+        return dict(self.tree["inputs"].get("selection", {}))
+
+    @property
+    def piece_shape(self) -> Tree:
+        """What piece-*.json has at least."""
+        dropped = {"dropped": {reason: COUNT for reason in reasons(self.selection)}} if self.selection else {}
+        return PIECE | dropped | ({"seen": FILE} if "dedup" in self.selection else {})
+
+    @property
     def num_pieces(self) -> int | None:
         """None where nobody counted the documents: then a piece that is not full is the last."""
         documents: int | None = self.tree["documents"]
@@ -138,18 +151,19 @@ def write_pieces(plan: Plan, source: Source, progress: Progress) -> list[Tree]:
 def _write_missing(plan: Plan, source: Source, encoder: BulkEncoder, progress: Progress) -> list[Tree]:
     """All pieces. Of a piece that is whole no document is read: it says where the next one begins."""
     report = Report(plan.tree["text_bytes"] if plan.num_pieces else None, progress, source.remote)
+    selection = Selection(plan.selection)
     entries = list[Tree]()
     documents: Iterator[tuple[int, Document]] | None = None
     while not _is_last(plan, entries):
         place = Place(**entries[-1]["next"]) if entries else BEGINNING
-        if entry := _whole_piece(plan, len(entries)):
+        if entry := _whole_piece(plan, len(entries), selection):
             report.skip(entry["text_bytes"])
             documents = None
         else:
             number = len(entries) * plan.piece_documents
             documents = documents or numbered(source, plan.max_documents, place, number)
             own = islice(documents, plan.piece_documents)
-            entry = _write_piece(plan, len(entries), own, place, encoder, report)
+            entry = _write_piece(plan, len(entries), own, place, selection, encoder, report)
         entries.append(entry)
     report.end()
     return entries
@@ -188,9 +202,16 @@ def _shard_file(plan: Plan, split: str, piece: int) -> Path:
     return plan.folder / f"{split}-{piece:05d}.tokens"
 
 
-def _whole_piece(plan: Plan, piece: int) -> Tree | None:
-    """What piece-*.json says of a piece, if it belongs to this plan and its shards are as they were written."""
-    entry = unsealed(_piece_file(plan, piece), PIECE)
+def _seen_file(plan: Plan, piece: int) -> Path:
+    return plan.folder / f"piece-{piece:05d}.seen"
+
+
+def _whole_piece(plan: Plan, piece: int, selection: Selection) -> Tree | None:
+    """What piece-*.json says of a piece, if it belongs to this plan and its files are as they were written.
+
+    The selection takes up what it must know of it.
+    """
+    entry = unsealed(_piece_file(plan, piece), plan.piece_shape)
     if entry is None or entry["plan"] != plan.hash:
         return None
     try:
@@ -199,6 +220,10 @@ def _whole_piece(plan: Plan, piece: int) -> Tree | None:
                 if shard["name"] != _shard_file(plan, split, piece).name:
                     return None
                 verify_file(_shard_file(plan, split, piece), shard)
+        if selection.kept:
+            verify_file(_seen_file(plan, piece), entry["seen"])
+            if not selection.kept.load(read_bytes(_seen_file(plan, piece), entry["seen"]["bytes"])):
+                return None
     except FileError:
         return None
     return entry
@@ -209,6 +234,7 @@ def _write_piece(
     piece: int,
     documents: Iterable[tuple[int, Document]],
     place: Place,
+    selection: Selection,
     encoder: BulkEncoder,
     report: Report,
 ) -> Tree:
@@ -217,18 +243,24 @@ def _write_piece(
     counts = {"documents": 0, "empty_documents": 0, "text_bytes": 0}
     shards = {"train": Collected(), "val": Collected()}
     for batch in _batches(documents, BATCH_CHARS):
-        split = [rule.parts(number, document.text) for number, document in batch]
+        kept = [(number, selection.text(number, document)) for number, document in batch]
+        split = [rule.parts(number, text) for number, text in kept]
         for collected, texts in zip(shards.values(), zip(*split, strict=True), strict=True):
             collected.add([text for text in texts if text.strip()], encoder)
-        sizes = [text_bytes(document.text) for _, document in batch]
-        for name, count in zip(counts, (len(batch), sizes.count(0), sum(sizes)), strict=True):
+        empty = sum(not text_bytes(document.text) for _, document in batch)
+        size = sum(text_bytes(text) for _, text in kept)
+        for name, count in zip(counts, (len(batch), empty, size), strict=True):
             counts[name] += count
         last = batch[-1][1].place
         place = last._replace(row=last.row + 1)
-        report.add(sum(sizes), len(batch))
+        report.add(size, len(batch))
     entry: Tree = {"plan": plan.hash, "next": place._asdict()} | counts
     for name, collected in shards.items():
         entry[name] = collected.write(_shard_file(plan, name, piece), tokenizer.vocab_size)
+    if plan.selection:
+        entry["dropped"] = selection.take()
+    if selection.kept:
+        entry["seen"] = write_file(_seen_file(plan, piece), selection.kept.take())
     write_file(_piece_file(plan, piece), sealed(entry))
     return entry
 

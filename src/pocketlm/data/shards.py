@@ -332,7 +332,7 @@ def _read_info(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
         info = read_json(path / DATASET_FILE)
     if info.get("schema") != SCHEMA:
         raise _other_format(path, info)
-    if wrong := misfit(info, INFO):
+    if wrong := misfit(info, INFO | ({"selection": dict} if "selection" in info else {})):
         raise _damaged(path / DATASET_FILE, f"{wrong} is missing or of another type")
     shards = {shard["name"] for split in ("train", "val") for shard in info[split]["shards"]}
     if files.keys() != shards | {DATASET_FILE, TOKENIZER_FILE}:
@@ -404,6 +404,7 @@ def describe(dataset: Dataset, samples: int = 2) -> dict[str, Any]:
         "vocab_size": dataset.tokenizer.vocab_size,
         "dtype": info["dtype"],
         "split": info["split"]["words"],
+        **({"selection": info["selection"]} if "selection" in info else {}),
         "dropped": info["dropped"],
         "train": _totals(info["train"]),
         "val": _totals(info["val"]),
