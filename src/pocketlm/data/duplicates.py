@@ -39,8 +39,8 @@ SEED = 1
 RECALL = 0.9
 EXACT_ROW = np.dtype([("hash", "<u8")])
 NEAR_ROW = np.dtype([("hash", "<u8"), ("signature", "<u4", (PERMUTATIONS,))])
-MEMORY_BYTES = {EXACT_ROW: 90, NEAR_ROW: 2600}
-"""A kept text, measured with a million of them at a threshold of 0.8."""
+MEMORY_BYTES = {EXACT_ROW: 90, NEAR_ROW: 2400}
+"""A kept text in memory, measured with 10^5 to 10^6 of them at a threshold of 0.8."""
 
 # Thai, Lao, Burmese, Khmer, kana and Chinese have no space between words: there, every character is one.
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"

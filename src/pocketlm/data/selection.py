@@ -63,14 +63,16 @@ class Selection:
         self._dropped = self._nothing()
 
     def text(self, number: int, document: Document) -> str:
-        """The text of a document, or "" if it is left out. Empty ones are not judged.
+        """The text of a document, or "" if it is left out. One of nothing but white space is not judged.
 
         Raises:
             DataError: a regular expression takes too long on it.
         """
         text = document.text
-        if not self.reasons or not (size := text_bytes(text)):
+        if not self.reasons:
             return text
+        if not (size := text_bytes(text)):
+            return ""
         reason = self._filters.reason(text, f"document {number} ({document.name})")
         if reason is None and self.kept is not None:
             reason = self.kept.reason(text)
