@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_in import StandIn, standing_in
 
 from pocketlm.cli.main import main
 from pocketlm.config import DataConfig
@@ -23,6 +22,7 @@ from pocketlm.data.selection import selection_tree
 from pocketlm.data.shards import Dataset, TokenStream, open_dataset, sample_documents
 from pocketlm.errors import DataError
 from pocketlm.reading import read_json
+from stand_in import StandIn, standing_in
 
 VOCABULARY = [f"word{number}" for number in range(3000)]
 
@@ -146,7 +146,8 @@ def test_a_piece_counts_the_documents_of_the_source(source: str, tmp_path: Path)
     chosen = made(source, tmp_path / "chosen", **OPTIONS)
     counts = [sum(fate is None for fate in FATES[start : start + 50]) for start in range(0, len(TEXTS), 50)]
     shards = [
-        {shard["name"][-12:]: shard["documents"] for shard in chosen.info[split]["shards"]} for split in ("train", "val")
+        {shard["name"][-12:]: shard["documents"] for shard in chosen.info[split]["shards"]}
+        for split in ("train", "val")
     ]
     assert [sum(one.get(f"{k:05d}.tokens", 0) for one in shards) for k in range(len(counts))] == counts
 
@@ -206,7 +207,9 @@ def test_what_is_left_out_is_counted_with_an_example(source: str, tmp_path: Path
         assert count["documents"] == len(own) > 3, reason
         assert count["text_bytes"] == sum(len(TEXTS[number].encode()) for number in own)
         assert count["example"] == {"document": own[0], "text": TEXTS[own[0]][:60]}
-        [line] = [line for line in said if line.startswith(f"left out, {reason.replace('_', ' ')}: {len(own)} documents")]
+        [line] = [
+            line for line in said if line.startswith(f"left out, {reason.replace('_', ' ')}: {len(own)} documents")
+        ]
         assert f"; the first is document {own[0]}: '{TEXTS[own[0]][:60]}'" in line
     total = len(TEXTS) - len(STAY) - FATES.count("empty")
     assert any(f" without {total} that are left out; validation is" in line for line in said)
@@ -235,7 +238,9 @@ def test_show_tells_what_was_left_out(source: str, tmp_path: Path, capsys: pytes
     capsys.readouterr()
     assert main([*words, *options, "--min-chars", "21", "--dedup", "exact"]) == 3
     message = capsys.readouterr().err
-    assert "min_chars: 21, 20; dedup: exact, near; dedup_threshold: none, 0.7; dedup_method: none, minhash of" in message
+    assert (
+        "min_chars: 21, 20; dedup: exact, near; dedup_threshold: none, 0.7; dedup_method: none, minhash of" in message
+    )
 
 
 def test_a_set_that_is_named_is_used_as_it_is(source: str, tmp_path: Path) -> None:
@@ -274,6 +279,10 @@ def test_without_options_nothing_is_recorded(source: str, tmp_path: Path) -> Non
 
 def test_each_choice_has_a_folder_of_its_own(source: str, tmp_path: Path) -> None:
     choices = [{}, {"min_chars": 20}, {"min_chars": 21}, {"dedup": "exact"}, {"dedup": "near"}]
-    choices += [{"dedup": "near", "dedup_threshold": 0.9}, {"script": "latin"}, {"script": "latin", "script_share": 0.9}]
+    choices += [
+        {"dedup": "near", "dedup_threshold": 0.9},
+        {"script": "latin"},
+        {"script": "latin", "script_share": 0.9},
+    ]
     folders = {prepare(config(source, **choice), progress=silent, root=tmp_path / "data") for choice in choices}
     assert len(folders) == len(choices)
