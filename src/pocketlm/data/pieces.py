@@ -49,6 +49,7 @@ PLAN = {
         "tokenizer": {"spec": str, "fingerprint": (str, None)},
         "val_fraction": float,
         "piece_documents": int,
+        "selection": (dict, ...),
     },
     "attempt": int,
     "documents": (int, None),

@@ -59,6 +59,7 @@ INFO = {  # what dataset.json has at least, and of what types
     "dtype": str,
     "split": {"words": str, "val_fraction": float},
     "piece_documents": int,
+    "selection": (dict, ...),
     "dropped": dict,
     "train": SPLIT,
     "val": SPLIT,
@@ -332,7 +333,7 @@ def _read_info(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
         info = read_json(path / DATASET_FILE)
     if info.get("schema") != SCHEMA:
         raise _other_format(path, info)
-    if wrong := misfit(info, INFO | ({"selection": dict} if "selection" in info else {})):
+    if wrong := misfit(info, INFO):
         raise _damaged(path / DATASET_FILE, f"{wrong} is missing or of another type")
     shards = {shard["name"] for split in ("train", "val") for shard in info[split]["shards"]}
     if files.keys() != shards | {DATASET_FILE, TOKENIZER_FILE}:
@@ -361,7 +362,7 @@ def _other_format(path: Path, info: Mapping[str, Any]) -> DataError:
 def misfit(value: Any, shape: Any, name: str = DATASET_FILE) -> str | None:
     """The name of the first part of a JSON value that is missing or of another type than `shape` has there.
 
-    In a shape, [x] is any number of x, (x, y) is x or y, and a string or None stands for itself.
+    In a shape, [x] is any number of x, (x, y) is x or y, ... is nothing at all, and a string or None stands for itself.
     """
     if isinstance(shape, tuple):
         return None if any(misfit(value, one) is None for one in shape) else name
@@ -369,7 +370,7 @@ def misfit(value: Any, shape: Any, name: str = DATASET_FILE) -> str | None:
         inner = [(value.get(key, ...), shape[key], key) for key in shape] if isinstance(value, dict) else None
     elif isinstance(shape, list):
         inner = [(item, shape[0], name) for item in value] if isinstance(value, list) else None
-    elif shape is None or isinstance(shape, str):
+    elif shape is None or shape is ... or isinstance(shape, str):
         return None if value == shape else name
     else:  # bool is an int for Python, a count is none
         fits = type(value) is shape and (shape is not int or 0 <= value < MAX_INTEGER)
