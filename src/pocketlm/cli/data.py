@@ -69,7 +69,12 @@ def _prepare(argv: list[str]) -> int:
 def _add_selection(parser: Parser) -> None:
     """The options that leave documents out; what each means says the configuration."""
     group = parser.add_argument_group("documents that are left out")
-    words = dict.fromkeys(SELECTION, "X") | {"min_chars": "N", "max_chars": "N", "script": "NAME", "dedup": "KIND"}
+    words = dict.fromkeys(SELECTION, "X") | {
+        "min_chars": "N",
+        "max_chars": "N",
+        "script": "NAME",
+        "dedup": "exact|near",
+    }
     words |= {"keep_regex": "REGEX", "drop_regex": "REGEX"}
     for name in SELECTION:
         about = DataConfig.model_fields[name]
