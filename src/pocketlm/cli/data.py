@@ -69,13 +69,8 @@ def _prepare(argv: list[str]) -> int:
 def _add_selection(parser: Parser) -> None:
     """The options that leave documents out; what each means says the configuration."""
     group = parser.add_argument_group("documents that are left out")
-    words = dict.fromkeys(SELECTION, "X") | {
-        "min_chars": "N",
-        "max_chars": "N",
-        "script": "NAME",
-        "dedup": "exact|near",
-    }
-    words |= {"keep_regex": "REGEX", "drop_regex": "REGEX"}
+    words = dict.fromkeys(SELECTION, "X") | {"min_chars": "N", "max_chars": "N", "script": "NAME"}
+    words |= {"keep_regex": "REGEX", "drop_regex": "REGEX", "dedup": "exact|near"}
     for name in SELECTION:
         about = DataConfig.model_fields[name]
         default = "none" if about.default is None else about.default
