@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pocketlm.errors import ConfigError, FileError
 from pocketlm.toml_trees import Tree, flat, merged, nested, preset_names, preset_tree, read_toml
@@ -41,6 +41,28 @@ Determinism = Literal["bitwise", "same-data", "off"]
 AttentionKernel = Literal["sdpa", "folded"]
 FP32Matmul = Literal["highest", "medium"]
 Tracking = Literal["tensorboard", "trackio", "wandb"]
+
+
+def _checked_regex(pattern: str, what: str = "a regular expression") -> str:
+    import regex  # its tables take a while to import
+
+    try:
+        regex.compile(pattern)
+    except (regex.error, ValueError) as error:
+        raise ValueError(f"{what} ({error})") from None
+    return pattern
+
+
+def _checked_script(name: str) -> str:
+    if not name.isidentifier():
+        raise ValueError(NO_SCRIPT)
+    _checked_regex(rf"\p{{Script={name}}}", NO_SCRIPT)
+    return name
+
+
+NO_SCRIPT = "a Unicode script, as latin, cyrillic, han, arabic"
+Regex = Annotated[str, AfterValidator(_checked_regex)]
+Script = Annotated[str, AfterValidator(_checked_script)]
 
 
 class Section(BaseModel):
@@ -133,6 +155,22 @@ class DataConfig(Section):
     """In place of `source`, several: tables `[[data.sources]]` with `source`, `weight` (1) and `max_documents` (0)."""
     max_documents: Natural = 0
     """Only the first so many documents of the source; 0 is all."""
+    min_chars: Natural = 0
+    """Shorter documents are left out."""
+    max_chars: Natural = 0
+    """Longer documents are left out; 0 is no limit."""
+    script: Script | None = None
+    """Only documents whose letters are of this Unicode script: latin, cyrillic, han, ..."""
+    script_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """So much of a document's letters, at least."""
+    keep_regex: Regex | None = None
+    """Only documents in which this regular expression is found."""
+    drop_regex: Regex | None = None
+    """Documents in which this regular expression is found are left out."""
+    dedup: Literal["exact", "near"] | None = None
+    """Copies of earlier documents are left out: exact ones, or near ones, too."""
+    dedup_threshold: Annotated[float, Field(ge=0.5, le=1)] = 0.8
+    """near: what two documents share of their runs of five words, at least (Jaccard index)."""
     tokenizer: str = "gpt2"
     """gpt2 | byte | bpe:SIZE (trained on the training documents) | a tokenizer.json or its folder | a Hub id."""
     context: Count = 256
@@ -180,6 +218,12 @@ class DataConfig(Section):
     def validation_tokens(self) -> int:
         """`val_tokens`, decided; 0 is all."""
         return self.val_tokens or (STREAM_VAL_TOKENS if self.streams else 0)
+
+    @model_validator(mode="after")
+    def _limits_fit(self) -> Self:
+        if 0 < self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars {self.max_chars} is below min_chars {self.min_chars}: no document is left")
+        return self
 
 
 class OptimConfig(Section):

@@ -162,6 +162,41 @@ def test_killed_in_real_text_of_the_web(shared: Path, proof: Any, tmp_path: Path
         reference.finish(folder, "4")
 
 
+LEAVING_OUT = {"min_chars": 2500, "drop_regex": "class BytesParser", "dedup": "near"}
+
+
+def corpus_with_copies(folder: Path) -> str:
+    """That of `corpus` with an equal and a near copy of each file, which come in later pieces."""
+    source = corpus(folder)
+    for path in list(folder.glob("*.py")):
+        text = path.read_text()
+        (folder / f"z-{path.name}").write_text(text)
+        (folder / f"y-{path.name}").write_text(f"{text}\n# {path.name} and some words more\n")
+    return source
+
+
+@pytest.mark.goal("R8", "R21")
+def test_killed_where_documents_are_left_out(proof: Any, tmp_path: Path) -> None:
+    """What earlier pieces wrote down for later ones is read again; where a byte of it was changed, it is made anew."""
+    source = corpus_with_copies(tmp_path / "text")
+    config = {"source": source, "tokenizer": "bpe:300", "piece_documents": 12, "val_fraction": 0.1} | LEAVING_OUT
+    reference = Reference(config, tmp_path / "reference")
+    dropped = json.loads(reference.contents["dataset.json"])["dropped"]
+    reasons = ("min_chars", "drop_regex", "exact_duplicates", "near_duplicates")
+    assert all(dropped[reason]["documents"] > 0 for reason in reasons), dropped
+    for case in proof.cases(3, 50):
+        rng, folder = proof.random(case), tmp_path / str(case)
+        number = str(rng.randint(reference.operations // 3, reference.operations))
+        assert prepared(config | {"dir": str(folder)}, WORKERS[case % 2], "die", number)[0] == 137
+        written = sorted(path for path in folder.glob("piece-*.seen") if path.stat().st_size)
+        if case % 2 and written:
+            path = rng.choice(written)
+            data = bytearray(path.read_bytes())
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            path.write_bytes(data)
+        reference.finish(folder, WORKERS[case // 2 % 2])
+
+
 # --- two at once
 
 

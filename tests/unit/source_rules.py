@@ -29,8 +29,9 @@ ALLOWED_MODULES = {
         "tokenize",
         "tomllib",
     ),
-    *("types", "typing", "warnings"),
+    *("types", "typing", "warnings", "zlib"),
     *(
+        "datasketch",
         "gigatoken",
         "huggingface_hub",
         "jinja2",
@@ -39,6 +40,7 @@ ALLOWED_MODULES = {
         "psutil",
         "pyarrow",
         "pydantic",
+        "regex",
         "rich",
         "safetensors",
     ),

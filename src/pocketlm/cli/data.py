@@ -14,6 +14,7 @@ USAGE = """pocketlm data prepare --source SOURCE --tokenizer NAME|PATH [--out DI
 
 
 LABEL_WIDTH = 24
+SELECTION = ("min_chars", "max_chars", "script", "script_share", "keep_regex", "drop_regex", "dedup", "dedup_threshold")
 
 
 def run(argv: list[str]) -> int:
@@ -42,9 +43,10 @@ def _prepare(argv: list[str]) -> int:
     parser.add_argument(
         "--piece-documents", metavar="N", help=f"documents in a shard (default: {defaults.piece_documents})"
     )
+    _add_selection(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    fields = ("source", "max_documents", "tokenizer", "val_fraction", "piece_documents")
+    fields = ("source", "max_documents", "tokenizer", "val_fraction", "piece_documents", *SELECTION)
     given = {f"data.{name}": value for name in fields if (value := getattr(arguments, name)) is not None}
     if arguments.out:
         given["data.dir"] = arguments.out
@@ -62,6 +64,18 @@ def _prepare(argv: list[str]) -> int:
         print(folder)
         say(f"next: pocketlm data show {folder}")
     return 0
+
+
+def _add_selection(parser: Parser) -> None:
+    """The options that leave documents out; what each means says the configuration."""
+    group = parser.add_argument_group("documents that are left out")
+    words = dict.fromkeys(SELECTION, "X") | {"min_chars": "N", "max_chars": "N", "script": "NAME"}
+    words |= {"keep_regex": "REGEX", "drop_regex": "REGEX", "dedup": "exact|near"}
+    for name in SELECTION:
+        about = DataConfig.model_fields[name]
+        default = "none" if about.default is None else about.default
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, metavar=words[name], help=f"{about.description} (default: {default})")
 
 
 def _show(argv: list[str]) -> int:
@@ -87,4 +101,9 @@ def _show(argv: list[str]) -> int:
 
 
 def _cell(value: Any) -> str:
+    from pocketlm.data.selection import COUNT, count_in_words
+    from pocketlm.data.shards import misfit
+
+    if misfit(value, COUNT) is None:
+        return count_in_words(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)

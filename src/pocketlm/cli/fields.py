@@ -17,6 +17,7 @@ from pocketlm.config import Config, Section, SourceConfig
 from pocketlm.errors import UsageError
 
 WORDS = {bool: "true|false", int: "N", float: "X", str: "TEXT", NoneType: "none"}
+TEXTS = {"data.keep_regex", "data.drop_regex"}  # in which a [ begins no list
 LIST_WORDS = {str: '"TEXT"', SourceConfig: '{source = "SOURCE", weight = X}', Ellipsis: "..."}
 
 
@@ -37,7 +38,8 @@ def parse_overrides(words: list[str]) -> dict[str, Any]:
                 value = next(rest)
             except StopIteration:
                 raise UsageError(f"{word} needs a value: {word} VALUE") from None
-        overrides[name.replace("-", "_")] = _parsed_list(word, value) if value.startswith("[") else value
+        field = name.replace("-", "_")
+        overrides[field] = value if field in TEXTS or not value.startswith("[") else _parsed_list(word, value)
     return overrides
 
 

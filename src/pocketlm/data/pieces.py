@@ -2,7 +2,7 @@
 
 plan.json and piece-*.json say how far the work is. Each carries a hash of itself, and the SHA-256 of what was written
 beside it: what a later run finds changed, it makes again. A hash keeps nobody from writing nonsense, so their shape is
-checked too.
+checked too. Where copies are left out, piece-*.seen is what later pieces must know of this one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from pocketlm.data.selection import COUNT, Selection, reasons
 from pocketlm.data.shards import COUNTS, TOKENIZER_FILE, Tokens, misfit, shard_chunks, token_dtype
 from pocketlm.data.split import Split, text_bytes
 from pocketlm.errors import DataError, FileError
 from pocketlm.files import remove_file, write_file
-from pocketlm.reading import read_json, read_text, verify_file
+from pocketlm.reading import read_bytes, read_json, read_text, verify_file
 from pocketlm.text.bulk import BulkEncoder, Unequal
 from pocketlm.text.documents import BEGINNING, Document, Place
 from pocketlm.text.sources import Remote, Source
@@ -30,6 +31,7 @@ from pocketlm.text.tokenizer import Tokenizer
 
 PLAN_FILE = "plan.json"
 PIECE_FILES = "piece-*.json"
+SEEN_FILES = "piece-*.seen"
 MAX_PIECES = 5120  # dataset.json and manifest.json are then within three quarters of what reading.py reads
 BATCH_CHARS = 1 << 21  # of text tokenized at once
 REPORT_EVERY_S = 5.0
@@ -47,6 +49,7 @@ PLAN = {
         "tokenizer": {"spec": str, "fingerprint": (str, None)},
         "val_fraction": float,
         "piece_documents": int,
+        "selection": (dict, ...),
     },
     "attempt": int,
     "documents": (int, None),
@@ -91,6 +94,17 @@ class Plan:
     def max_documents(self) -> int:
         """0 is no limit."""
         return int(self.tree["inputs"].get("max_documents", 0))
+
+    @property
+    def selection(self) -> Tree:
+        """Which documents are left out; empty for none."""
+        return dict(self.tree["inputs"].get("selection", {}))
+
+    @property
+    def piece_shape(self) -> Tree:
+        """What piece-*.json has at least."""
+        dropped = {"dropped": {reason: COUNT for reason in reasons(self.selection)}} if self.selection else {}
+        return PIECE | dropped | ({"seen": FILE} if "dedup" in self.selection else {})
 
     @property
     def num_pieces(self) -> int | None:
@@ -155,13 +169,15 @@ def begin_of(entries: Sequence[Tree]) -> Place:
 
 
 class Writer:
-    """Writes pieces. One that follows the last one written goes on reading; any other begins at its place."""
+    """Writes pieces. One that follows the last one written goes on reading; any other begins at its place, with what
+    the files of all pieces before it say of the documents that were kept."""
 
     def __init__(self, plan: Plan, source: Source, encoder: BulkEncoder, report: Report) -> None:
         self.plan, self.source, self.encoder, self.report = plan, source, encoder, report
         self._documents: Iterator[tuple[int, Document]] = iter(())
+        self._selection = Selection(plan.selection)
         self._reads: int | None = None
-        """The piece that the documents go on with."""
+        """The piece that both go on with."""
 
     def write(self, piece: int, place: Place) -> Tree:
         """
@@ -171,15 +187,28 @@ class Writer:
 
         Raises:
             Unequal: the library that tokenized it is wrong.
+            DataError: what a piece before has kept is missing or damaged.
         """
         plan = self.plan
         if self._reads != piece:
             self._documents = numbered(self.source, plan.max_documents, place, piece * plan.piece_documents)
+            self._selection = _selection_before(plan, piece)
         self._reads = None
         own = islice(self._documents, plan.piece_documents)
-        entry = _write_piece(plan, piece, own, place, self.encoder, self.report)
+        entry = _write_piece(plan, piece, own, place, self._selection, self.encoder, self.report)
         self._reads = piece + 1
         return entry
+
+
+def _selection_before(plan: Plan, piece: int) -> Selection:
+    """The selection that has judged all documents before a piece."""
+    selection = Selection(plan.selection)
+    for before in range(piece if selection.kept else 0):
+        entry, file = known_piece(plan, before), _seen_file(plan, before)
+        assert selection.kept is not None
+        if entry is None or not selection.kept.load(read_bytes(file, entry["seen"]["bytes"])):
+            raise DataError(f"{file} is damaged; delete the folder {plan.folder} and run the command again")
+    return selection
 
 
 def numbered(source: Source, limit: int, start: Place = BEGINNING, number: int = 0) -> Iterator[tuple[int, Document]]:
@@ -215,9 +244,13 @@ def _shard_file(plan: Plan, split: str, piece: int) -> Path:
     return plan.folder / f"{split}-{piece:05d}.tokens"
 
 
+def _seen_file(plan: Plan, piece: int) -> Path:
+    return plan.folder / f"piece-{piece:05d}.seen"
+
+
 def known_piece(plan: Plan, piece: int) -> Tree | None:
     """What piece-*.json says of a piece, if it belongs to this plan; its shards may be gone."""
-    entry = unsealed(_piece_file(plan, piece), PIECE)
+    entry = unsealed(_piece_file(plan, piece), plan.piece_shape)
     return entry if entry and entry["plan"] == plan.hash else None
 
 
@@ -230,13 +263,13 @@ def known_pieces(plan: Plan) -> list[Tree]:
 
 
 def drop_shards(plan: Plan, piece: int, splits: Iterable[str]) -> None:
-    """Removes a piece's tokens; what piece-*.json says of it stays, so that it can be made again."""
+    """Removes a piece's tokens; what else is known of it stays, so that it can be made again."""
     for split in splits:
         remove_file(_shard_file(plan, split, piece))
 
 
 def whole_piece(plan: Plan, piece: int) -> Tree | None:
-    """What piece-*.json says of a piece, if it belongs to this plan and its shards are as they were written."""
+    """What piece-*.json says of a piece, if it belongs to this plan and its files are as they were written."""
     if (entry := known_piece(plan, piece)) is None:
         return None
     try:
@@ -245,6 +278,8 @@ def whole_piece(plan: Plan, piece: int) -> Tree | None:
                 if shard["name"] != _shard_file(plan, split, piece).name:
                     return None
                 verify_file(_shard_file(plan, split, piece), shard)
+        if "seen" in entry:
+            verify_file(_seen_file(plan, piece), entry["seen"])
     except FileError:
         return None
     return entry
@@ -255,6 +290,7 @@ def _write_piece(
     piece: int,
     documents: Iterable[tuple[int, Document]],
     place: Place,
+    selection: Selection,
     encoder: BulkEncoder,
     report: Report,
 ) -> Tree:
@@ -263,18 +299,24 @@ def _write_piece(
     counts = {"documents": 0, "empty_documents": 0, "text_bytes": 0}
     shards = {"train": Collected(), "val": Collected()}
     for batch in _batches(documents, BATCH_CHARS):
-        split = [rule.parts(number, document.text) for number, document in batch]
+        kept = [(number, selection.text(number, document)) for number, document in batch]
+        split = [rule.parts(number, text) for number, text in kept]
         for collected, texts in zip(shards.values(), zip(*split, strict=True), strict=True):
             collected.add([text for text in texts if text.strip()], encoder)
-        sizes = [text_bytes(document.text) for _, document in batch]
-        for name, count in zip(counts, (len(batch), sizes.count(0), sum(sizes)), strict=True):
+        empty = sum(not text_bytes(document.text) for _, document in batch)
+        size = sum(text_bytes(text) for _, text in kept)
+        for name, count in zip(counts, (len(batch), empty, size), strict=True):
             counts[name] += count
         last = batch[-1][1].place
         place = last._replace(row=last.row + 1)
-        report.add(sum(sizes), len(batch))
+        report.add(size, len(batch))
     entry: Tree = {"plan": plan.hash, "next": place._asdict()} | counts
     for name, collected in shards.items():
         entry[name] = collected.write(_shard_file(plan, name, piece), tokenizer.vocab_size)
+    if plan.selection:
+        entry["dropped"] = selection.take()
+    if selection.kept:
+        entry["seen"] = write_file(_seen_file(plan, piece), selection.kept.take())
     write_file(_piece_file(plan, piece), sealed(entry))
     return entry
 

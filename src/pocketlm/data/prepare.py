@@ -1,17 +1,18 @@
 """From a text source to a data set folder: survey, tokenizer, pieces.
 
-    1. survey     one pass over the texts counts bytes and chooses the split (`data.split`); of text that comes over a
-                  network, only over the first documents, as soon as these say enough
+    1. survey     one pass over the texts that are not left out (`data.selection`) counts bytes and chooses the split
+                  (`data.split`); of text that comes over a network, only over the first documents, as soon as these
+                  say enough
     2. tokenizer  loaded, or for `bpe:SIZE` trained on the training texts only
     3. plan.json  fixes both, with fingerprints of everything that went in
     4. pieces     documents k*piece_documents .. (k+1)*piece_documents - 1 become train-0000k and val-0000k;
                   piece-0000k.json beside them says that they are whole and which plan they belong to
-    5. dataset.json, then manifest.json: the mark of a finished set; plan.json and piece-*.json go
+    5. dataset.json, then manifest.json: the mark of a finished set; plan.json and piece-* go
 
 Each file appears whole or not at all. A run that was stopped goes on: a plan that still fits saves steps 1 and 2,
 pieces that are whole are kept, and each says where in the source the next begins. Because a piece depends on its
-documents only, the finished bytes are the same however often the work was interrupted. The tokens of one piece are in
-memory at a time.
+documents only, and where copies are left out on what earlier pieces wrote down, the finished bytes are the same however
+often the work was interrupted. The tokens of one piece are in memory at a time.
 
 prepare.lock is in a folder as long as it is worked in or unfinished: a second process waits for the first. What a
 finished set has lost or changed is never made again in silence: it is refused, and the user deletes the folder.
@@ -31,6 +32,7 @@ from pocketlm.data.pieces import (
     PIECE_FILES,
     PLAN,
     PLAN_FILE,
+    SEEN_FILES,
     Plan,
     Progress,
     Tree,
@@ -42,6 +44,7 @@ from pocketlm.data.pieces import (
     unsealed,
     write_pieces,
 )
+from pocketlm.data.selection import Selection, added_up, in_words, memory_in_words, selection_tree, side_by_side
 from pocketlm.data.shards import COUNTS, DATASET_FILE, SCHEMA, TOKENIZER_FILE, open_dataset, token_dtype
 from pocketlm.data.split import Split, Survey, survey
 from pocketlm.errors import DataError, Unfetched, one_line
@@ -52,7 +55,7 @@ from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_t
 
 LOCK_FILE = "prepare.lock"
 ENOUGH_DOCUMENTS = 8192  # from a network; 4 MB of short stories, 25 MB of web pages
-OWN_FILES = re.compile(r"(dataset|manifest|plan|tokenizer|piece-\d+)\.json|(train|val)-\d+\.tokens")
+OWN_FILES = re.compile(r"(dataset|manifest|plan|tokenizer|piece-\d+)\.json|piece-\d+\.seen|(train|val)-\d+\.tokens")
 
 
 Write = Callable[[Plan, Source, Progress], list[Tree]]
@@ -208,6 +211,8 @@ def _make(
         _clear(folder)
         raise DataError(f"source {config.source!r} changed while it was read; run the command again")
     _finish(plan, pieces)
+    for line in in_words(_left_out(pieces)):
+        progress(line)
     progress(f"data set ready: {folder}")
 
 
@@ -224,13 +229,13 @@ def _inputs_of(config: DataConfig, source: Tree, tokenizer: Tokenizer | None) ->
         "tokenizer": {"spec": config.tokenizer, "fingerprint": tokenizer.fingerprint if tokenizer else None},
         "val_fraction": config.val_fraction,
         "piece_documents": config.piece_documents,
-        **_limit(config.max_documents),
+        **_limit(config.max_documents, selection_tree(config)),
     }
 
 
-def _limit(max_documents: int) -> Tree:
-    """Nothing for a source that is taken whole, as all were before there was a limit."""
-    return {"max_documents": max_documents} if max_documents else {}
+def _limit(max_documents: int, selection: Tree) -> Tree:
+    """Nothing for a source that is taken whole, as all were before there was a choice."""
+    return ({"max_documents": max_documents} if max_documents else {}) | ({"selection": selection} if selection else {})
 
 
 def _use_as_it_is(folder: Path, config: DataConfig, progress: Progress) -> None:
@@ -249,6 +254,9 @@ def _use_as_it_is(folder: Path, config: DataConfig, progress: Progress) -> None:
         progress(f"{folder} is used as it is: its source is {source}, not {config.source}")
     if config.max_documents != (limit := dataset.info.get("max_documents", 0)):
         progress(f"{folder} is used as it is: its max_documents is {limit}, not {config.max_documents}")
+    for name, (given, there) in side_by_side(selection_tree(config), dataset.info.get("selection", {})).items():
+        if given != there:
+            progress(f"{folder} is used as it is: its {name} is {there}, not {given}")
 
 
 def _check_same(folder: Path, inputs: Tree) -> None:
@@ -257,6 +265,7 @@ def _check_same(folder: Path, inputs: Tree) -> None:
         return
     numbers = ("val_fraction", "piece_documents", "max_documents")
     pairs = {name: (inputs.get(name, 0), stands.get(name, 0)) for name in numbers}
+    pairs |= side_by_side(inputs.get("selection", {}), stands.get("selection", {}))
     for name in ("source", "tokenizer"):
         pairs[name] = (_told(inputs[name], stands[name]), _told(stands[name], inputs[name]))
     changed = [f"{name}: {given}, {there}" for name, (given, there) in pairs.items() if given != there]
@@ -303,7 +312,7 @@ def _names(folder: Path) -> set[str]:
 
 def _working_files(folder: Path) -> list[Path]:
     """What is in a folder while it is worked in, the lock last."""
-    return [path for name in (PIECE_FILES, PLAN_FILE, LOCK_FILE) for path in sorted(folder.glob(name))]
+    return [path for name in (PIECE_FILES, SEEN_FILES, PLAN_FILE, LOCK_FILE) for path in sorted(folder.glob(name))]
 
 
 def _remove_working_files(folder: Path) -> None:
@@ -327,11 +336,9 @@ def _make_plan(
 ) -> Plan:
     progress(f"reading {config.source}")
     _clear(folder)
-    texts = (document.text for _, document in numbered(source, config.max_documents))
-    counted = survey(texts, config.val_fraction, ENOUGH_DOCUMENTS if source.remote else None)
-    if counted.text_bytes == 0:
-        raise DataError(f"source {config.source!r} holds no text ({counted.documents} empty documents)")
-    surveyed = f"{counted.documents:,} documents, {counted.text_bytes / 1e6:,.1f} MB"
+    chosen = inputs.get("selection", {})
+    counted, left_out = _surveyed(source, config, Selection(chosen))
+    surveyed = f"{counted.documents:,} documents, {counted.text_bytes / 1e6:,.1f} MB{left_out}"
     if counted.whole:
         _check_number_of_pieces(counted.documents, config.piece_documents)
         progress(f"{surveyed}; {counted.split.words()}")
@@ -339,6 +346,8 @@ def _make_plan(
         assert source.remote is not None
         about, rough = source.remote.outlook(counted.documents)
         progress(f"the first {surveyed}, of about {about:,} (an estimate); {counted.split.words()}")
+        if words := memory_in_words(chosen, min(about, config.max_documents or about)):
+            progress(words)
         if words := _outlook(min(about, config.max_documents or about), config.piece_documents):
             if not rough:
                 raise DataError(words)
@@ -349,12 +358,24 @@ def _make_plan(
             + ("" if counted.whole else f" of the first {counted.documents:,}")
         )
         limit = config.max_documents if counted.whole else counted.documents
-        tokenizer = train_tokenizer(_training_texts(source, limit, counted.split), size)
+        tokenizer = train_tokenizer(_training_texts(source, limit, Selection(chosen), counted.split), size)
     assert tokenizer is not None
     entry = write_file(folder / TOKENIZER_FILE, tokenizer.to_json().encode())
     tree = _plan_tree(inputs, counted, source, tokenizer, entry)
     write_file(folder / PLAN_FILE, sealed(tree))
     return Plan(folder, tree, tokenizer)
+
+
+def _surveyed(source: Source, config: DataConfig, selection: Selection) -> tuple[Survey, str]:
+    """What the documents are that are not left out, and how many are, in words."""
+    texts = (selection.text(*item) for item in numbered(source, config.max_documents))
+    counted = survey(texts, config.val_fraction, ENOUGH_DOCUMENTS if source.remote else None)
+    dropped = selection.take()
+    left_out = sum(count["documents"] for count in dropped.values())
+    if counted.text_bytes == 0:
+        empty = f"source {config.source!r} holds no text ({counted.documents - left_out} empty documents"
+        raise DataError("; ".join([empty, *in_words(dropped)]) + ")")
+    return counted, f" without {left_out:,} that are left out" if dropped else ""
 
 
 def _check_number_of_pieces(documents: int, piece_documents: int) -> None:
@@ -388,13 +409,14 @@ def _plan_tree(inputs: Tree, counted: Survey, source: Source, tokenizer: Tokeniz
     }
 
 
-def _training_texts(source: Source, limit: int, split: Split) -> Iterator[str]:
-    return (split.parts(number, document.text)[0] for number, document in numbered(source, limit))
+def _training_texts(source: Source, limit: int, selection: Selection, split: Split) -> Iterator[str]:
+    documents = numbered(source, limit)
+    return (split.parts(item[0], selection.text(*item))[0] for item in documents)
 
 
 def _clear(folder: Path) -> None:
     """Removes what an earlier plan left, dataset.json first: without its plan it would be that of a finished set."""
-    for pattern in (DATASET_FILE, PLAN_FILE, TOKENIZER_FILE, PIECE_FILES, "train-*.tokens", "val-*.tokens"):
+    for pattern in (DATASET_FILE, PLAN_FILE, TOKENIZER_FILE, PIECE_FILES, SEEN_FILES, "train-*.tokens", "val-*.tokens"):
         for path in folder.glob(pattern):
             remove_file(path)
 
@@ -418,7 +440,7 @@ def _entry(tree: Tree) -> Entry:
 
 def dataset_info(plan: Plan, pieces: Sequence[Tree]) -> Tree:
     """dataset.json. It holds no clock and no path but what the user wrote."""
-    tokenizer = plan.tokenizer
+    tokenizer, empty = plan.tokenizer, sum(piece["empty_documents"] for piece in pieces)
     return {
         "schema": SCHEMA,
         "source": plan.tree["inputs"]["source"],
@@ -432,11 +454,15 @@ def dataset_info(plan: Plan, pieces: Sequence[Tree]) -> Tree:
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "split": plan.tree["split"] | {"words": plan.split.words()},
         "piece_documents": plan.piece_documents,
-        **_limit(plan.max_documents),
-        "dropped": plan.tree["dropped"] | {"empty_documents": sum(piece["empty_documents"] for piece in pieces)},
+        **_limit(plan.max_documents, plan.selection),
+        "dropped": plan.tree["dropped"] | {"empty_documents": empty} | _left_out(pieces),
         "train": _split_entry(piece["train"] for piece in pieces),
         "val": _split_entry(piece["val"] for piece in pieces),
     }
+
+
+def _left_out(pieces: Sequence[Tree]) -> Tree:
+    return added_up(piece.get("dropped", {}) for piece in pieces)
 
 
 def _split_entry(shards: Iterable[Tree | None]) -> Tree:

@@ -59,6 +59,7 @@ INFO = {  # what dataset.json has at least, and of what types
     "dtype": str,
     "split": {"words": str, "val_fraction": float},
     "piece_documents": int,
+    "selection": (dict, ...),
     "dropped": dict,
     "train": SPLIT,
     "val": SPLIT,
@@ -365,7 +366,7 @@ def _other_format(path: Path, info: Mapping[str, Any]) -> DataError:
 def misfit(value: Any, shape: Any, name: str = DATASET_FILE) -> str | None:
     """The name of the first part of a JSON value that is missing or of another type than `shape` has there.
 
-    In a shape, [x] is any number of x, (x, y) is x or y, and a string or None stands for itself.
+    In a shape, [x] is any number of x, (x, y) is x or y, ... is nothing at all, and a string or None stands for itself.
     """
     if isinstance(shape, tuple):
         return None if any(misfit(value, one) is None for one in shape) else name
@@ -373,7 +374,7 @@ def misfit(value: Any, shape: Any, name: str = DATASET_FILE) -> str | None:
         inner = [(value.get(key, ...), shape[key], key) for key in shape] if isinstance(value, dict) else None
     elif isinstance(shape, list):
         inner = [(item, shape[0], name) for item in value] if isinstance(value, list) else None
-    elif shape is None or isinstance(shape, str):
+    elif shape is None or shape is ... or isinstance(shape, str):
         return None if value == shape else name
     else:  # bool is an int for Python, a count is none
         fits = type(value) is shape and (shape is not int or 0 <= value < MAX_INTEGER)
@@ -408,6 +409,7 @@ def describe(dataset: Dataset, samples: int = 2) -> dict[str, Any]:
         "vocab_size": dataset.tokenizer.vocab_size,
         "dtype": info["dtype"],
         "split": info["split"]["words"],
+        **({"selection": info["selection"]} if "selection" in info else {}),
         "dropped": info["dropped"],
         "train": _totals(info["train"]),
         "val": _totals(info["val"]),
