@@ -15,6 +15,8 @@ import json
 import re
 import stat
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 2
 TEXT_LIMIT_BYTES = 64 << 20  # a tokenizer.json may have 35 MB; nothing that we read as text is larger
 JSON_LIMIT_BYTES = 2 << 20  # a hostile JSON takes 24 bytes of memory a byte; ours are far smaller
+VERIFY_THREADS = 2  # a checkpoint has two large files
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO}
 """Errors that a second look would not change: nothing can be there, or the medium has lost it."""
 PLAIN_NAME = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9_.-]*/)*[A-Za-z0-9_-][A-Za-z0-9_.-]*")
@@ -99,11 +102,21 @@ def verify_folder(path: Path) -> None:
         FileError: no manifest, or the first file that is missing, of another size or of another hash.
         Unreadable: one of them cannot be read now, or the manifest is of another format.
     """
-    for name, entry in read_manifest(path).items():
-        for folder in Path(name).parents[:-1]:
-            if stat.S_ISLNK(_mode(path / folder) or 0):
-                raise FileError(f"{path / folder} is damaged: a link where a folder should be")
-        verify_file(path / name, entry)
+    files, check = read_manifest(path), partial(_verify_inside, path)
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        try:
+            checks = pool.map(check, files, files.values())
+        except RuntimeError:  # the system gives no thread
+            checks = map(check, files, files.values())
+        for _ in checks:
+            pass
+
+
+def _verify_inside(path: Path, name: str, entry: Entry) -> None:
+    for folder in Path(name).parents[:-1]:
+        if stat.S_ISLNK(_mode(path / folder) or 0):
+            raise FileError(f"{path / folder} is damaged: a link where a folder should be")
+    verify_file(path / name, entry)
 
 
 def verify_file(path: Path, entry: Mapping[str, int | str]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from pocketlm import files
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError, Unreadable
 from pocketlm.files import Lock, commit_folder, remove_folder, sweep, write_file
@@ -50,6 +53,40 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
         write_file(path, chunks())
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("threads", [True, False], ids=["threads", "no thread"])
+def test_the_hash_is_of_all_that_is_written(threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that are hashed beside their writing, and such that are not; and what is read of them again."""
+    monkeypatch.setattr(files, "BESIDE_BYTES", 4)
+    if not threads:
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+    chunks = [bytes([number]) * (number * 7 % 9) for number in range(99)]
+    with commit_folder(tmp_path / "folder") as folder:
+        folder.write("a.bin", chunks)
+        folder.write("b.bin", memoryview(b"whole"))
+    whole = b"".join(chunks)
+    assert (tmp_path / "folder" / "a.bin").read_bytes() == whole
+    assert folder.files["a.bin"] == {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    verify_folder(tmp_path / "folder")
+    (tmp_path / "folder" / "b.bin").write_bytes(b"whale")
+    with pytest.raises(FileError, match=r"b\.bin is damaged"):
+        verify_folder(tmp_path / "folder")
+
+
+def test_the_first_damaged_file_is_told_of_however_many_are(tmp_path: Path) -> None:
+    with commit_folder(tmp_path / "folder") as folder:
+        for number in range(9):
+            folder.write(f"{number}.bin", bytes(1 << 18 - 2 * number))
+    for number in range(3, 9):
+        path = tmp_path / "folder" / f"{number}.bin"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(FileError, match=r"3\.bin is damaged"):
+        verify_folder(tmp_path / "folder")
 
 
 def test_a_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:
