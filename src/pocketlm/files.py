@@ -20,13 +20,14 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pocketlm.beside import Beside
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError, Unreadable
 from pocketlm.reading import MANIFEST, PLAIN_NAME, Entry, manifest_bytes, verify_folder
@@ -260,15 +261,12 @@ def _write_synced(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
     size, digest = 0, hashlib.sha256()
     file = DISK.create(path)
     try:
-        with ThreadPoolExecutor(1, HASH_THREAD) as beside:
-            for chunk in [data] if isinstance(data, bytes | memoryview) else data:
-                view = memoryview(chunk).cast("B")
-                hashing = _hash(digest, view, beside)
+        for chunk in [data] if isinstance(data, bytes | memoryview) else data:
+            view = memoryview(chunk).cast("B")
+            with _hashing(digest, view):
                 for begin in range(0, view.nbytes, BLOCK_BYTES):
                     DISK.write(file, view[begin : begin + BLOCK_BYTES])
-                size += view.nbytes
-                if hashing:
-                    hashing.result()
+            size += view.nbytes
         DISK.sync(file)
     except BaseException:
         with contextlib.suppress(OSError):  # the first failure is the one to tell
@@ -278,13 +276,12 @@ def _write_synced(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _hash(digest: hashlib._Hash, data: memoryview, beside: Executor) -> Future[None] | None:
-    """Begins to hash a chunk in a thread; None if it is done, for it is small or the system gives no thread."""
+def _hashing(digest: hashlib._Hash, data: memoryview) -> contextlib.AbstractContextManager[object]:
+    """Hashes a chunk; a large one in a thread, until the context ends."""
     if data.nbytes >= BESIDE_BYTES:
-        with contextlib.suppress(RuntimeError):
-            return beside.submit(digest.update, data)
+        return Beside(HASH_THREAD, partial(digest.update, data))
     digest.update(data)
-    return None
+    return contextlib.nullcontext()
 
 
 def _remove(path: Path) -> None:

@@ -31,6 +31,7 @@ ALLOWED_MODULES = {
     ),
     *("types", "typing", "warnings"),
     *(
+        "awkward",
         "gigatoken",
         "huggingface_hub",
         "jinja2",

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from typing import TypeVar
@@ -30,6 +29,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketlm.beside import Beside
 from pocketlm.errors import DataError
 from pocketlm.text.cuts import cut_at_lines
 from pocketlm.text.fast_encoders import Encode, Unsuited, beyond_ascii, gigatoken_encoder, tiktoken_encoder
@@ -141,8 +141,7 @@ class BulkEncoder:
         places += range(len(parts), len(parts) + len(probes))
         data = parts + probes
         asked = [data[place].decode() for place in places]
-        with ThreadPoolExecutor(1, REFERENCE) as beside:
-            right = beside.submit(self.tokenizer.encode_batch, asked)
+        with Beside(REFERENCE, partial(self.tokenizer.encode_batch, asked)) as right:
             ids = self._ids(library, data)
         self._compare(asked, [ids[place] for place in places], right.result())
         self._characters |= new
