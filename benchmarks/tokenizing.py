@@ -11,7 +11,7 @@ of the process, all its threads together, which the machine's other work touches
     reference    `Tokenizer.encode_batch`: tokenizers, in batches
     tokenizers   encode_batch_fast
     tiktoken     encode_to_numpy in as many threads; of SmolLM2's vocabulary it gets what `fast_encoders` makes
-    gigatoken    encode, document by document
+    gigatoken    encode_batch; of SmolLM2's vocabulary it gets what `fast_encoders` makes
     bulk         what `pocketlm data prepare` does: gigatoken with all checks, and their cost in it
 
 The table goes to stdout as Markdown, what is being done to stderr.
@@ -65,7 +65,7 @@ def encoder(library: str, tokenizer: Any, spec: str, threads: int) -> Callable[[
     if library == "tiktoken":
         return tiktoken_encoder(tokenizer, spec, threads)
     if library == "gigatoken":
-        return fast_encoders.gigatoken_encoder(tokenizer)
+        return of_texts(fast_encoders.gigatoken_encoder(tokenizer))
     whole = bulk.BulkEncoder(tokenizer, bulk.SMALL_BYTES, lambda line: print(f"  {line}", file=sys.stderr))
     return whole.encode
 
@@ -78,7 +78,7 @@ def tiktoken_encoder(tokenizer: Any, spec: str, threads: int) -> Callable[[list[
     from pocketlm.text import fast_encoders
 
     if tokenizer.pre_tokenizer_name != "gpt-2":
-        return fast_encoders.tiktoken_encoder(tokenizer)
+        return of_texts(fast_encoders.tiktoken_encoder(tokenizer))
     if spec == "gpt2":
         engine = tiktoken.get_encoding("gpt2")
     else:
@@ -88,6 +88,11 @@ def tiktoken_encoder(tokenizer: Any, spec: str, threads: int) -> Callable[[list[
     encode = functools.partial(engine.encode_to_numpy, disallowed_special=())
     pool = ThreadPoolExecutor(threads)
     return lambda texts: list(pool.map(encode, texts))
+
+
+def of_texts(encode: Callable[[list[bytes]], list[Any]]) -> Callable[[list[str]], list[Any]]:
+    """What takes UTF-8, with the making of it."""
+    return lambda texts: encode([text.encode() for text in texts])
 
 
 def batches(texts: list[str]) -> list[list[str]]:

@@ -15,15 +15,18 @@ import json
 import re
 import stat
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pocketlm.beside import Beside
 from pocketlm.errors import FileError, Unreadable
 
 MANIFEST = "manifest.json"
 MANIFEST_SCHEMA = 2
 TEXT_LIMIT_BYTES = 64 << 20  # a tokenizer.json may have 35 MB; nothing that we read as text is larger
 JSON_LIMIT_BYTES = 2 << 20  # a hostile JSON takes 24 bytes of memory a byte; ours are far smaller
+VERIFY_THREAD = "pocketlm-verify"
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EIO}
 """Errors that a second look would not change: nothing can be there, or the medium has lost it."""
 PLAIN_NAME = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9_.-]*/)*[A-Za-z0-9_-][A-Za-z0-9_.-]*")
@@ -93,17 +96,26 @@ def _is_entry(item: tuple[str, Any]) -> bool:
 
 
 def verify_folder(path: Path) -> None:
-    """Checks every file that the manifest names, byte for byte. Files that it does not name are not looked at.
+    """Checks every file that the manifest names, byte for byte, the largest in a thread beside the others.
+
+    Files that it does not name are not looked at.
 
     Raises:
-        FileError: no manifest, or the first file that is missing, of another size or of another hash.
+        FileError: no manifest, or a file that is missing, of another size or of another hash.
         Unreadable: one of them cannot be read now, or the manifest is of another format.
     """
-    for name, entry in read_manifest(path).items():
-        for folder in Path(name).parents[:-1]:
-            if stat.S_ISLNK(_mode(path / folder) or 0):
-                raise FileError(f"{path / folder} is damaged: a link where a folder should be")
-        verify_file(path / name, entry)
+    files = read_manifest(path)
+    largest = max(files, key=lambda name: int(files[name]["bytes"]))
+    with Beside(VERIFY_THREAD, partial(_verify_inside, path, largest, files.pop(largest))):
+        for name, entry in files.items():
+            _verify_inside(path, name, entry)
+
+
+def _verify_inside(path: Path, name: str, entry: Entry) -> None:
+    for folder in Path(name).parents[:-1]:
+        if stat.S_ISLNK(_mode(path / folder) or 0):
+            raise FileError(f"{path / folder} is damaged: a link where a folder should be")
+    verify_file(path / name, entry)
 
 
 def verify_file(path: Path, entry: Mapping[str, int | str]) -> None:

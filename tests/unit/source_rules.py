@@ -31,6 +31,7 @@ ALLOWED_MODULES = {
     ),
     *("types", "typing", "warnings", "zlib"),
     *(
+        "awkward",
         "datasketch",
         "gigatoken",
         "huggingface_hub",

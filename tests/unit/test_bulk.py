@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -109,7 +110,7 @@ PARTS = st.sampled_from([*NUMERALS, *BLANKS, *OTHERS])
 @given(st.lists(PARTS, max_size=30).map("".join))
 def test_any_text_has_the_tokenizers_ids(tokenizer: Tokenizer, make: Make, text: str) -> None:
     """Of the library alone, with no check behind it but the mark of a byte that the vocabulary lacks."""
-    (ids,) = engine(tokenizer, make)([text])
+    (ids,) = engine(tokenizer, make)([text.encode()])
     if (ids < tokenizer.vocab_size).all():
         assert ids.tolist() == tokenizer.encode(text)
     else:
@@ -117,6 +118,14 @@ def test_any_text_has_the_tokenizers_ids(tokenizer: Tokenizer, make: Make, text:
             byte for byte, character in enumerate(byte_alphabet()) if character not in tokenizer.tree["model"]["vocab"]
         }
         assert lacking & set(text.encode())
+
+
+@settings(max_examples=100)
+@given(st.lists(st.lists(PARTS, max_size=4).map("".join), max_size=30))
+def test_texts_of_a_batch_do_not_touch(tokenizer: Tokenizer, make: Make, texts: list[str]) -> None:
+    """Blanks at the end of one and a digit at the beginning of the next, and that each gets its own ids."""
+    encode, data = engine(tokenizer, make), [text.encode() for text in texts]
+    assert lists(encode(data)) == [ids for own in data for ids in lists(encode([own]))]
 
 
 ENGINES: dict[tuple[str, str], Encode] = {}
@@ -146,9 +155,10 @@ def test_real_texts_and_vectors(name: str, column: str, make: Make, shared: Path
 def test_gigatoken_forgets(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gigatoken", reason="the [fast] extra is not installed")
     encode = gigatoken_encoder(tokenizer)
-    before = lists(encode(PROSE))
-    monkeypatch.setattr(fast_encoders, "RENEW_CHARS", 0)
-    assert lists(encode(PROSE)) == before == lists(tokenizer.encode_batch(PROSE))
+    data = [text.encode() for text in PROSE]
+    before = lists(encode(data))
+    monkeypatch.setattr(fast_encoders, "RENEW_BYTES", 0)
+    assert lists(encode(data)) == before == lists(tokenizer.encode_batch(PROSE))
 
 
 @pytest.mark.parametrize("make", LIBRARIES.values(), ids=LIBRARIES)
@@ -170,22 +180,33 @@ def test_what_is_not_merges_alone_is_left_to_the_reference(make: Make) -> None:
 # --- libraries that are wrong
 
 
+OfTexts = Callable[[list[str]], list[Ids]]
+
+
+def library(encode: OfTexts) -> Encode:
+    return lambda data: encode([own.decode() for own in data])
+
+
 def honest(tokenizer: Tokenizer) -> Encode:
-    return tokenizer.encode_batch
+    return library(tokenizer.encode_batch)
 
 
-def split_in_bytes(tokenizer: Tokenizer, wrong: Callable[[str], bool]) -> Encode:
+def bytewise(tokenizer: Tokenizer, wrong: Callable[[str], bool]) -> OfTexts:
     """Gives some texts byte by byte: the ids stand for the right bytes, but are others."""
-    bytewise = {token[0]: number for number, token in enumerate(tokenizer.token_bytes) if len(token) == 1}
+    of_byte = {token[0]: number for number, token in enumerate(tokenizer.token_bytes) if len(token) == 1}
 
     def encode(texts: list[str]) -> list[Ids]:
         right = tokenizer.encode_batch(texts)
         return [
-            np.array([bytewise[byte] for byte in text.encode()], dtype=np.uint32) if wrong(text) else ids
+            np.array([of_byte[byte] for byte in text.encode()], dtype=np.uint32) if wrong(text) else ids
             for text, ids in zip(texts, right, strict=True)
         ]
 
     return encode
+
+
+def split_in_bytes(tokenizer: Tokenizer, wrong: Callable[[str], bool]) -> Encode:
+    return library(bytewise(tokenizer, wrong))
 
 
 def short_by_one(tokenizer: Tokenizer, wrong: Callable[[str], bool]) -> Encode:
@@ -193,19 +214,19 @@ def short_by_one(tokenizer: Tokenizer, wrong: Callable[[str], bool]) -> Encode:
         right = tokenizer.encode_batch(texts)
         return [ids[:-1] if wrong(text) else ids for text, ids in zip(texts, right, strict=True)]
 
-    return encode
+    return library(encode)
 
 
-def outside(tokenizer: Tokenizer, wrong: Callable[[str], bool]) -> Encode:
-    """Ids that nothing has."""
+def outside(tokenizer: Tokenizer, wrong: Callable[[str], bool], more: str = "") -> Encode:
+    """Ids that nothing has, and perhaps those of text that is not there."""
 
     def encode(texts: list[str]) -> list[Ids]:
-        right = tokenizer.encode_batch(texts)
+        given = tokenizer.encode_batch([text + more if wrong(text) else text for text in texts])
         return [
-            np.append(ids, np.uint32(1 << 31)) if wrong(text) else ids for text, ids in zip(texts, right, strict=True)
+            np.append(ids, np.uint32(1 << 31)) if wrong(text) else ids for text, ids in zip(texts, given, strict=True)
         ]
 
-    return encode
+    return library(encode)
 
 
 def raises(tokenizer: Tokenizer, wrong: Callable[[str], bool]) -> Encode:
@@ -214,23 +235,23 @@ def raises(tokenizer: Tokenizer, wrong: Callable[[str], bool]) -> Encode:
             raise RuntimeError("no\nsuch text")
         return tokenizer.encode_batch(texts)
 
-    return encode
+    return library(encode)
 
 
 def drops_a_text(tokenizer: Tokenizer, wrong: Callable[[str], bool]) -> Encode:
-    return lambda texts: tokenizer.encode_batch([text for text in texts if not wrong(text)])
+    return library(lambda texts: tokenizer.encode_batch([text for text in texts if not wrong(text)]))
 
 
 def wrong_from(tokenizer: Tokenizer, character: int) -> Encode:
     """Byte by byte from that character on: a part cut out of the text would come out right."""
-    bytewise = split_in_bytes(tokenizer, lambda text: True)
+    in_bytes = bytewise(tokenizer, lambda text: True)
 
     def encode(texts: list[str]) -> list[Ids]:
         heads = tokenizer.encode_batch([text[:character] for text in texts])
-        tails = bytewise([text[character:] for text in texts])
+        tails = in_bytes([text[character:] for text in texts])
         return list(map(np.concatenate, zip(heads, tails, strict=True)))
 
-    return encode
+    return library(encode)
 
 
 def not_installed(tokenizer: Tokenizer) -> Encode:
@@ -256,6 +277,10 @@ LIARS = {
     "another split of a character": (partial(split_in_bytes, wrong=has_a_camel), "is wrong about"),
     "too few bytes in one document": (partial(short_by_one, wrong=is_of_the_corpus), "is wrong about"),
     "an id beyond all in one document": (partial(outside, wrong=is_of_the_corpus), "is wrong about"),
+    "an id beyond all beside a byte too many": (
+        partial(outside, wrong=is_of_the_corpus, more="x"),
+        "is wrong about",
+    ),
     "a document left out": (partial(drops_a_text, wrong=is_of_the_corpus), "is wrong about"),
     "raises at one document": (partial(raises, wrong=is_of_the_corpus), "RuntimeError: no such text"),
     "too few bytes in a hard text": (partial(short_by_one, wrong=is_hard), "not used: it is wrong about"),
@@ -361,7 +386,7 @@ def half_a_lie(corpus: str, many_batches: None, tmp_path: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         liar = partial(split_in_bytes, wrong=lambda text: text in CORPUS[:500])
         patch.setattr(bulk, "LIBRARIES", (("liar", liar),))
-        patch.setattr(BulkEncoder, "_compare", lambda self, texts, ids: None)
+        patch.setattr(BulkEncoder, "_compare", lambda self, texts, ids, right: None)
         patch.setattr(pieces, "REPORT_EVERY_S", -1.0)
         with pytest.raises(KeyboardInterrupt):
             prepared(corpus, folder, stop)
@@ -401,9 +426,9 @@ def test_a_library_is_never_asked_again(said: list[str]) -> None:
     def counted(tokenizer: Tokenizer) -> Encode:
         inner = short_by_one(tokenizer, is_of_the_corpus)
 
-        def encode(texts: list[str]) -> list[Ids]:
-            calls.append(len(texts))
-            return inner(texts)
+        def encode(data: list[bytes]) -> list[Ids]:
+            calls.append(len(data))
+            return inner(data)
 
         return encode
 
@@ -415,6 +440,16 @@ def test_a_library_is_never_asked_again(said: list[str]) -> None:
     assert (len(calls), fast.name) == (before, "tokenizers")
 
 
+@pytest.mark.parametrize("fails", [drops_a_text, raises])
+def test_the_reference_works_in_no_thread_that_is_left(fails: Make, said: list[str]) -> None:
+    fast = encoder(KINDS["own"](), said, ("liar", partial(fails, wrong=is_of_the_corpus)))
+    before = threading.enumerate()
+    with contextlib.suppress(Unequal):
+        fast.encode([*STORIES, "document 777 x"])
+    assert fast.name == "tokenizers"
+    assert threading.enumerate() == before
+
+
 def test_places_are_spread_over_the_work(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     """131,072 characters in the first batch, then one of CHECK_EVERY, in the ids that are given back."""
     monkeypatch.setattr(bulk, "CHECK_EVERY", 8)
@@ -423,9 +458,9 @@ def test_places_are_spread_over_the_work(monkeypatch: pytest.MonkeyPatch, said: 
     fast = encoder(byte_tokenizer(), said, ("honest", honest))
     compare = BulkEncoder._compare
 
-    def compared(self: BulkEncoder, texts: list[str], ids: list[Ids]) -> None:
+    def compared(self: BulkEncoder, texts: list[str], ids: list[Ids], right: list[Ids]) -> None:
         seen.extend(zip(texts, ids, strict=True))
-        compare(self, texts, ids)
+        compare(self, texts, ids, right)
 
     monkeypatch.setattr(BulkEncoder, "_compare", compared)
     for batch in range(11):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from pocketlm import files
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError, Unreadable
 from pocketlm.files import Lock, commit_folder, remove_folder, sweep, write_file
@@ -50,6 +53,34 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
         write_file(path, chunks())
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def no_thread(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("threads", [True, False], ids=["threads", "no thread"])
+def test_the_hash_is_of_all_that_is_written(threads: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that are hashed beside their writing, and such that are not; and what is read of them again."""
+    monkeypatch.setattr(files, "BESIDE_BYTES", 4)
+    if not threads:
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+    chunks = [bytes([number]) * (number * 7 % 9) for number in range(99)]
+    with commit_folder(tmp_path / "folder") as folder:
+        folder.write("a.bin", chunks)
+        folder.write("b.bin", memoryview(b"whole"))
+    whole = b"".join(chunks)
+    assert (tmp_path / "folder" / "a.bin").read_bytes() == whole
+    assert folder.files["a.bin"] == {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    verify_folder(tmp_path / "folder")
+    for name, damaged in (
+        ("b.bin", b"whale"),
+        ("a.bin", bytes(len(whole))),
+    ):  # the largest is verified beside the other
+        (tmp_path / "folder" / name).write_bytes(damaged)
+        with pytest.raises(FileError, match=f"{name} is damaged"):
+            verify_folder(tmp_path / "folder")
+        (tmp_path / "folder" / "b.bin").write_bytes(b"whole")
 
 
 def test_a_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:

@@ -331,9 +331,10 @@ class Collected:
     def add(self, texts: list[str], encoder: BulkEncoder) -> None:
         """Tokenizes documents; each ends with the end id."""
         dtype = token_dtype(encoder.tokenizer.vocab_size)
-        end = np.array([encoder.tokenizer.end_id], dtype=dtype)
         for ids in encoder.encode(texts):
-            self.documents.append(np.concatenate([ids.astype(dtype), end]))
+            document = np.empty(len(ids) + 1, dtype=dtype)
+            document[:-1], document[-1] = ids, encoder.tokenizer.end_id
+            self.documents.append(document)
         self.text_bytes += sum(map(text_bytes, texts))
 
     def write(self, path: Path, vocab_size: int) -> Tree | None:

@@ -10,7 +10,8 @@ reference, and a library that takes its vocabulary is held against it
     ever again     one character of 1,024, at random places
 
 Places are compared in the very ids that are written. So that this is cheap a library is handed a long text in parts of
-some 4,096 characters, cut where no ids depend on it (cuts.py); a text without such places is compared whole.
+some 4,096 characters, cut where no ids depend on it (cuts.py); a text without such places is compared whole. Meanwhile,
+in a thread beside it, the reference encodes the same places; no ids leave before both are done and equal.
 
 All of it takes a few percent of the time. A library that fails is told of and never asked again, and everything that
 was made before is in doubt: `Unequal` says so. A document with a byte that the vocabulary lacks has fewer bytes in its
@@ -20,13 +21,15 @@ ids by right; the reference does it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketlm.beside import Beside
 from pocketlm.errors import DataError
 from pocketlm.text.cuts import cut_at_lines
 from pocketlm.text.fast_encoders import Encode, Unsuited, beyond_ascii, gigatoken_encoder, tiktoken_encoder
@@ -36,6 +39,8 @@ SMALL_BYTES = 1 << 20  # below it, checking a library takes as long as doing wit
 PART_CHARS = 1 << 12
 FIRST_CHECKS_CHARS = 32 * PART_CHARS
 CHECK_EVERY = 1 << 10  # characters for one that is checked
+PROBE = "a__b _ 1_1  _._'s\n_\n\n_  2"  # of a character that has not come before, where patterns look at what it is
+OF_NO_TOKEN = -(1 << 30)  # "bytes" of an id that nothing has: more than a text can make up for
 MAX_CHARGE = 1 << 14  # a part that is longer, for lack of places to cut, counts as this
 
 HARD_TEXTS = [
@@ -80,7 +85,8 @@ class BulkEncoder:
             say: is told which library does the work, and why others do not.
         """
         self.tokenizer, self._say = tokenizer, say
-        self._byte_lengths = np.append(tokenizer.byte_lengths, np.zeros(256, dtype=np.int64))
+        lengths = [*tokenizer.byte_lengths, *[0] * 256, OF_NO_TOKEN]
+        self._byte_lengths = np.array(lengths, dtype=np.int32)
         self._is_small = text_bytes < SMALL_BYTES
         self._libraries = iter(() if self._is_small else LIBRARIES)
         self._library: Encode | None = None
@@ -114,7 +120,7 @@ class BulkEncoder:
             try:
                 self._library = _guarded(partial(make, self.tokenizer))
                 hard = [*HARD_TEXTS, *self.tokenizer.special_tokens, " ".join(self.tokenizer.special_tokens)]
-                self._compare(hard, self._ids(self._library, hard))
+                self._compare(hard, self._ids(self._library, _utf8(hard)), self.tokenizer.encode_batch(hard))
                 self.name = name
                 return self._say(f"tokenizing with {name}, held against tokenizers")
             except (Unsuited, DataError) as error:
@@ -126,67 +132,67 @@ class BulkEncoder:
             self._say(f"tokenizing with {self.name}")
 
     def _checked(self, library: Encode, texts: list[str]) -> list[Ids]:
+        """The library's ids, held against those that the reference makes beside it."""
         cut = [cut_at_lines(text, PART_CHARS) for text in texts]
-        parts = [part for own in cut for part in own]
-        ids = self._ids(library, parts)
-        self._try_characters(library, parts)
-        self._due += sum(map(len, parts)) / CHECK_EVERY
-        places = self._places(parts)
-        self._compare([parts[place] for place in places], [ids[place] for place in places])
+        parts = _utf8(chain.from_iterable(cut))
+        new = set(beyond_ascii(b"".join(parts))) - self._characters
+        probes = _utf8(PROBE.replace("_", character) for character in sorted(new))
+        places = self._places([len(part) for own in cut for part in own])
+        places += range(len(parts), len(parts) + len(probes))
+        data = parts + probes
+        asked = [data[place].decode() for place in places]
+        with Beside(REFERENCE, partial(self.tokenizer.encode_batch, asked)) as right:
+            ids = self._ids(library, data)
+        self._compare(asked, [ids[place] for place in places], right.result())
+        self._characters |= new
         each = iter(ids)
         return [next(each) if len(own) == 1 else np.concatenate([next(each) for _ in own]) for own in cut]
 
-    def _places(self, parts: list[str]) -> list[int]:
-        """Which parts are due to be compared: each as likely as it is long, some perhaps twice."""
-        ends, places = np.cumsum([len(part) for part in parts]), list[int]()
-        while self._due > 0 and len(places) < len(parts) and ends[-1] > 0:
+    def _places(self, sizes: list[int]) -> list[int]:
+        """Which parts are due to be compared: each as likely as it is long in characters, some perhaps twice."""
+        ends, places = np.cumsum(sizes), list[int]()
+        self._due += int(ends[-1]) / CHECK_EVERY
+        while self._due > 0 and len(places) < len(sizes) and ends[-1] > 0:
             places.append(int(np.searchsorted(ends, self._random.randrange(int(ends[-1])), side="right")))
-            self._due -= min(len(parts[places[-1]]), MAX_CHARGE)
+            self._due -= min(sizes[places[-1]], MAX_CHARGE)
         return places
 
-    def _ids(self, library: Encode, texts: list[str]) -> list[Ids]:
+    def _ids(self, library: Encode, data: list[bytes]) -> list[Ids]:
         """What a library gives, where it stands for all bytes of a text; else the reference's ids.
 
         Raises:
             Unequal: the reference's do stand for all of them.
-            DataError: half a surrogate pair; no library is asked what it makes of that.
         """
-        sizes = list(map(_utf8_bytes, texts))
-        ids = _guarded(partial(library, texts))
-        if len(ids) != len(texts):
-            raise Unequal(f"how many texts there are: {len(texts)}, not {len(ids)}")
-        for number in np.flatnonzero(self._sizes(ids) != sizes).tolist():
-            (ids[number],) = self.tokenizer.encode_batch([texts[number]])
-            if self._sizes([ids[number]]) == sizes[number]:
-                raise Unequal(_told(texts[number]))
+        ids = _guarded(partial(library, data))
+        if len(ids) != len(data):
+            raise Unequal(f"how many texts there are: {len(data)}, not {len(ids)}")
+        for number in np.flatnonzero(self._sizes(ids) != list(map(len, data))).tolist():
+            text = data[number].decode()
+            (ids[number],) = self.tokenizer.encode_batch([text])
+            if self._sizes([ids[number]]) == len(data[number]):
+                raise Unequal(_told(text))
         return ids
 
     def _sizes(self, ids: list[Ids]) -> NDArray[np.int64]:
-        """How many bytes the ids of each text stand for; -1 added for an id that nothing has. (texts,)"""
-        flat = np.concatenate(ids)
-        known = flat < len(self._byte_lengths)
-        lengths = self._byte_lengths[flat] if known.all() else np.where(known, self._byte_lengths[flat * known], -1)
-        sums: NDArray[np.int64] = np.append(0, np.cumsum(lengths))
+        """How many bytes the ids of each text stand for; less than none where an id is nobody's. (texts,)"""
+        lengths = self._byte_lengths.take(np.concatenate(ids), mode="clip")
+        sums = np.append(0, np.cumsum(lengths, dtype=np.int64))
         ends: NDArray[np.int64] = sums[np.cumsum([0, *map(len, ids)])]
         return ends[1:] - ends[:-1]
 
-    def _try_characters(self, library: Encode, texts: list[str]) -> None:
-        """Every character that has not come before, where patterns look at what it is."""
-        new = sorted(set().union(*map(beyond_ascii, texts)) - self._characters)
-        probes = [f"a{c}{c}b {c} 1{c}1  {c}.{c}'s\n{c}\n\n{c}  2" for c in new]
-        if probes:
-            self._compare(probes, self._ids(library, probes))
-        self._characters.update(new)
-
-    def _compare(self, texts: list[str], ids: list[Ids]) -> None:
-        for text, given, right in zip(texts, ids, self.tokenizer.encode_batch(texts), strict=True):
-            if not np.array_equal(given, right):
+    def _compare(self, texts: list[str], ids: list[Ids], right: list[Ids]) -> None:
+        for text, given, expected in zip(texts, ids, right, strict=True):
+            if not np.array_equal(given, expected):
                 raise Unequal(_told(text))
 
 
-def _utf8_bytes(text: str) -> int:
+def _utf8(texts: Iterable[str]) -> list[bytes]:
+    """
+    Raises:
+        DataError: half a surrogate pair; no library is asked what it makes of that.
+    """
     try:
-        return len(text) if text.isascii() else len(text.encode())
+        return list(map(str.encode, texts))
     except UnicodeEncodeError:
         raise DataError(HALF_A_PAIR) from None
 

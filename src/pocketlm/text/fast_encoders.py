@@ -9,7 +9,8 @@ holds what they give against the tokenizer itself. Two things are the same for a
 
 gigatoken knows GPT-2's pattern, not SmolLM2's, where each numeral stands alone. As long as no merge takes a digit the
 two differ only where a digit follows two blanks or more (GPT-2 leaves the last of them out of their run), and at
-numerals beyond ASCII, whose bytes may merge. A text with either is cut at its numerals, as SmolLM2's pattern does.
+numerals beyond ASCII, whose bytes may merge. A text in which either may be is cut at its numerals, as SmolLM2's pattern
+does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,8 @@ from tokenizers import pre_tokenizers
 from pocketlm.text.tokenizer import Ids, Tokenizer
 from pocketlm.text.tokenizer_json import byte_alphabet, merges_alone
 
-Encode = Callable[[list[str]], list[Ids]]
+Encode = Callable[[list[bytes]], list[Ids]]
+"""UTF-8 texts to the ids of each."""
 Tree = dict[str, Any]
 
 # GPT-2's, and the same with each numeral alone, so that the blanks before one are a run of their own.
@@ -35,12 +38,8 @@ PATTERNS = {
     "gpt-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "smollm": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
 }
-DIGIT_AFTER_BLANKS = re.compile(r"[0-9](?<=\s\s.)")
 ASCII = bytes(range(128))
-BLANKS_AND_DIGITS = bytes(ord(" 0a"[0 if chr(b).isspace() else 1 if chr(b).isdigit() else 2]) for b in ASCII).ljust(
-    256, b"a"
-)
-RENEW_CHARS = 1 << 26
+RENEW_BYTES = 1 << 26
 
 
 class Unsuited(Exception):
@@ -48,17 +47,18 @@ class Unsuited(Exception):
 
 
 def gigatoken_encoder(tokenizer: Tokenizer) -> Encode:
-    """gigatoken, on the calling thread.
+    """gigatoken, on the calling thread; it lets others compute meanwhile.
 
-    It remembers every piece of text it has met, and never forgets: up to ten bytes for a character of random words. So
-    it is made anew after RENEW_CHARS, before it holds 700 MB; that takes a tenth of a second.
+    It remembers every piece of text it has met, and never forgets: up to ten bytes for a byte of random words. So it is
+    made anew after RENEW_BYTES, before it holds 700 MB; that takes a tenth of a second.
 
     Raises:
         ImportError: it is not installed.
         Unsuited: a tokenizer of another kind.
         Exception: the library's own refusal.
     """
-    from gigatoken.gigatoken_rs import load_hf_json
+    import awkward  # what its batches come in
+    from gigatoken import Tokenizer as Engine
 
     tree = _plain_tree(tokenizer)
     numerals = None
@@ -68,20 +68,22 @@ def gigatoken_encoder(tokenizer: Tokenizer) -> Encode:
         numerals = _Numerals()
     pattern = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = tree["model"] | {"vocab": _with_all_bytes(tokenizer)}
-    data = json.dumps(tree | {"pre_tokenizer": pattern, "model": model})
+    plain_json = json.dumps(tree | {"pre_tokenizer": pattern, "model": model})
     engine: Any = None
-    chars = 0
+    met_bytes = 0
 
-    def encode(texts: list[str]) -> list[Ids]:
-        nonlocal engine, chars
-        if engine is None or chars > RENEW_CHARS:
-            engine, chars = load_hf_json(data), 0
-        chars += sum(map(len, texts))
-        if numerals is None:
-            return [engine.encode(text) for text in texts]
-        return [_joined([engine.encode(part) for part in numerals.apart(text)]) for text in texts]
+    def encode(data: list[bytes]) -> list[Ids]:
+        nonlocal engine, met_bytes
+        if engine is None or met_bytes > RENEW_BYTES:
+            engine, met_bytes = Engine.from_json(plain_json), 0
+        met_bytes += sum(map(len, data))
+        parts = numerals.apart(data) if numerals else [[own] for own in data]
+        batch = engine.encode_batch(list(chain.from_iterable(parts)), parallel=False)
+        ids, ends = np.asarray(awkward.flatten(batch)), np.append(0, np.cumsum(awkward.num(batch)))
+        bounds = ends[np.cumsum([0, *map(len, parts)])].tolist()
+        return [ids[begin:end] for begin, end in pairwise(bounds)]
 
-    encode([""])
+    encode([b""])
     return encode
 
 
@@ -107,8 +109,8 @@ def tiktoken_encoder(tokenizer: Tokenizer) -> Encode:
     engine = tiktoken.Encoding("pocketlm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def encode(texts: list[str]) -> list[Ids]:
-        batch = engine.encode_ordinary_batch(texts, num_threads=cores)
+    def encode(data: list[bytes]) -> list[Ids]:
+        batch = engine.encode_ordinary_batch(list(map(bytes.decode, data)), num_threads=cores)
         return [table[np.array(ranked, dtype=np.intp)] for ranked in batch]
 
     return encode
@@ -137,10 +139,6 @@ def _with_all_bytes(tokenizer: Tokenizer) -> dict[str, int]:
     return vocabulary | {character: tokenizer.vocab_size + place for place, character in enumerate(missing)}
 
 
-def _joined(parts: list[Ids]) -> Ids:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
 class _Numerals:
     """Numerals as `tokenizers` knows them in this version; it is asked about each character that comes."""
 
@@ -148,27 +146,35 @@ class _Numerals:
         self._digits = pre_tokenizers.Digits(individual_digits=True)
         self._met: set[str] = set()
         self._numerals: set[str] = set()
+        self._blanks: set[str] = set()
 
-    def _among(self, characters: set[str]) -> set[str]:
+    def apart(self, data: list[bytes]) -> list[list[bytes]]:
+        """Each text, cut before and after each numeral if the two patterns may differ in it, else whole."""
+        beyond = list(map(beyond_ascii, data))
+        self._meet(set("".join(beyond)))
+        rare = self._numerals | self._blanks
+        differ = {number for number, own in enumerate(beyond) if not rare.isdisjoint(own)}
+        differ.update(_with_digits_after_blanks(data))
+        cut = re.compile(f"({'|'.join(['[0-9]', *sorted(self._numerals)])})".encode())
+        return [list(filter(None, cut.split(own))) if i in differ else [own] for i, own in enumerate(data)]
+
+    def _meet(self, characters: set[str]) -> None:
         if new := characters - self._met:
             cut = self._digits.pre_tokenize_str("".join(f"a{character}" for character in new))
             self._numerals |= {part for part, _ in cut if len(part) == 1 and part != "a"}
+            self._blanks.update(filter(str.isspace, new))
             self._met |= new
-        return characters & self._numerals
-
-    def apart(self, text: str) -> list[str]:
-        """A text cut before and after each numeral if the two patterns may differ in it, else whole."""
-        beyond = beyond_ascii(text)
-        others = self._among(beyond)
-        if any(map(str.isspace, beyond)):
-            differ = DIGIT_AFTER_BLANKS.search(text) is not None
-        else:
-            differ = b"  0" in text.encode().translate(BLANKS_AND_DIGITS)
-        if not others and not differ:
-            return [text]
-        return [part for part in re.split(f"([0-9{''.join(sorted(others))}])", text) if part]
 
 
-def beyond_ascii(text: str) -> set[str]:
-    """The characters of a text that are not ASCII."""
-    return set() if text.isascii() else set(text.encode().translate(None, ASCII).decode())
+def _with_digits_after_blanks(data: list[bytes]) -> list[int]:
+    """The numbers of texts in which an ASCII digit follows two ASCII blanks; perhaps of some more."""
+    codes = np.frombuffer(b"  " + b"".join(data), dtype=np.uint8)
+    places = np.flatnonzero(codes - np.uint8(ord("0")) < 10)
+    after = places[(codes[places - 1] <= ord(" ")) & (codes[places - 2] <= ord(" "))] - 2
+    found: list[int] = np.searchsorted(np.cumsum(list(map(len, data))), after, side="right").tolist()
+    return found
+
+
+def beyond_ascii(data: bytes) -> str:
+    """The characters of a UTF-8 text that are not ASCII."""
+    return "" if data.isascii() else data.translate(None, ASCII).decode()
