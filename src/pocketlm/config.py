@@ -24,6 +24,7 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pocketlm.clashes import clashes
 from pocketlm.errors import ConfigError, FileError
 from pocketlm.toml_trees import Tree, flat, merged, nested, preset_names, preset_tree, read_toml
 
@@ -324,7 +325,7 @@ class Config(Section):
             config = cls.model_validate(nested(known))
         except ValidationError as error:
             raise ConfigError(*unknown, *_problems(error)) from None
-        if problems := [*unknown, *_clashes(config)]:
+        if problems := [*unknown, *clashes(config)]:
             raise ConfigError(*problems)
         return config
 
@@ -382,55 +383,3 @@ def _problem(name: str, given: Any, messages: list[str]) -> str:
     if isinstance(given, Mapping):  # a whole section whose fields do not go together
         return f"{name}: {'; '.join(messages)}"
     return f"{name}: given {given!r}, allowed is {' or '.join(messages)}"
-
-
-def _known_ids(tokenizer: str) -> int | None:
-    """How many ids a tokenizer has whose name says so; others are counted once they are read."""
-    kind, _, size = tokenizer.partition(":")
-    return int(size) if kind == "bpe" and size.isdecimal() else {"gpt2": 50257, "byte": 257}.get(tokenizer)
-
-
-def _previous_token_misses(config: Config) -> list[str]:
-    """What a head that begins by reading the token before needs of a model, and this one has not."""
-    model, init = config.model, config.init
-    wanted = {
-        "model.position rope": model.position == "rope",
-        "model.qk_norm true": model.qk_norm,
-        "as many key-value as query heads": model.num_key_value_heads == model.num_attention_heads,
-        "init.output_projections zero": init.output_projections == "zero",
-        f"at least {init.previous_token_layers} layers": model.num_hidden_layers >= init.previous_token_layers,
-    }
-    return [name for name, has in wanted.items() if not has]
-
-
-def _clashes(config: Config) -> Iterator[str]:
-    """Fields that are right alone and wrong together."""
-    data, train, model = config.data, config.train, config.model
-    if data.context > model.max_position_embeddings:
-        yield (
-            f"data.context {data.context} is above model.max_position_embeddings {model.max_position_embeddings}; "
-            f"add --model.max-position-embeddings {data.context}"
-        )
-    if train.tokens_per_step % data.context:
-        nearest = max(1, round(train.tokens_per_step / data.context)) * data.context
-        yield (
-            f"train.tokens_per_step {train.tokens_per_step} is no multiple of data.context {data.context}; "
-            f"the nearest is --train.tokens-per-step {nearest}"
-        )
-    if config.init.previous_token_layers and (missing := _previous_token_misses(config)):
-        yield (
-            f"init.previous_token_layers {config.init.previous_token_layers} takes {', '.join(missing)}; change these, "
-            f"or add --init.previous-token-layers 0"
-        )
-    ids = _known_ids(data.tokenizer)
-    if ids and ids > model.vocab_size:
-        yield (
-            f"model.vocab_size {model.vocab_size} is below the {ids} ids of the tokenizer {data.tokenizer}; "
-            f"add --model.vocab-size {ids}"
-        )
-    warmup = config.schedule.warmup_steps
-    if warmup is not None and warmup > train.total_steps:
-        yield (
-            f"schedule.warmup_steps {warmup} is above train.total_steps {train.total_steps}; "
-            f"lower it with --schedule.warmup-steps"
-        )
