@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,12 +35,7 @@ def clashes(config: Config) -> Iterator[str]:
             f"model.vocab_size {model.vocab_size} is below the {ids} ids of the tokenizer {data.tokenizer}; "
             f"add --model.vocab-size {ids}"
         )
-    warmup = config.schedule.warmup_steps
-    if warmup is not None and warmup > train.total_steps:
-        yield (
-            f"schedule.warmup_steps {warmup} is above train.total_steps {train.total_steps}; "
-            f"lower it with --schedule.warmup-steps"
-        )
+    yield from _steps(config)
 
 
 def _known_ids(tokenizer: str) -> int | None:
@@ -59,3 +55,31 @@ def _previous_token_misses(config: Config) -> list[str]:
         f"at least {init.previous_token_layers} layers": model.num_hidden_layers >= init.previous_token_layers,
     }
     return [name for name, has in wanted.items() if not has]
+
+
+def _steps(config: Config) -> Iterator[str]:
+    """What the schedule cannot have of steps and rates."""
+    schedule, total, peak = config.schedule, config.train.total_steps, config.optim.lr
+    ends = (*schedule.continued_at, total)
+    if schedule.warmup_steps is not None and schedule.warmup_steps > ends[0]:
+        yield (
+            f"schedule.warmup_steps {schedule.warmup_steps} is above train.total_steps {ends[0]}; "
+            f"lower it with --schedule.warmup-steps"
+        )
+    if any(later <= earlier for earlier, later in pairwise(ends)):
+        yield f"schedule.continued_at {list(schedule.continued_at)}: allowed are steps that rise, below {total}"
+    if len(schedule.continued_at) != len(schedule.continued_to):
+        yield (
+            f"schedule.continued_to {list(schedule.continued_to)}: allowed is one factor for each step of "
+            f"schedule.continued_at {list(schedule.continued_at)}"
+        )
+    if schedule.continue_lr is None:
+        return
+    lowest = schedule.final_factor * peak
+    if schedule.kind in ("wsd", "constant"):
+        yield f"schedule.continue_lr is for cosine and linear: {schedule.kind} goes on at the peak; leave it out"
+    elif not lowest <= schedule.continue_lr <= peak:
+        yield (
+            f"schedule.continue_lr: given {schedule.continue_lr:g}, allowed is {lowest:g} to {peak:g}, "
+            f"from the rate at the end to that at the peak"
+        )

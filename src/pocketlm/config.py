@@ -178,6 +178,14 @@ class ScheduleConfig(Section):
     """Factor at the end."""
     decay_fraction: Fraction = 0.2
     """wsd: share of the steps that decay."""
+    continue_lr: Positive | None = None
+    """cosine, linear: AdamW's peak rate under --additional-steps, Muon's in proportion; by default 0.1 x the peak."""
+    continued_at: tuple[Count, ...] = ()
+    """Steps at which the run had ended before --additional-steps; the run itself writes them down."""
+    continued_to: tuple[Fraction, ...] = ()
+    """The factor that it went on to, each time."""
+    begun_with: Count | None = None
+    """Total steps at the beginning, if --total-steps has changed them since; warm-up and momentum stay as they were."""
 
 
 class GuardConfig(Section):
@@ -259,11 +267,14 @@ class SampleConfig(Section):
 
 # Fields that may differ when a run goes on: they change what is measured, kept or said, and what is done about trouble.
 FREE_FIELDS = frozenset(
-    {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every"}
+    {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "schedule.continue_lr"}
     | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "train.on_save_error"}
     | {"data.dir", "guard.spike_sigma", "guard.max_skips", "guard.max_rollbacks"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )
+
+# How many steps, in which legs: what may differ here when a run goes on, training/more_steps.py says.
+STEPS_FIELDS = frozenset({"train.total_steps", "schedule.continued_at", "schedule.continued_to", "schedule.begun_with"})
 
 
 class Config(Section):
@@ -338,9 +349,9 @@ class Config(Section):
         return tomli_w.dumps(self.tree())
 
     def differences(self, other: Config) -> list[str]:
-        """Lines `field: mine, theirs` for every field that changes the result."""
+        """Lines `field: mine, theirs` for every field that changes the result; the steps have a rule of their own."""
         mine, theirs = dict(flat(self.model_dump())), dict(flat(other.model_dump()))
-        changed = [name for name in FIELDS if mine[name] != theirs[name] and name not in FREE_FIELDS]
+        changed = [name for name in FIELDS if mine[name] != theirs[name] and name not in FREE_FIELDS | STEPS_FIELDS]
         return [f"{name}: {mine[name]}, {theirs[name]}" for name in changed if name != "name"]
 
 

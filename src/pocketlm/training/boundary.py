@@ -134,7 +134,7 @@ def serve(run: Run, state: TrainState, saver: Saver, stop: StopRequest) -> None:
         evaluate(run, state, stop)
     if run.samples(now.step) and now.sampled_at < now.step:
         sample(run, state, stop)
-    if run.saves(now.step):
+    if run.saves(now.step) or run.branches(now.step):
         saver.begin(must=now.step == run.config.train.total_steps)
 
 
