@@ -179,13 +179,13 @@ class ScheduleConfig(Section):
     decay_fraction: Fraction = 0.2
     """wsd: share of the steps that decay."""
     continue_lr: Positive | None = None
-    """cosine, linear: AdamW's peak rate under --additional-steps, Muon's in proportion; by default 0.1 x the peak."""
+    """cosine, linear: AdamW's peak rate in additional steps, Muon's in proportion; by default 0.1 x optim.lr."""
     continued_at: tuple[Count, ...] = ()
-    """Steps at which the run had ended before --additional-steps; the run itself writes them down."""
+    """Steps at which the run had ended before it got additional ones; it writes them down itself."""
     continued_to: tuple[Fraction, ...] = ()
     """The factor that it went on to, each time."""
     begun_with: Count | None = None
-    """Total steps at the beginning, if --total-steps has changed them since; warm-up and momentum stay as they were."""
+    """Total steps at the beginning, where they were changed since; warm-up and momentum stay as they were."""
 
 
 class GuardConfig(Section):
