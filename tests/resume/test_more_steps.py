@@ -217,6 +217,8 @@ def test_the_model_that_had_ended_is_not_lost(kind: str) -> None:
     if kind == "wsd":
         assert oracle.state(run / "checkpoints" / "step-00000020.set-aside") == ended
         assert (run / "metrics-00000020.jsonl").read_bytes() == records
+        with pytest.raises(FileError, match="set-aside is no checkpoint of run"):
+            train(config_of(kind), out=run, resume="run/checkpoints/step-00000020.set-aside")
     else:
         assert oracle.state(run / "checkpoints" / "step-00000020") == ended
     assert len(oracle.steps(run)) <= 2 + 1 + 1, "the newest, the best and one more"

@@ -100,7 +100,8 @@ def _find_start(folder: Path, resume: str, listener: Listener) -> Path | None:
     if resume in ("auto", WEIGHTS_ONLY):
         return checkpoint.newest_valid(folder, listener.note)
     path = checkpoint.find_checkpoint(Path(resume), listener.note)
-    if path.resolve().parent != (folder / "checkpoints").resolve():
+    is_set_aside = not checkpoint.STEP_FOLDER.fullmatch(path.name)
+    if is_set_aside or path.resolve().parent != (folder / "checkpoints").resolve():
         raise FileError(f"{path} is no checkpoint of {folder}; --resume takes one of the run's own")
     return path
 
