@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pocketlm.config import FREE_FIELDS, Config
+from pocketlm.config import FREE_FIELDS, STEPS_FIELDS, Config
 from pocketlm.model import sizes
 from pocketlm.toml_trees import preset_names
 
@@ -29,7 +29,8 @@ TOML, `--optim.betas '[0.9, 0.95]'`, a switch as `true` or `false`, and the abse
 
 All problems of a configuration are reported at once, one line each, and the process leaves with exit code 2.
 
-Fields marked *free* may differ when a run goes on. Any other difference is refused: it would change the result.
+Fields marked *free* may differ when a run goes on. Those marked *steps* have [a rule](train.md#more-steps). Any other
+difference is refused: it would change the result.
 """
 
 PRESETS = """
@@ -71,7 +72,8 @@ def _is_section(section: type[BaseModel], name: str) -> bool:
 
 
 def _row(name: str, entry: dict[str, Any]) -> str:
-    meaning = entry.get("description", "") + (" *Free.*" if name in FREE_FIELDS else "")
+    mark = " *Free.*" if name in FREE_FIELDS else " *Steps.*" if name in STEPS_FIELDS else ""
+    meaning = entry.get("description", "") + mark
     cells = (f"`{name}`", _kind(entry), f"`{_value(entry['default'])}`", meaning)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
 
@@ -86,7 +88,8 @@ def _kind(entry: dict[str, Any]) -> str:
         return f"`{entry['const']}`"
     if entry["type"] == "array":
         items = entry.get("prefixItems")
-        kind = "tables" if "$ref" in entry.get("items", {}) else "texts"
+        item = entry.get("items", {})
+        kind = "tables" if "$ref" in item else "texts" if item.get("type") == "string" else "numbers"
         return f"list of {len(items)} numbers" if items else f"list of {kind}"
     words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}
     return words.get(entry["type"], "`none`") + _range(entry)

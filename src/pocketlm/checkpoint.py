@@ -25,8 +25,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from pocketlm.config import Config, Dtype, ModelConfig, SampleConfig
+from pocketlm.config import Config, ModelConfig, SampleConfig
 from pocketlm.errors import FileError, PocketError, Unreadable
+from pocketlm.field_types import Dtype
 from pocketlm.files import commit_folder
 from pocketlm.formats import huggingface
 from pocketlm.model.arithmetic import Arithmetic

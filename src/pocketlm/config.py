@@ -22,47 +22,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pocketlm.clashes import clashes, problems
 from pocketlm.errors import ConfigError, FileError
+from pocketlm.field_types import (
+    MAX_SIZE,
+    STREAM_VAL_TOKENS,
+    AttentionKernel,
+    Count,
+    Decay,
+    FP32Matmul,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    Regex,
+    Script,
+    Size,
+    Tracking,
+)
 from pocketlm.toml_trees import Tree, flat, merged, nested, preset_names, preset_tree, read_toml
-
-MAX_SIZE = 2**24
-STREAM_VAL_TOKENS = 2**16
-Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Dtype = Literal["fp32", "bf16", "fp16"]
-Determinism = Literal["bitwise", "same-data", "off"]
-AttentionKernel = Literal["sdpa", "folded"]
-FP32Matmul = Literal["highest", "medium"]
-Tracking = Literal["tensorboard", "trackio", "wandb"]
-
-
-def _checked_regex(pattern: str, what: str = "a regular expression") -> str:
-    import regex  # its tables take a while to import
-
-    try:
-        regex.compile(pattern)
-    except (regex.error, ValueError) as error:
-        raise ValueError(f"{what} ({error})") from None
-    return pattern
-
-
-def _checked_script(name: str) -> str:
-    if not name.isidentifier():
-        raise ValueError(NO_SCRIPT)
-    _checked_regex(rf"\p{{Script={name}}}", NO_SCRIPT)
-    return name
-
-
-NO_SCRIPT = "a Unicode script, as latin, cyrillic, han, arabic"
-Regex = Annotated[str, AfterValidator(_checked_regex)]
-Script = Annotated[str, AfterValidator(_checked_script)]
 
 
 class Section(BaseModel):
@@ -270,6 +250,14 @@ class ScheduleConfig(Section):
     """Factor at the end."""
     decay_fraction: Fraction = 0.2
     """wsd: share of the steps that decay."""
+    continue_lr: Positive | None = None
+    """cosine, linear: AdamW's peak rate in additional steps, Muon's in proportion; by default 0.1 x optim.lr."""
+    continued_at: tuple[Count, ...] = ()
+    """Steps at which the run had ended before it got additional ones; it writes them down itself."""
+    continued_to: tuple[Fraction, ...] = ()
+    """The factor that it went on to, each time."""
+    begun_with: Count | None = None
+    """Total steps at the beginning, where they were changed since; warm-up and momentum stay as they were."""
 
 
 class GuardConfig(Section):
@@ -355,12 +343,15 @@ class SampleConfig(Section):
 
 # Fields that may differ when a run goes on: they change what is measured, kept or said, and what is done about trouble.
 FREE_FIELDS = frozenset(
-    {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every"}
+    {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "schedule.continue_lr"}
     | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "train.on_save_error"}
     | {"train.tracker", "train.tracker_project", "data.dir", "data.keep_segments"}
     | {"guard.spike_sigma", "guard.max_skips", "guard.max_rollbacks"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )
+
+# How many steps, in which legs: what may differ here when a run goes on, training/more_steps.py says.
+STEPS_FIELDS = frozenset({"train.total_steps", "schedule.continued_at", "schedule.continued_to", "schedule.begun_with"})
 
 
 class Config(Section):
@@ -421,9 +412,9 @@ class Config(Section):
         try:
             config = cls.model_validate(nested(known))
         except ValidationError as error:
-            raise ConfigError(*unknown, *_problems(error)) from None
-        if problems := [*unknown, *_clashes(config)]:
-            raise ConfigError(*problems)
+            raise ConfigError(*unknown, *problems(error)) from None
+        if wrong := [*unknown, *clashes(config)]:
+            raise ConfigError(*wrong)
         return config
 
     def tree(self) -> Tree:
@@ -435,8 +426,9 @@ class Config(Section):
         return tomli_w.dumps(self.tree())
 
     def differences(self, other: Config) -> list[str]:
-        """Lines `field: mine, theirs` for every field that changes the result."""
-        binding = {name: values for name, values in differing([self, other]).items() if name not in FREE_FIELDS}
+        """Lines `field: mine, theirs` for every field that changes the result; the steps have a rule of their own."""
+        changed = differing([self, other]).items()
+        binding = {name: values for name, values in changed if name not in FREE_FIELDS | STEPS_FIELDS}
         return [f"{name}: {mine}, {theirs}" for name, (mine, theirs) in binding.items()]
 
     def decided(self) -> dict[str, Any]:
@@ -480,102 +472,3 @@ def unknown_field(name: str) -> str:
 
 def _field_name(flag: str) -> str:
     return flag.replace("-", "_")
-
-
-def _problems(error: ValidationError) -> list[str]:
-    """One line a field: where, what was given, what is allowed. A union reports each of its members."""
-    reports: dict[str, tuple[Any, list[str]]] = {}
-    for report in error.errors():
-        name = ".".join(str(part) for part in report["loc"][:2])
-        message = str(report["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-        reports.setdefault(name, (report["input"], []))[1].append(message)
-    return [_problem(name, given, messages) for name, (given, messages) in reports.items()]
-
-
-def _problem(name: str, given: Any, messages: list[str]) -> str:
-    if isinstance(given, Mapping):  # a whole section whose fields do not go together
-        return f"{name}: {'; '.join(messages)}"
-    return f"{name}: given {given!r}, allowed is {' or '.join(messages)}"
-
-
-def _known_ids(tokenizer: str) -> int | None:
-    """How many ids a tokenizer has whose name says so; others are counted once they are read."""
-    kind, _, size = tokenizer.partition(":")
-    return int(size) if kind == "bpe" and size.isdecimal() else {"gpt2": 50257, "byte": 257}.get(tokenizer)
-
-
-def _previous_token_misses(config: Config) -> list[str]:
-    """What a head that begins by reading the token before needs of a model, and this one has not."""
-    model, init = config.model, config.init
-    wanted = {
-        "model.position rope": model.position == "rope",
-        "model.qk_norm true": model.qk_norm,
-        "as many key-value as query heads": model.num_key_value_heads == model.num_attention_heads,
-        "init.output_projections zero": init.output_projections == "zero",
-        f"at least {init.previous_token_layers} layers": model.num_hidden_layers >= init.previous_token_layers,
-    }
-    return [name for name, has in wanted.items() if not has]
-
-
-def _mixture_clashes(data: DataConfig) -> Iterator[str]:
-    total = sum(one.weight for one in data.sources)
-    for one in data.sources:
-        if round(one.weight / total * 1024) < 1:
-            yield f"data.sources: {one.source} has weight {one.weight:g} of {total:g}, no row in 1,024; give it more"
-    if data.dir:
-        yield f"data.dir {data.dir} is the folder of one source; leave it out where there are data.sources"
-    if data.max_documents:
-        yield "data.max_documents is for one source; give it in each table of data.sources"
-    if data.tokenizer.startswith("bpe:"):
-        yield (
-            f"data.tokenizer {data.tokenizer} is trained on one source; train one for all first: "
-            f"pocketlm tokenizer train --source SOURCE --vocab-size {data.tokenizer[4:]} --out FILE"
-        )
-
-
-def _stream_clashes(data: DataConfig) -> Iterator[str]:
-    if data.streams and data.order == "global":
-        yield "data.shuffle global needs all text before the first step; add --data.stream off, or --data.shuffle piece"
-    if data.keep_segments and not (data.streams and data.segment_pieces):
-        yield (
-            f"data.keep_segments {data.keep_segments} is for text that streams in segments; "
-            f"add {'--data.segment-pieces N' if data.streams else '--data.stream on'}, or --data.keep-segments 0"
-        )
-    if data.keep_segments == 1:
-        yield "data.keep_segments: given 1, allowed is 0 for all, or at least 2: one is read while the next one comes"
-
-
-def _clashes(config: Config) -> Iterator[str]:
-    """Fields that are right alone and wrong together."""
-    data, train, model = config.data, config.train, config.model
-    if data.context > model.max_position_embeddings:
-        yield (
-            f"data.context {data.context} is above model.max_position_embeddings {model.max_position_embeddings}; "
-            f"add --model.max-position-embeddings {data.context}"
-        )
-    if train.tokens_per_step % data.context:
-        nearest = max(1, round(train.tokens_per_step / data.context)) * data.context
-        yield (
-            f"train.tokens_per_step {train.tokens_per_step} is no multiple of data.context {data.context}; "
-            f"the nearest is --train.tokens-per-step {nearest}"
-        )
-    if config.init.previous_token_layers and (missing := _previous_token_misses(config)):
-        yield (
-            f"init.previous_token_layers {config.init.previous_token_layers} takes {', '.join(missing)}; change these, "
-            f"or add --init.previous-token-layers 0"
-        )
-    ids = _known_ids(data.tokenizer)
-    if ids and ids > model.vocab_size:
-        yield (
-            f"model.vocab_size {model.vocab_size} is below the {ids} ids of the tokenizer {data.tokenizer}; "
-            f"add --model.vocab-size {ids}"
-        )
-    yield from _stream_clashes(data)
-    if data.sources:
-        yield from _mixture_clashes(data)
-    warmup = config.schedule.warmup_steps
-    if warmup is not None and warmup > train.total_steps:
-        yield (
-            f"schedule.warmup_steps {warmup} is above train.total_steps {train.total_steps}; "
-            f"lower it with --schedule.warmup-steps"
-        )

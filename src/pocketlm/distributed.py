@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from pocketlm import __version__
-from pocketlm.config import Determinism, TrainConfig
+from pocketlm.config import TrainConfig
+from pocketlm.field_types import Determinism
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 

@@ -151,6 +151,16 @@ CASES: list[tuple[str, int, list[str]]] = [
     ("eval run --data files:text.txt --context 64", 2, ["64", "1..32"]),
     ("train debug --resume nowhere", 3, ["nowhere does not exist"]),
     ("train debug --resume run --out other", 3, ["step-00000010", "other"]),
+    ("train debug --additional-steps few", 2, ["--additional-steps", "'few'"]),
+    ("train debug --out new --additional-steps 0", 2, ["--additional-steps: given 0", ">= 1"]),
+    ("train debug --out new --additional-steps 5", 2, ["new holds no run", "--total-steps"]),
+    ("train debug --out new --resume weights-only", 3, ["new has no valid checkpoint"]),
+    (
+        "train debug --data.source files:text.txt --out run --total-steps 12",
+        2,
+        ["10 steps", "12", "--additional-steps"],
+    ),
+    ("train debug --out run --seed 3", 2, ["train.seed: 3, 0", "--out", "--resume weights-only"]),
     # values out of range
     ("train debug --optim.lr -1", 2, ["optim.lr", "'-1'", "greater than 0"]),
     ("train debug --optim.lr 0", 2, ["optim.lr", "'0'", "greater than 0"]),

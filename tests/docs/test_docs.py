@@ -302,12 +302,22 @@ def test_a_verbs_page_has_every_flag_of_the_verb(verb: str, flags: dict[str, set
     assert not missing, f"docs/{verb}.md leaves out {sorted(missing)}"
 
 
-def test_the_page_of_fields_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("config_page", ROOT / "tools" / "config_page.py")
+def tool(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_rates_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    assert page == tool("schedule_table").page(), "run: python tools/schedule_table.py"
+
+
+def test_the_page_of_fields_is_up_to_date() -> None:
+    module = tool("config_page")
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert page == module.page(), "run: python tools/config_page.py"
     for name in FIELDS:

@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
@@ -21,14 +20,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from inside import join_the_save, poison
+from inside import Dead, Killed, poison
 from safetensors.numpy import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocketlm import checkpoint, distributed, files
 from pocketlm.config import Config, GuardConfig, OptimConfig
-from pocketlm.disk import Disk
 from pocketlm.errors import Diverged, FileError, Interrupted
 from pocketlm.journal import Journal
 from pocketlm.model.init import init_weights
@@ -40,7 +38,6 @@ from pocketlm.training.guard import APPLIED, Guard, Trouble
 from pocketlm.training.loop import train
 from pocketlm.training.resolve import resolve
 from pocketlm.training.run import Run, new_state
-from pocketlm.training.saving import THREAD
 from pocketlm.training.scaler import LossScaler
 from pocketlm.training.signals import StopRequest
 from pocketlm.training.state import TrainState
@@ -291,50 +288,6 @@ def test_other_checkpoints_than_before_do_not_lose_the_way_back() -> None:
         run = train(config_of(train__checkpoint_every=25), out=Path("run"))
     (back,) = records(run, "rollback")
     assert back["step"] == 20
-
-
-class Dead(Disk):
-    """Dies before its nth operation and does nothing any more: what stands then is what a killed process leaves.
-
-    The operations of the thread that saves are counted apart: `beside` says which ones count. Where they do not, a save
-    that was begun is ended first, so that what stands is no matter of luck.
-    """
-
-    OPERATIONS = ("create", "append", "write", "truncate", "sync", "rename", "remove_file", "make_folder")
-
-    def __init__(self, at: int, *, beside: bool) -> None:
-        self.left, self.beside = at, beside
-        self.open = set[int]()
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in Dead.OPERATIONS or name in ("remove_folder", "sync_folder"):
-            self.count()
-        return super().__getattribute__(name)
-
-    def count(self) -> None:
-        if (threading.current_thread().name == THREAD) == self.beside:
-            self.left -= 1
-            if self.left == -1 and not self.beside:
-                join_the_save()
-        if self.left < 0:
-            raise Killed
-
-    def append(self, path: Path) -> int:
-        self.open.add(descriptor := super().append(path))
-        return descriptor
-
-    def close(self, descriptor: int) -> None:
-        self.open.discard(descriptor)
-        super().close(descriptor)
-
-    def bury(self) -> None:
-        """What the system does for a dead process, its locks included."""
-        for descriptor in self.open:
-            os.close(descriptor)
-
-
-class Killed(BaseException):
-    """Nothing in the product catches it for good."""
 
 
 @pytest.mark.goal("R2", "R14")

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pocketlm.config import AttentionKernel, ModelConfig
+from pocketlm.config import ModelConfig
+from pocketlm.field_types import AttentionKernel
 from pocketlm.generate import engine
 from pocketlm.generate.sampling import Sampling
 from pocketlm.model import attention

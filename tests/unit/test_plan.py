@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,10 +59,18 @@ def test_the_work_of_smallm_by_hand() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"train.total_steps": 12}, {"train.total_steps": 10}, {"train.eval_every": 0}, {"train.checkpoint_every": 99}],
+    [
+        *(
+            {"train.total_steps": 12},
+            {"train.total_steps": 10},
+            {"train.eval_every": 0},
+            {"train.checkpoint_every": 99},
+        ),
+        *({"schedule.kind": "wsd"}, {"schedule.continued_at": [7], "schedule.continued_to": [0.1]}),
+    ],
     ids=str,
 )
-def test_a_run_does_the_work_that_was_counted(fields: dict[str, int]) -> None:
+def test_a_run_does_the_work_that_was_counted(fields: dict[str, Any]) -> None:
     config = Config.preset("debug", {"train.total_steps": 11, "sample.prompts": []} | fields)
     heard = Saved()
     run = train(config, out=Path("run"), listener=heard)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pocketlm.config import Config, Dtype, ModelConfig
+from pocketlm.config import Config, ModelConfig
+from pocketlm.field_types import Dtype
 from pocketlm.model import attention, sizes
 from pocketlm.model.arithmetic import TORCH_DTYPES
 from pocketlm.model.transformer import Transformer, allocate

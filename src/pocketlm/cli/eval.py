@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from pocketlm.cli.arguments import Parser, print_json, print_table, say
-from pocketlm.config import Dtype
 from pocketlm.errors import UsageError
+from pocketlm.field_types import Dtype
 
 if TYPE_CHECKING:
     import torch

@@ -35,7 +35,8 @@ def run(argv: list[str]) -> int:
     if arguments.json:
         print_json(summary)
     else:
-        say(_next_line(folder, summary, config.train.total_steps))
+        total_steps = Config.from_toml(folder / "config.toml").train.total_steps  # with what a continuation added
+        say(_next_line(folder, summary, total_steps))
     return 0
 
 
@@ -43,7 +44,13 @@ def _train(config: Config, arguments: argparse.Namespace) -> Path:
     from pocketlm.training.loop import train
 
     out = Path(arguments.out) if arguments.out else None
-    return train(config, out=out, resume=arguments.resume, listener=_listener(config, plain=arguments.json))
+    return train(
+        config,
+        out=out,
+        resume=arguments.resume,
+        additional_steps=arguments.additional_steps,
+        listener=_listener(config, plain=arguments.json),
+    )
 
 
 def load_config(name: str, overrides: dict[str, Any]) -> Config:
@@ -65,9 +72,15 @@ def _parser() -> Parser:
     parser.add_argument("preset", metavar="PRESET|FILE.toml", help="what to train")
     parser.add_argument("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
     parser.add_argument("--total-steps", metavar="N", help="optimizer steps: train.total_steps")
+    parser.add_argument("--additional-steps", type=int, metavar="N", help="go on for N steps after the run's end")
     parser.add_argument("--seed", metavar="N", help="train.seed")
     parser.add_argument("--determinism", metavar="LEVEL", help="bitwise, same-data or off: train.determinism")
-    parser.add_argument("--resume", default="auto", metavar="auto|PATH", help="newest valid checkpoint, or one by name")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|PATH|weights-only",
+        help="from the newest valid checkpoint, or one by name, or anew with nothing but the newest weights",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pocketlm.config import AttentionKernel, Dtype, FP32Matmul
+from pocketlm.field_types import AttentionKernel, Dtype, FP32Matmul
 from pocketlm.model.transformer import Transformer, allocate
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

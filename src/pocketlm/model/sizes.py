@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pocketlm.config import Config, Dtype, ModelConfig
+from pocketlm.config import Config, ModelConfig
+from pocketlm.field_types import Dtype
 
 FOLDED_BLOCK = 128
 FOLDED_KEPT_UP_TO = 1024

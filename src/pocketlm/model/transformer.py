@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from pocketlm.config import AttentionKernel, ModelConfig
+from pocketlm.config import ModelConfig
+from pocketlm.field_types import AttentionKernel
 from pocketlm.model.attention import folded_attention
 from pocketlm.model.documents import Documents, documents_in
 

@@ -60,7 +60,7 @@ class Optimizer:
         Args:
             gradients: by name, in the shape of the parameter and any float dtype; left as they are.
             factor: the schedule's factor on every peak rate.
-            step: updates scheduled so far, of `total_steps` (for Muon's momentum).
+            step: updates scheduled so far, of the `total_steps` that the run was begun with (for Muon's momentum).
             skip: () bool; where it is true nothing changes, whatever the gradients are.
             clip: () fp32, multiplies all gradients.
         """

@@ -145,7 +145,7 @@ def serve(run: Run, state: TrainState, saver: Saver, stop: StopRequest) -> None:
         evaluate(run, state, stop)
     if run.samples(now) and now.sampled_at < now.step:
         sample(run, state, stop)
-    if run.saves(now):
+    if run.saves(now) or run.branches(now.step):
         saver.begin(must=now.step == run.config.train.total_steps)
 
 

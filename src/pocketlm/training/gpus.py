@@ -10,8 +10,8 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from pocketlm.config import Dtype
 from pocketlm.errors import UsageError
+from pocketlm.field_types import Dtype
 
 ASSUMED_MFU = 0.35
 VARIANTS = {"laptop", "mobile", "max", "pcie", "nvl", "ti", "super", "d", "vgpu"}

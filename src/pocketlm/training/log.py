@@ -9,6 +9,7 @@ A record is a plain dict with `step` and one of the kinds
     overflow  loss, loss_scale                          the same in fp16, where the loss scale was too large: no trouble
     rollback  reason, from_step, rows_left_out, skipped   the run goes on from `step` again, with other data
     micro_batch  reason, micro_batch, before              memory ran out in the step after `step`: fewer rows at once
+    weights   from_step                                 the run begins with the weights of that step of the one before
 
 A figure that is not finite is None. `epoch` is how often the training text has been seen: 2.5 is half way through the
 third time.
@@ -154,6 +155,8 @@ def describe(record: Record) -> str:
     if record["kind"] == "rollback":
         left_out = f"{record['rows_left_out']:,} rows are left out"
         return f"{step}  gone back from step {record['from_step']}: {record['reason']}; {left_out}"
+    if record["kind"] == "weights":
+        return f"{step}  begins with the weights of step {record['from_step']}; all else is new"
     if record["kind"] == "micro_batch":
         now = f"{record['micro_batch']} rows at once instead of {record['before']}"
         return f"{step}  out of memory: {now} from here on ({inert(record['reason'])})"

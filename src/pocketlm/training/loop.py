@@ -16,10 +16,13 @@ from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.errors import ConfigError, DataError, Diverged, FileError, Interrupted, PocketError
 from pocketlm.files import Lock, make_folder, sweep
+from pocketlm.formats.huggingface import tensor_shapes
+from pocketlm.journal import Journal
 from pocketlm.training.boundary import Late, record, serve
 from pocketlm.training.guard import Trouble
 from pocketlm.training.halving import compile_that_fits, step_that_fits
 from pocketlm.training.log import Listener, Silent
+from pocketlm.training.more_steps import Standing, going_on
 from pocketlm.training.report import write_report
 from pocketlm.training.run import Run, begin, info, set_aside_later
 from pocketlm.training.saving import Saver, prune, regular_steps
@@ -28,21 +31,31 @@ from pocketlm.training.state import TrainState, read_state
 from pocketlm.training.trackers import IDS, TrackedRun
 from pocketlm.training.watch import Watch
 
-RUN_FILES = re.compile(rf"config\.toml|resolved\.toml|metrics\.jsonl|report\.html|{re.escape(IDS)}")
+RUN_FILES = re.compile(rf"config\.toml|resolved\.toml|metrics(-\d{{8}})?\.jsonl|report\.html|{re.escape(IDS)}")
+WEIGHTS_ONLY = "weights-only"
 
 
-def train(config: Config, *, out: Path | None = None, resume: str = "auto", listener: Listener | None = None) -> Path:
+def train(
+    config: Config,
+    *,
+    out: Path | None = None,
+    resume: str = "auto",
+    additional_steps: int | None = None,
+    listener: Listener | None = None,
+) -> Path:
     """Trains, or goes on with what stands in the run's folder, and returns that folder.
 
     Args:
         config: the whole run.
         out: the run's folder, by default `runs/NAME`.
         resume: "auto" goes on from the newest valid checkpoint; a path names one of the run's checkpoints, and later
-            ones are set aside.
+            ones are set aside. "weights-only" begins at step 0 with the newest weights and nothing else of the run that
+            stands there, which is set aside; a run that began so and has not ended goes on.
+        additional_steps: more steps after the end that the run had (more_steps.py).
         listener: hears what happens.
 
     Raises:
-        ConfigError: the folder holds a run of another configuration.
+        ConfigError: the folder holds a run of another configuration, or none to add steps to.
         DataError: the text, tokenizer or data set is refused.
         FileError: the folder is in use, or a named checkpoint is damaged.
         Diverged: the run went back as often as it may, and it did not help; the last checkpoint stands.
@@ -61,14 +74,21 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
     with Lock(folder):
         for path in (*sweep(folder, RUN_FILES), *sweep(folder / "checkpoints", checkpoint.HALF_WRITTEN)):
             listener.note(f"removed what a stopped process had left: {path}")
-        start = _find_start(folder, resume, listener)
+        start, weights = _find_start(folder, resume, listener), None
+        _check_additional_steps(folder, start, resume, additional_steps)
+        if resume == WEIGHTS_ONLY and not _began_with_weights(folder, start, config):
+            start, weights = None, start
         if start is not None:
             _check_same_config(folder, start, config)
-            if _complete(folder, start, config, listener):
+            config, standing = going_on(folder, start, config, additional_steps, listener.note)
+            start = standing.path
+            if _complete(folder, standing, config, listener):
                 return folder
-        run, state = begin(folder, config, start, listener)
+        run, state = begin(folder, config, start, listener, weights)
         try:
             listener.started(info(run, state))
+            if weights:
+                _replace(run, state, weights)
             compile_that_fits(run, state)
             with stop_on_signal() as stop:
                 _loop(run, state, stop)
@@ -82,21 +102,33 @@ def train(config: Config, *, out: Path | None = None, resume: str = "auto", list
 
 def _find_start(folder: Path, resume: str, listener: Listener) -> Path | None:
     """The checkpoint to go on from; None begins afresh."""
-    if resume == "auto":
+    if resume in ("auto", WEIGHTS_ONLY):
         return checkpoint.newest_valid(folder, listener.note)
     path = checkpoint.find_checkpoint(Path(resume), listener.note)
-    if path.resolve().parent != (folder / "checkpoints").resolve():
+    is_set_aside = not checkpoint.STEP_FOLDER.fullmatch(path.name)
+    if is_set_aside or path.resolve().parent != (folder / "checkpoints").resolve():
         raise FileError(f"{path} is no checkpoint of {folder}; --resume takes one of the run's own")
     return path
 
 
-def _complete(folder: Path, start: Path, config: Config, listener: Listener) -> bool:
-    """Whether nothing is left to do but to prune; a last evaluation may be, which a signal had broken off."""
-    state = read_state(start)
-    if min(state.step, state.evaluated_at, state.sampled_at) < config.train.total_steps:
+def _check_additional_steps(folder: Path, start: Path | None, resume: str, additional_steps: int | None) -> None:
+    if additional_steps is None:
+        return
+    if additional_steps < 1:
+        raise ConfigError(f"--additional-steps: given {additional_steps}, allowed is a whole number >= 1")
+    if resume == WEIGHTS_ONLY:
+        raise ConfigError("--additional-steps goes on with a run, --resume weights-only begins one; give one of them")
+    if start is None:
+        raise ConfigError(f"{folder} holds no run to add steps to; begin one with --total-steps")
+
+
+def _complete(folder: Path, standing: Standing, config: Config, listener: Listener) -> bool:
+    """Whether nothing is left to do but to prune."""
+    if not standing.has_ended(config):
         return False
-    listener.note(f"{folder} is complete: step {state.step} of {config.train.total_steps}")
-    prune(folder, config, state, listener.note)
+    step, total = standing.progress.step, config.train.total_steps
+    listener.note(f"{folder} is complete: step {step} of {total}; --additional-steps N trains it further")
+    prune(folder, config, standing.progress, listener.note)
     return True
 
 
@@ -105,6 +137,43 @@ def _end_supply(run: Run, listener: Listener) -> None:
     if run.supply:
         run.supply.close()
         listener.note(f"training waited {run.supply.waited_s:.1f} s for data")
+
+
+def _began_with_weights(folder: Path, start: Path | None, config: Config) -> bool:
+    """Whether `--resume weights-only` was said before, and the run that it began is the one asked for and unfinished.
+
+    Raises:
+        FileError: there are no weights.
+        ConfigError: they are of a model of another shape.
+    """
+    if start is None:
+        raise FileError(
+            f"{folder} has no valid checkpoint whose weights could be taken; leave out --resume weights-only"
+        )
+    there = Standing.of(start)
+    changed = config.differences(there.config)
+    if tensor_shapes(config.model) != tensor_shapes(there.config.model):
+        other = "; ".join(line for line in changed if line.startswith("model."))
+        raise ConfigError(
+            f"{folder} has weights of other shapes (given, there): {other}; "
+            f"give the old values, or a new folder with --out"
+        )
+    if changed or there.has_ended(there.config):
+        return False
+    stored, journal = read_state(start), folder / "metrics.jsonl"
+    first = next(iter(Journal.read(journal)), {})
+    return first.get("kind") == "weights" and Journal.sha256_of(journal, stored.records) == stored.journal_sha256
+
+
+def _replace(run: Run, state: TrainState, weights: Path) -> None:
+    """The run with the old weights stands at step 0, and then only is the last checkpoint of the one before set aside.
+
+    Killed before that, the same command begins again; killed after it, it goes on.
+    """
+    record(run, {"kind": "weights", "step": 0, "from_step": checkpoint.step_of(weights)})
+    with Saver(run, state) as saver:
+        saver.begin(must=True)
+    set_aside_later(run.folder, 0, run.listener)
 
 
 def _report(run: Run) -> None:
@@ -120,7 +189,7 @@ def _check_same_config(folder: Path, start: Path, config: Config) -> None:
     if changed := config.differences(stored):
         raise ConfigError(
             f"{folder} was begun with another configuration (given, there): {'; '.join(changed)}; "
-            f"give the old values, or a new folder with --out"
+            f"give the old values, or a new folder with --out, or begin anew with its weights by --resume weights-only"
         )
 
 

@@ -11,8 +11,9 @@ import math
 
 import torch
 
-from pocketlm.config import AttentionKernel, Config, Dtype
+from pocketlm.config import Config
 from pocketlm.errors import ConfigError
+from pocketlm.field_types import AttentionKernel, Dtype
 from pocketlm.model import sizes
 from pocketlm.training.memory import available_bytes
 

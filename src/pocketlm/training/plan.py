@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,15 +17,17 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from pocketlm import checkpoint, distributed
-from pocketlm.config import AttentionKernel, Config, Dtype
+from pocketlm.config import Config
 from pocketlm.data.opened import mixed
 from pocketlm.data.prepare import find_prepared
 from pocketlm.data.shards import Dataset
 from pocketlm.data.streamed import open_as_run
 from pocketlm.errors import ConfigError, PocketError
+from pocketlm.field_types import AttentionKernel, Dtype
 from pocketlm.model import sizes
 from pocketlm.model.transformer import Transformer
 from pocketlm.optim.optimizer import Optimizer
+from pocketlm.optim.schedule import ends, rests_on
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 from pocketlm.training.gpus import ASSUMED_MFU, Gpu
 from pocketlm.training.guard import Guard
@@ -71,7 +74,10 @@ def work_of(config: Config, dataset: Dataset | None) -> Work:
     """Counts it."""
     train = config.train
     tokens = train.total_steps * train.tokens_per_step
-    saved = _times(train.total_steps, train.checkpoint_every) + 1  # the beginning is a checkpoint
+    ending = set(ends(config.schedule, train.total_steps))
+    rests = rests_on(config.schedule, train.total_steps)
+    rest = set() if rests is None else {rests}
+    saved = _times(train.total_steps, train.checkpoint_every, ending | rest) + 1  # the beginning is a checkpoint
     held_out = dataset.val.num_tokens - 1 if dataset else config.data.validation_tokens or None
     if train.eval_tokens:
         held_out = min(train.eval_tokens, held_out or train.eval_tokens)
@@ -79,16 +85,18 @@ def work_of(config: Config, dataset: Dataset | None) -> Work:
         steps=train.total_steps,
         tokens=tokens,
         flops=tokens * sizes.flops_per_token(config.model, config.data.context),
-        evaluations=_times(train.total_steps, train.eval_every),
+        evaluations=_times(train.total_steps, train.eval_every, ending),
         evaluated_tokens=held_out,
         checkpoints=saved,
-        kept=min(saved, train.keep_last + train.keep_best),
+        kept=min(saved, train.keep_last + train.keep_best + len(rest)),
     )
 
 
-def _times(steps: int, every: int) -> int:
-    """How often something is due: every so many steps (0: never), and after the last."""
-    return (steps // every + (steps % every > 0)) if every else 1
+def _times(steps: int, every: int, besides: Set[int]) -> int:
+    """How often something is due: every so many steps (0: never), and besides."""
+    if not every:
+        return len(besides)
+    return steps // every + sum(step % every > 0 for step in besides)
 
 
 def checkpoint_bytes(config: Config, tokenizer: Tokenizer, resolved: Resolved) -> int:

@@ -24,6 +24,7 @@ from pocketlm.model import sizes
 from pocketlm.model.arithmetic import usable
 from pocketlm.model.transformer import allocate
 from pocketlm.optim.optimizer import Optimizer
+from pocketlm.optim.schedule import described, ends, rests_on
 from pocketlm.training import micro_batch
 from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
@@ -68,12 +69,18 @@ class Run:
         due = self._due(now.step, self.config.train.checkpoint_every)
         return due or (now.step > 0 and self.loader.enters_segment(size, now.position, rows))
 
+    def branches(self, step: int) -> bool:
+        """Whether a checkpoint is made for what may come of it, as when a signal comes: the run is as without it."""
+        schedule = self.config.schedule
+        return schedule.kind == "wsd" and step == rests_on(schedule, self.config.train.total_steps)
+
     def is_due(self, now: Progress) -> bool:
         """Whether there is anything to do at a step boundary."""
-        return self.evaluates(now) or self.samples(now) or self.saves(now)
+        return self.evaluates(now) or self.samples(now) or self.saves(now) or self.branches(now.step)
 
     def _due(self, step: int, every: int) -> bool:
-        return step == self.config.train.total_steps or (every > 0 and step % every == 0)
+        at_an_end = step in ends(self.config.schedule, self.config.train.total_steps)
+        return at_an_end or (every > 0 and step % every == 0)
 
     def await_rows(self, now: Progress, check: Callable[[], None]) -> None:
         """Returns when the rows of the next step are there; `check` is called while that is waited for.
@@ -91,20 +98,27 @@ class Run:
         return sizes.flops_per_token(self.config.model, self.config.data.context)
 
 
-def begin(folder: Path, config: Config, start: Path | None, listener: Listener) -> tuple[Run, TrainState]:
-    """Data, model and state, at step 0 or at a checkpoint's step. Of the run nothing is changed until all fits."""
+def begin(
+    folder: Path, config: Config, start: Path | None, listener: Listener, weights: Path | None = None
+) -> tuple[Run, TrainState]:
+    """Data, model and state, at step 0 or at a checkpoint's step. Of the run nothing is changed until all fits.
+
+    Args:
+        start: the checkpoint to go on from; None begins at step 0.
+        weights: at step 0, the checkpoint whose weights it begins with. It alone of the old ones is not set aside.
+    """
     if start is None:
         check_dtype(config, distributed.default_device())  # preparing the data may take hours
     data = RunData(config.data, listener.note)
     try:
-        return _begin(folder, config, start, listener, data)
+        return _begin(folder, config, start, listener, weights, data)
     except BaseException:
         data.close()
         raise
 
 
 def _begin(
-    folder: Path, config: Config, start: Path | None, listener: Listener, data: RunData
+    folder: Path, config: Config, start: Path | None, listener: Listener, weights: Path | None, data: RunData
 ) -> tuple[Run, TrainState]:
     dataset = data.open()
     _check_fits(config, dataset)
@@ -122,10 +136,12 @@ def _begin(
     state = new_state(config, resolved, runtime, dataset.tokenizer.end_id)
     if start:
         state.load(checkpoint.restore(start, *state.shapes()))
+    if weights:
+        state.take_weights(weights, dataset.tokenizer)
     loader, supply = data.rows(config.train.seed, state.progress.position)
 
-    set_aside_later(folder, checkpoint.step_of(start) if start else None, listener)
-    write_file(folder / "config.toml", config.to_toml().encode())
+    write_file(folder / "config.toml", config.to_toml().encode())  # first: it tells of a continuation
+    set_aside_later(folder, checkpoint.step_of(start) if start else None, listener, weights)
     write_file(folder / "resolved.toml", _as_it_is_now(resolved, state).to_toml(config).encode())
     journal = _open_journal(folder / "metrics.jsonl", stored, listener)
     return Run(folder, config, resolved, runtime, dataset, loader, supply, journal, listener), state
@@ -196,13 +212,13 @@ def _warm_up(state: TrainState, config: Config) -> str:
     return ""
 
 
-def set_aside_later(folder: Path, step: int | None, listener: Listener) -> None:
+def set_aside_later(folder: Path, step: int | None, listener: Listener, spared: Path | None = None) -> None:
     """Checkpoints after the step that the run goes on from are damaged or of another future: they get another name.
 
     The newest first, and before the journal is cut: whatever is the newest if this is killed, the journal knows it.
     """
     for later in reversed(checkpoint.list_checkpoints(folder)):
-        if step is None or checkpoint.step_of(later) > step:
+        if later != spared and (step is None or checkpoint.step_of(later) > step):
             begins = "begins afresh" if step is None else f"goes on from step {step}"
             listener.note(f"set aside as {set_aside(later)}: the run {begins}")
 
@@ -288,7 +304,8 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"{'' if epochs is None else f', {epochs:.2f} epochs'}",
         f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once} "
         f"({now.reasons['micro_batch']}); "
-        f"{config.optim.kind}, peak lr {config.optim.lr:g}, {config.schedule.kind} schedule",
+        f"{config.optim.kind}, peak lr {config.optim.lr:g}",
+        f"schedule: {described(config.schedule, train.total_steps, config.optim.lr)}",
         f"computation: {resolved.dtype} ({resolved.reasons['dtype']}), {run.runtime.device.type}, "
         f"{run.runtime.threads} thread(s), {resolved.peak_flops / 1e9:.0f} GFLOP/s in matrix products",
         f"fp32 products: {resolved.fp32_matmul} ({resolved.reasons['fp32_matmul']})",

@@ -22,6 +22,7 @@ from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
 from pocketlm.errors import FileError
 from pocketlm.files import free_bytes
+from pocketlm.optim.schedule import rests_on
 from pocketlm.tensors import Copies
 from pocketlm.training.progress import Progress
 from pocketlm.training.run import Run
@@ -231,7 +232,8 @@ def prune(
 ) -> None:
     """What is too much goes; not the checkpoints that the run would go back to, were there trouble now or next.
 
-    Trouble that comes later, before the next save, leads back to the same ones as trouble next.
+    Nor the one that a continuation rests on (`rests_on`), or the newest before it. Trouble that comes later, before
+    the next save, leads back to the same ones as trouble next.
 
     Args:
         now: the progress that was saved last.
@@ -240,6 +242,9 @@ def prune(
     regular = regular_steps(folder)
     may_begin = (*now.skips, now.step, now.step + 1)
     anchors = {max((step for step in regular if step < begun), default=0) for begun in may_begin}
+    if (rest := rests_on(config.schedule, config.train.total_steps)) is not None:
+        steps = map(checkpoint.step_of, checkpoint.list_checkpoints(folder))
+        anchors.add(max((step for step in steps if step <= rest), default=0))
     metrics = dict(zip(now.best_steps, now.best_metrics, strict=True))
     keep_last, keep_best = config.train.keep_last, config.train.keep_best
     pruning.prune(folder, keep_last, keep_best, metrics, warn=warn, keep=anchors, check=check)

@@ -25,7 +25,8 @@ from pocketlm.distributed import versions
 from pocketlm.errors import FileError
 from pocketlm.model.init import init_weights
 from pocketlm.optim.optimizer import Optimizer
-from pocketlm.tensors import Shapes
+from pocketlm.tensors import Shapes, read_tensors
+from pocketlm.text.tokenizer import Tokenizer
 from pocketlm.training.guard import Guard, Trouble
 from pocketlm.training.precision import Precision
 from pocketlm.training.progress import Mark, Natural, Progress
@@ -110,6 +111,20 @@ class TrainState:
         if self.scaler:
             self.scaler.reset()
         self.progress, self.saved = Progress(micro_batch=micro_batch), None
+
+    @torch.no_grad()
+    def take_weights(self, path: Path, tokenizer: Tokenizer) -> None:
+        """Takes over the weights of a verified checkpoint, and nothing else of it.
+
+        Raises:
+            FileError: they are of another model, or of another tokenizer.
+        """
+        if (path / "tokenizer.json").read_text(encoding="utf-8") != tokenizer.to_json():
+            raise FileError(f"{path} has another tokenizer; add --data.tokenizer {path / 'tokenizer.json'}")
+        weights = read_tensors(path / checkpoint.WEIGHTS, self.shapes()[0], [torch.float32])
+        for name, parameter in self.precision.model.named_parameters():
+            parameter.copy_(weights[name])
+        self.precision.refresh()
 
     @torch.no_grad()
     def load(self, restored: Restored) -> None:

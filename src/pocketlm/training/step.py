@@ -20,7 +20,7 @@ from pocketlm.config import Config
 from pocketlm.errors import one_line
 from pocketlm.model.loss import linear_cross_entropy
 from pocketlm.optim.clip import clip_coefficient, global_norm
-from pocketlm.optim.schedule import factor
+from pocketlm.optim.schedule import begun_with, factor
 from pocketlm.training.guard import APPLIED
 from pocketlm.training.micro_batch import OutOfMemory, is_out_of_memory
 from pocketlm.training.progress import Progress
@@ -81,7 +81,7 @@ def train_step(
         gradients,
         factor(config.schedule, now.step, total),
         now.step,
-        total,
+        begun_with(config.schedule, total),
         clip=multiplier,
         skip=verdict != APPLIED,
     )

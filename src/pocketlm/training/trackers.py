@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pocketlm.config import Config, Tracking
+from pocketlm.config import Config
 from pocketlm.errors import UsageError, one_line
+from pocketlm.field_types import Tracking
 from pocketlm.files import write_file
 from pocketlm.journal import Journal
 from pocketlm.reading import read_json
