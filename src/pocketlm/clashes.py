@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, a line each: in fields alone, and in such as are right alone and wrong together."""
+"""What is wrong with a configuration, a line each: in fields alone, and in those that do not go together."""
 
 from __future__ import annotations
 
