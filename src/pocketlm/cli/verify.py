@@ -92,7 +92,7 @@ def _check(path: Path) -> Found:
 def _is_unfinished_dataset(path: Path) -> bool:
     """Whether a `prepare` is at work there, or was stopped."""
     from pocketlm.data.pieces import PLAN_FILE
-    from pocketlm.data.prepare import LOCK_FILE, is_finished
+    from pocketlm.data.standing import LOCK_FILE, is_finished
 
     return any((path / name).is_file() for name in (LOCK_FILE, PLAN_FILE)) and not is_finished(path)
 

@@ -21,7 +21,6 @@ finished set has lost or changed is never made again in silence: it is refused, 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -44,16 +43,16 @@ from pocketlm.data.pieces import (
     unsealed,
     write_pieces,
 )
-from pocketlm.data.selection import Selection, added_up, in_words, memory_in_words, selection_tree, side_by_side
+from pocketlm.data.selection import Selection, added_up, in_words, memory_in_words, selection_tree
 from pocketlm.data.shards import COUNTS, DATASET_FILE, SCHEMA, TOKENIZER_FILE, open_dataset, token_dtype
 from pocketlm.data.split import Split, Survey, survey
+from pocketlm.data.standing import LOCK_FILE, check_ours, check_same, is_finished, names_in, use_as_it_is
 from pocketlm.errors import DataError, Unfetched, one_line
 from pocketlm.files import Lock, make_folder, remove_file, sweep, write_file, write_manifest
-from pocketlm.reading import MANIFEST, Entry
+from pocketlm.reading import Entry
 from pocketlm.text.sources import Remembering, Source, open_source
 from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_tokenizer
 
-LOCK_FILE = "prepare.lock"
 ENOUGH_DOCUMENTS = 8192  # from a network; 4 MB of short stories, 25 MB of web pages
 OWN_FILES = re.compile(r"(dataset|manifest|plan|tokenizer|piece-\d+)\.json|piece-\d+\.seen|(train|val)-\d+\.tokens")
 
@@ -89,7 +88,7 @@ def prepare(
     progress = _inert(progress)
     named = Path(config.dir) if config.dir else None
     if named and not exact and is_finished(named):
-        _use_as_it_is(named, config, progress)
+        use_as_it_is(named, config, progress)
         _tidy(named, progress)
         return named
     tokenizer = _given_tokenizer(config)
@@ -101,16 +100,16 @@ def prepare(
         return folder
     inputs = _inputs(config, source, tokenizer)
     if exact:
-        _check_same(folder, inputs)
+        check_same(folder, inputs)
     if not is_finished(folder):
-        _check_ours(folder)
+        check_ours(folder)
         with _alone(folder, progress):
             if exact:
-                _check_same(folder, inputs)
+                check_same(folder, inputs)
             if not is_finished(folder):
                 _make(folder, inputs, source, tokenizer, config, progress, write)
             elif named and not exact:
-                _use_as_it_is(folder, config, progress)
+                use_as_it_is(folder, config, progress)
     _tidy(folder, progress)
     return folder
 
@@ -172,13 +171,6 @@ def _inert(progress: Progress) -> Progress:
     return lambda line: progress(one_line(line))
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether a set was finished here, be it whole or not; only a folder that is not may be worked in."""
-    if os.path.lexists(folder / MANIFEST):
-        return True
-    return os.path.lexists(folder / DATASET_FILE) and unsealed(folder / PLAN_FILE, PLAN) is None
-
-
 @contextlib.contextmanager
 def _alone(folder: Path, progress: Progress) -> Iterator[None]:
     """The folder to oneself, without what stopped processes left half-written in it."""
@@ -188,7 +180,7 @@ def _alone(folder: Path, progress: Progress) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_finished(folder) or _names(folder) == {LOCK_FILE}:
+            if is_finished(folder) or names_in(folder) == {LOCK_FILE}:
                 remove_file(folder / LOCK_FILE)
 
 
@@ -236,78 +228,6 @@ def _inputs_of(config: DataConfig, source: Tree, tokenizer: Tokenizer | None) ->
 def _limit(max_documents: int, selection: Tree) -> Tree:
     """Nothing for a source that is taken whole, as all were before there was a choice."""
     return ({"max_documents": max_documents} if max_documents else {}) | ({"selection": selection} if selection else {})
-
-
-def _use_as_it_is(folder: Path, config: DataConfig, progress: Progress) -> None:
-    """A finished set that the user names. A tokenizer given as a file must be the set's own."""
-    dataset = open_dataset(folder)
-    tokenizer, source = dataset.info["tokenizer"]["spec"], dataset.info["source"]["spec"]
-    if os.path.exists(config.tokenizer):
-        if load_tokenizer(config.tokenizer).fingerprint != dataset.tokenizer.fingerprint:
-            raise DataError(
-                f"{folder} was tokenized with {tokenizer!r}, not with {config.tokenizer}; "
-                f"give --data.tokenizer {folder}, or another --data.dir"
-            )
-    elif config.tokenizer != tokenizer:
-        progress(f"{folder} is used as it is: its tokenizer is {tokenizer}, not {config.tokenizer}")
-    if config.source != source:
-        progress(f"{folder} is used as it is: its source is {source}, not {config.source}")
-    if config.max_documents != (limit := dataset.info.get("max_documents", 0)):
-        progress(f"{folder} is used as it is: its max_documents is {limit}, not {config.max_documents}")
-    for name, (given, there) in side_by_side(selection_tree(config), dataset.info.get("selection", {})).items():
-        if given != there:
-            progress(f"{folder} is used as it is: its {name} is {there}, not {given}")
-
-
-def _check_same(folder: Path, inputs: Tree) -> None:
-    """What stands in the folder, if anything, was made as `inputs` say."""
-    if (stands := _standing(folder)) is None:
-        return
-    numbers = ("val_fraction", "piece_documents", "max_documents")
-    pairs = {name: (inputs.get(name, 0), stands.get(name, 0)) for name in numbers}
-    pairs |= side_by_side(inputs.get("selection", {}), stands.get("selection", {}))
-    for name in ("source", "tokenizer"):
-        pairs[name] = (_told(inputs[name], stands[name]), _told(stands[name], inputs[name]))
-    changed = [f"{name}: {given}, {there}" for name, (given, there) in pairs.items() if given != there]
-    if changed:
-        raise DataError(
-            f"{folder} holds another data set (given, there): {'; '.join(changed)}; give another folder, or delete it"
-        )
-
-
-def _standing(folder: Path) -> Tree | None:
-    """What a set was made from, in the form of `_inputs`: a finished one, or one with a plan. None if there is none."""
-    if is_finished(folder):
-        info = open_dataset(folder).info
-        return info | {"val_fraction": info["split"]["val_fraction"]}
-    if (tree := unsealed(folder / PLAN_FILE, PLAN)) is None:
-        return None
-    inputs: Tree = tree["inputs"]
-    return inputs | {
-        "source": inputs["source"] | {"fingerprint": None},  # an unfinished set of text that changed is made anew
-        "tokenizer": inputs["tokenizer"] | {"fingerprint": tree["tokenizer"]["fingerprint"]},
-    }
-
-
-def _told(part: Tree, other: Tree) -> str:
-    """A source or tokenizer as its user wrote it, told apart from `other` where only what it names has changed."""
-    both = part["fingerprint"] and other["fingerprint"]
-    if both and part["fingerprint"] == other["fingerprint"]:
-        return ""
-    return f"{part['spec']} ({part['fingerprint'][:8]})" if both and part["spec"] == other["spec"] else part["spec"]
-
-
-def _check_ours(folder: Path) -> None:
-    """A folder to work in is new, empty, or was worked in before, as its lock says."""
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file; give the name of a folder")
-    names = _names(folder)
-    if names and LOCK_FILE not in names and not is_finished(folder):  # another process may have finished just now
-        raise DataError(f"{folder} holds other files ({min(names)}); give a new folder")
-
-
-def _names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _working_files(folder: Path) -> list[Path]:
