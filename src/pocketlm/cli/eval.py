@@ -12,12 +12,54 @@ from pocketlm.errors import UsageError
 from pocketlm.field_types import Dtype
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     import torch
 
+    from pocketlm.data.loader import Stream
+    from pocketlm.evaluate.loss import LossReport
     from pocketlm.model.arithmetic import Arithmetic
+    from pocketlm.text.tokenizer import Tokenizer
 
 
 def run(argv: list[str]) -> int:
+    arguments = _parser().parse_args(argv)
+
+    import torch
+
+    from pocketlm import checkpoint, distributed
+    from pocketlm.evaluate.loss import evaluate_stream
+    from pocketlm.model.arithmetic import computing
+
+    path = Path(arguments.model) if arguments.model else checkpoint.newest_run()
+    folder = checkpoint.find_checkpoint(path, say)
+    model, tokenizer, _ = checkpoint.load_model(folder)
+    if arguments.document_masks != "auto":
+        model.document_end = tokenizer.end_id if arguments.document_masks == "on" else None
+    context, stride = _windows(arguments, model.config.max_position_embeddings)
+    device = distributed.default_device()
+    state = checkpoint.read_state(folder) if (folder / checkpoint.STATE).is_file() else {}
+    arithmetic = _arithmetic(folder, state, device)
+    if arguments.dtype != "auto":
+        arithmetic = replace(arithmetic, dtype=arguments.dtype)
+    data, stream = _text(arguments, folder, tokenizer)
+    arithmetic.use()
+    if threads := _threads(state):
+        torch.set_num_threads(threads)  # sums are split by it: as in training, to the last bit
+    model = computing(model.to(device), arithmetic)
+    report = evaluate_stream(model, stream, tokenizer, context=context, stride=stride, limit=arguments.limit)
+    masks = model.document_end is not None
+    if arguments.json:
+        how = {"dtype": arithmetic.dtype, "context": context, "document_masks": masks}
+        print_json({"model": str(folder), "data": data, **how, **report.tree()})
+        return 0
+    _print(report)
+    apart = ", each document by itself" if masks else ""
+    say(f"{folder} on {data} in {arithmetic.dtype}, windows of {context} tokens, stride {stride}{apart}")
+    return 0
+
+
+def _parser() -> Parser:
     parser = Parser("eval", "Loss, perplexity and bits per byte of a model on a text.")
     parser.add_argument(
         "model", nargs="?", metavar="MODEL", help="a run, checkpoint or model folder (default: newest run)"
@@ -38,53 +80,40 @@ def run(argv: list[str]) -> int:
         help="keep attention inside each document (auto: as it was trained)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(argv)
+    return parser
 
-    import torch
 
-    from pocketlm import checkpoint, distributed
-    from pocketlm.evaluate.loss import evaluate_stream
-    from pocketlm.evaluate.source import checked, open_stream, own_dataset, own_source
-    from pocketlm.model.arithmetic import computing
+def _windows(arguments: Namespace, longest: int) -> tuple[int, int]:
+    """(context, stride) in tokens; longest: the model's context.
 
-    path = Path(arguments.model) if arguments.model else checkpoint.newest_run()
-    folder = checkpoint.find_checkpoint(path, say)
-    model, tokenizer, _ = checkpoint.load_model(folder)
-    if arguments.document_masks != "auto":
-        model.document_end = tokenizer.end_id if arguments.document_masks == "on" else None
-    masks = model.document_end is not None
-    context = model.config.max_position_embeddings if arguments.context is None else arguments.context
+    Raises:
+        UsageError: what was given is not possible.
+    """
+    context = longest if arguments.context is None else arguments.context
     stride = context if arguments.stride is None else arguments.stride
-    if not 1 <= context <= model.config.max_position_embeddings:
-        raise UsageError(
-            f"--context {context} is not in 1..{model.config.max_position_embeddings}, the model's longest"
-        )
+    if not 1 <= context <= longest:
+        raise UsageError(f"--context {context} is not in 1..{longest}, the model's longest")
     if not 1 <= stride <= context:
         raise UsageError(f"--stride {stride} is not in 1..{context}, the context")
     if arguments.limit < 0:
         raise UsageError(f"--limit {arguments.limit} is below 0, which scores all")
-    device = distributed.default_device()
-    state = checkpoint.read_state(folder) if (folder / checkpoint.STATE).is_file() else {}
-    arithmetic = _arithmetic(folder, state, device)
-    if arguments.dtype != "auto":
-        arithmetic = replace(arithmetic, dtype=arguments.dtype)
+    return context, stride
+
+
+def _text(arguments: Namespace, folder: Path, tokenizer: Tokenizer) -> tuple[str, Stream]:
+    """What is scored: its name, and its tokens."""
+    from pocketlm.evaluate.source import checked, open_stream, own_dataset, own_source
+
     if arguments.data is None:
         dataset = own_dataset(folder)
-        data, stream = str(dataset.path), checked(dataset.val, str(dataset.path))
-    else:
-        data = arguments.data
-        stream = open_stream(data, tokenizer, folder, limit=arguments.limit, say=say)
+        return str(dataset.path), checked(dataset.val, str(dataset.path))
+    data, stream = arguments.data, open_stream(arguments.data, tokenizer, folder, limit=arguments.limit, say=say)
     if data == own_source(folder):
         say(f"{folder} was trained on {data}: this is how it remembers; without --data, what was held out is scored")
-    arithmetic.use()
-    if threads := _threads(state):
-        torch.set_num_threads(threads)  # sums are split by it: as in training, to the last bit
-    model = computing(model.to(device), arithmetic)
-    report = evaluate_stream(model, stream, tokenizer, context=context, stride=stride, limit=arguments.limit)
-    if arguments.json:
-        how = {"dtype": arithmetic.dtype, "context": context, "document_masks": masks}
-        print_json({"model": str(folder), "data": data, **how, **report.tree()})
-        return 0
+    return data, stream
+
+
+def _print(report: LossReport) -> None:
     rows: list[tuple[str, ...]] = [
         ("loss (nats/token)", f"{report.loss:.4f}"),
         ("perplexity", f"{report.perplexity:.2f}"),
@@ -94,9 +123,6 @@ def run(argv: list[str]) -> int:
         ("bytes", f"{report.bytes:,}"),
     ]
     print_table(rows)
-    apart = ", each document by itself" if masks else ""
-    say(f"{folder} on {data} in {arithmetic.dtype}, windows of {context} tokens, stride {stride}{apart}")
-    return 0
 
 
 def _arithmetic(folder: Path, state: Mapping[str, Any], device: torch.device) -> Arithmetic:

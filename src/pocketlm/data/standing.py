@@ -65,7 +65,7 @@ def check_same(folder: Path, inputs: Tree) -> None:
 
 
 def _standing(folder: Path) -> Tree | None:
-    """What a set was made from, in the form of its inputs: a finished one, or one with a plan. None if there is none."""
+    """What a set was made from, in the form of its inputs: of a finished one, or one with a plan; else None."""
     if is_finished(folder):
         info = open_dataset(folder).info
         return info | {"val_fraction": info["split"]["val_fraction"]}
