@@ -1,6 +1,6 @@
 """Training on text that streams over a slow line: how soon the first step is, and whether training waits after it.
 
-    python benchmarks/streaming.py TEXTS [--gpt2 FOLDER] [--mbit 20] [--steps 60] [--cases first segments memory]
+    python benchmarks/streaming.py TEXTS [--gpt2 FOLDER] [--mbit 20] [--steps 60] [--cases first segments killed memory]
 
 TEXTS is a folder of .jsonl.gz files with web text (fineweb-sample, openwebtext-sample, c4-sample). They are served as
 Parquet by tests/stand_in.py, at so many Mbit/s: `000_00000` in groups of 1,000 rows, `000_00001` with 210 MB of text in
@@ -9,6 +9,8 @@ one row group, the same texts again and again behind a number. The real client r
     first      `pocketlm train smallm` with its own sizes of pieces; seconds from the command to the first step
     segments   smallm with small pieces: at least three segments pass; seconds waited for data, and the most that was on
                the disk
+    killed     the same again, killed while it fetches, while the feeder tokenizes, and while it trains, and taken up
+               again: whether the weights at the end are those of `segments`, byte for byte
     memory     `pocketlm data prepare` of the second file, without a limit of the rate; the largest resident size
 """
 
@@ -16,11 +18,11 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import io
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,21 +79,28 @@ def served(hub: StandIn) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "HF_TOKEN"} | names
 
 
-def trained(hub: StandIn, work: Path, options: argparse.Namespace, steps: int, fields: dict[str, object]) -> list[str]:
-    """A run of smallm; prints what it took and returns what it said."""
-    flags = {"data.tokenizer": options.gpt2, "data.dir": work / "data", "train.tokens_per_step": 7936, **fields}
-    words = ["train", "smallm", "--out", str(work / "run"), "--total-steps", str(steps)]
-    words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    began_at, first_s, most_bytes, most_rss = time.monotonic(), None, 0, 0
-    said = list[str]()
+def words_of(work: Path, name: str, options: argparse.Namespace, steps: int, fields: dict[str, object]) -> list[str]:
+    flags = {"data.tokenizer": options.gpt2, "data.dir": work / f"{name}-data", "train.tokens_per_step": 7936, **fields}
+    words = ["train", "smallm", "--out", str(work / name), "--total-steps", str(steps)]
+    return words + [word for field, value in flags.items() for word in (f"--{field}", str(value))]
+
+
+def started(hub: StandIn, words: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "pocketlm.cli.main", *words]
-    with subprocess.Popen(command, env=served(hub), stderr=subprocess.PIPE, text=True) as process:
+    return subprocess.Popen(command, env=served(hub), stderr=subprocess.PIPE, text=True)
+
+
+def trained(hub: StandIn, words: list[str]) -> list[str]:
+    """A run; prints what it took and returns what it said."""
+    began_at, first_s, most_bytes, most_rss = time.monotonic(), None, 0, 0
+    said, data = list[str](), Path(words[words.index("--data.dir") + 1])
+    with started(hub, words) as process:
         assert process.stderr is not None
         for line in process.stderr:
             said.append(line.rstrip())
             if first_s is None and line.startswith("step "):
                 first_s = time.monotonic() - began_at
-            most_bytes = max(most_bytes, sum(path.stat().st_size for path in work.glob("data/train-*.tokens")))
+            most_bytes = max(most_bytes, sum(path.stat().st_size for path in data.glob("train-*.tokens")))
             for child in psutil.Process(process.pid).children():
                 most_rss = max(most_rss, child.memory_info().rss)
     assert process.returncode == 0, "\n".join(said)
@@ -105,14 +114,60 @@ def trained(hub: StandIn, work: Path, options: argparse.Namespace, steps: int, f
 
 
 def first(hub: StandIn, work: Path, options: argparse.Namespace) -> None:
-    said = trained(hub, work, options, 2, {"train.checkpoint_every": 1000, "train.eval_tokens": 8192})
+    fields: dict[str, object] = {"train.checkpoint_every": 1000, "train.eval_tokens": 8192}
+    said = trained(hub, words_of(work, "first", options, 2, fields))
     print("\n".join(f"  {line}" for line in said if line.startswith(("the first", "tokenized", "training waited"))))
 
 
+def segmented(work: Path, name: str, options: argparse.Namespace) -> list[str]:
+    return words_of(work, name, options, options.steps, SMALL_SEGMENTS | {"train.eval_every": 0, "sample.every": 0})
+
+
 def segments(hub: StandIn, work: Path, options: argparse.Namespace) -> None:
-    said = trained(hub, work, options, options.steps, SMALL_SEGMENTS | {"train.eval_every": 0, "sample.every": 0})
+    said = trained(hub, segmented(work, "segments", options))
     entered = [line for line in said if re.match(r"saved .*step-0*[1-9]", line)]
     print(f"  {len(entered)} checkpoints after the first; {next(line for line in said if 'training waited' in line)}")
+
+
+def weights(run: Path) -> str:
+    return hashlib.sha256(max(run.glob("checkpoints/step-*")).joinpath("model.safetensors").read_bytes()).hexdigest()
+
+
+def killed(hub: StandIn, work: Path, options: argparse.Namespace) -> None:
+    """Each kill comes when some segments are behind: at a request, when a piece is being written, at a checkpoint."""
+    whole = weights(work / "segments")
+    for when in ("it fetches", "the feeder tokenizes", "it trains"):
+        words = segmented(work, when.replace(" ", "-"), options)
+        run, data = Path(words[3]), Path(words[words.index("--data.dir") + 1])
+        with started(hub, words) as process:
+            if when == "it trains":
+                assert process.stderr is not None
+                for line in process.stderr:
+                    if line.startswith("saved") and "step-00000000" not in line:
+                        process.kill()
+            else:
+                killed_in(hub, process, run, data, feeder=when == "the feeder tokenizes")
+                process.communicate()
+        hub.fault = lambda request: None
+        steps = sorted(path.name for path in run.glob("checkpoints/step-*"))
+        with started(hub, words) as process:
+            _, said = process.communicate()
+        assert process.returncode == 0, said
+        print(
+            f"  killed while {when}, at {steps[-1]}: {'the same weights' if weights(run) == whole else 'OTHER WEIGHTS'}"
+        )
+
+
+def killed_in(hub: StandIn, process: subprocess.Popen[str], run: Path, data: Path, *, feeder: bool) -> None:
+    """Kills the run at a request, or its feeder when a piece of tokens is half-written."""
+    if not feeder:
+        hub.fault = lambda request: process.kill() if len(list(run.glob("checkpoints/step-*"))) > 1 else None
+        return
+    while process.poll() is None:
+        if any(data.glob("train-0000[4-9].tokens.tmp-*")):
+            for child in psutil.Process(process.pid).children():
+                child.kill()
+            return
 
 
 def memory(hub: StandIn, work: Path, options: argparse.Namespace) -> None:
@@ -146,7 +201,7 @@ def memory(hub: StandIn, work: Path, options: argparse.Namespace) -> None:
     print(f"  {time.monotonic() - began_at:.1f} s; largest resident size {largest / 2**20:.0f} MiB")
 
 
-CASES = {"first": first, "segments": segments, "memory": memory}
+CASES = {"first": first, "segments": segments, "killed": killed, "memory": memory}
 
 
 def main() -> None:
@@ -165,8 +220,6 @@ def main() -> None:
             hub.forget()
             print(f"{case}:", flush=True)
             CASES[case](hub, Path(folder), options)
-            shutil.rmtree(Path(folder) / "data", ignore_errors=True)
-            shutil.rmtree(Path(folder) / "run", ignore_errors=True)
 
 
 if __name__ == "__main__":
