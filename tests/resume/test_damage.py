@@ -134,7 +134,7 @@ def test_a_last_evaluation_that_was_broken_off_is_not_forgotten(
     assert checkpoint.state_hash(run / newest) == checkpoint.state_hash(whole / newest)
     notes = Notes()
     train(config_of(train__eval_every=0), out=run, listener=notes)
-    assert notes.lines == [f"{run} is complete: step 20 of 20"]
+    assert notes.lines == [f"{run} is complete: step 20 of 20; --additional-steps N trains it further"]
 
 
 @pytest.mark.parametrize("due", ["train__eval_every", "sample__every", "train__checkpoint_every"])

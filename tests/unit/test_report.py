@@ -188,4 +188,4 @@ def test_a_report_that_fails_loses_no_run(at_home: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(at_home.parents[1])
     notes.clear()
     train(config, out=Path("runs/full"), listener=Notes())
-    assert notes == [f"runs/full is complete: step {STEPS} of {STEPS}"]
+    assert notes == [f"runs/full is complete: step {STEPS} of {STEPS}; --additional-steps N trains it further"]
