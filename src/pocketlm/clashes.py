@@ -109,10 +109,10 @@ def _mixture(data: DataConfig) -> Iterator[str]:
 def _streams(data: DataConfig) -> Iterator[str]:
     if data.streams and data.order == "global":
         yield "data.shuffle global needs all text before the first step; add --data.stream off, or --data.shuffle piece"
-    if data.keep_segments and not (data.streams and data.segment_pieces):
+    if data.streams and data.keep_segments and not data.segment_pieces:
         yield (
             f"data.keep_segments {data.keep_segments} is for text that streams in segments; "
-            f"add {'--data.segment-pieces N' if data.streams else '--data.stream on'}, or --data.keep-segments 0"
+            "add --data.segment-pieces N, or --data.keep-segments 0"
         )
     if data.keep_segments == 1:
         yield "data.keep_segments: given 1, allowed is 0 for all, or at least 2: one is read while the next one comes"

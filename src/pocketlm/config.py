@@ -166,7 +166,7 @@ class DataConfig(Section):
     piece_documents: Count = 8192
     """Documents in a piece: a shard file, and the unit of `shuffle = "piece"`."""
     stream: Literal["auto", "on", "off"] = "auto"
-    """Train while the text is still fetched and tokenized, by another process. `auto`: text from the Hub."""
+    """Train while another process fetches and tokenizes: `auto` text from the Hub, if not shuffled as a whole."""
     val_tokens: Natural = 0
     """Held-out tokens: the pieces from the first on that have so many. 0 is all; of a stream 65,536."""
     segment_pieces: Natural = 0
@@ -185,7 +185,8 @@ class DataConfig(Section):
         """Whether the order is one that needs no more than the first piece to begin."""
         if self.sources:
             return any(part.streams for part in self.parts)
-        return self.stream == "on" or (self.stream == "auto" and self.source.startswith("hf:"))
+        may = self.shuffle != "global" and self.source.startswith("hf:")
+        return self.stream == "on" or (self.stream == "auto" and may)
 
     @property
     def order(self) -> Literal["global", "piece"]:

@@ -6,9 +6,11 @@ the same order, and what becomes of the run is the same to the last bit. The ser
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -25,7 +27,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pocketlm.cli.main import main
+from pocketlm.config import Config
+from pocketlm.errors import Interrupted
 from pocketlm.journal import Journal
+from pocketlm.training import halving
+from pocketlm.training.log import Silent
+from pocketlm.training.loop import train
+from pocketlm.training.state import TrainState
 from stand_in import Request, StandIn, standing_in
 
 PROGRAM = str(Path(__file__).with_name("streaming.py"))
@@ -43,6 +51,7 @@ FIELDS = {
     "sample.every": 0,
 }
 STREAMED = {"data.segment_pieces": SEGMENT, "data.keep_segments": KEEP}
+REQUESTS = 60  # an undisturbed run makes a few more
 STEPS = 110  # one and a half epochs, of five segments each
 
 Process = subprocess.Popen[str]
@@ -184,36 +193,46 @@ def test_a_stream_is_the_run_on_the_finished_set(stream: Stream, oracle: Outcome
 
 
 @pytest.mark.goal("R8", "R21")
-@pytest.mark.parametrize("who", ["the run", "the feeder"])
-def test_killed_while_text_is_fetched(stream: Stream, oracle: Outcome, proof: Any, tmp_path: Path, who: str) -> None:
-    """At a request of the network, drawn anew; a run whose feeder is killed saves what it has."""
-    assert stream.run() == 0
-    requests = len(stream.server.requests)
+def test_killed_while_text_is_fetched(stream: Stream, oracle: Outcome, proof: Any, tmp_path: Path) -> None:
+    """At a request of the network, drawn anew."""
     for case in proof.cases(1, 20):
         each = Stream(stream.server, tmp_path / f"case-{case}")
-        number = proof.random(case).randint(3, requests)
-        code = each.run(fault=at(number, kill if who == "the run" else kill_feeder))
-        if who == "the run":
-            assert code == -signal.SIGKILL
-        else:
-            assert code == 3
-            assert "the process that prepares the data was ended by signal 9; run the command again" in each.said
-            assert "Traceback" not in each.said
+        number = proof.random(case).randint(3, REQUESTS)
+        assert each.run(fault=at(number, kill)) == -signal.SIGKILL, number
         assert each.run() == 0, each.said
         assert each.outcome() == oracle, (case, number)
         assert not list(each.folder.rglob("*.tmp-*"))
 
 
 @pytest.mark.goal("R8", "R21")
-def test_killed_while_it_tokenizes(stream: Stream, oracle: Outcome, proof: Any, tmp_path: Path) -> None:
-    """The feeder dies in an operation of its disk; of a write half is done."""
+def test_the_feeder_is_killed_while_it_fetches(stream: Stream, oracle: Outcome, proof: Any, tmp_path: Path) -> None:
+    """Where rows are lacking then, another one begins; the run does not end."""
     for case in proof.cases(1, 20):
         each = Stream(stream.server, tmp_path / f"case-{case}")
-        number = proof.random(case).randint(10, 150)
-        assert each.run(DIE_AT=str(number)) == 3
-        assert "the process that prepares the data ended with code 137" in each.said
-        assert each.run() == 0, each.said
+        number = proof.random(case).randint(REQUESTS // 2, REQUESTS)
+        assert each.run(fault=at(number, kill_feeder)) == 0, each.said
+        assert "Traceback" not in each.said
         assert each.outcome() == oracle, (case, number)
+
+
+@pytest.mark.goal("R8", "R21")
+def test_the_feeder_dies_while_it_writes(stream: Stream, oracle: Outcome, proof: Any, tmp_path: Path) -> None:
+    """In an operation of its disk, of a write in the middle, and each one after it too, until none brings a piece."""
+    for case in proof.cases(1, 20):
+        each = Stream(stream.server, tmp_path / f"case-{case}")
+        number = proof.random(case).randint(20, 650)
+        assert each.run(DIE_AT=str(number)) in (0, 3), each.said
+        if "is complete" not in each.said:
+            assert each.run() == 0, each.said
+        assert each.outcome() == oracle, (case, number)
+
+
+def test_a_feeder_that_dies_again_and_again_ends_the_run_with_a_line_and_a_checkpoint(stream: Stream) -> None:
+    assert stream.run("--train.stop-at-step", "30") == 0
+    assert stream.run(DIE_AT="1") == 3
+    assert stream.said.splitlines()[-1].endswith("the data ended with code 137; run the command again")
+    assert "Traceback" not in stream.said
+    assert any(stream.folder.glob("run/checkpoints/step-*"))
 
 
 @pytest.mark.goal("R1", "R8")
@@ -288,21 +307,76 @@ def test_a_file_that_vanishes_ends_the_run_with_a_line_and_a_checkpoint(stream: 
     assert stream.outcome() == oracle
 
 
+def local(folder: Path, *more: str, name: str = "run", **fields: Any) -> list[str]:
+    """The command on a file of the same texts, which streams."""
+    where = {"data.source": f"files:{folder}/texts.jsonl", "data.dir": str(folder / "data"), "data.stream": "on"}
+    return words(folder / name, FIELDS | STREAMED | where | fields, *more)
+
+
+def write_texts(folder: Path, rows: list[str]) -> Path:
+    file = folder / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    return file
+
+
 def test_a_piece_that_is_not_what_it_was_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A local file with other text, of the same size and time: nothing but the piece itself can tell."""
-    file = tmp_path / "texts.jsonl"
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts())
-    file.write_text(rows)
+    """Each time. The file has other text, as long and as old, behind the validation text: only the piece can tell."""
+    file = write_texts(tmp_path, texts())
     before = file.stat()
-    where = {"data.source": f"files:{file}", "data.dir": str(tmp_path / "data"), "data.stream": "on"}
-    command = words(tmp_path / "run", FIELDS | STREAMED | where)
-    assert main([*command, "--train.stop-at-step", "60"]) == 0
-    file.write_text(rows.replace("apples", "garlic"))
+    assert main(local(tmp_path, "--train.stop-at-step", "60")) == 0
+    write_texts(tmp_path, [*texts()[:150], *(text.replace("apples", "garlic") for text in texts()[150:])])
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     early = sorted(tmp_path.glob("run/checkpoints/step-*"))[0]
-    capsys.readouterr()
-    assert main([*command, "--resume", str(early)]) == 3
-    assert "was made again, and is not what it was" in capsys.readouterr().err
+    for resume in (["--resume", str(early)], [], []):
+        capsys.readouterr()
+        assert main(local(tmp_path, *resume)) == 3
+        assert "is not what it was when it was first made" in capsys.readouterr().err
+
+
+class StopsAfterRollback(Silent):
+    """Hears of ways back, and stops the process at the first one, once."""
+
+    def __init__(self, *, stops: bool) -> None:
+        self.stops, self.back_to = stops, list[int]()
+
+    def record(self, record: Any) -> None:
+        if record["kind"] == "rollback":
+            self.back_to.append(record["step"])
+            if self.stops:
+                self.stops = False
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stop_after_a_way_back_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint that was gone back to, made where a segment begins, is still one to go back to."""
+    write_texts(tmp_path, texts())
+    real = halving.train_step
+
+    def step(state: TrainState, *arguments: Any, **options: Any) -> Any:
+        now = state.progress
+        if now.position == 64 * 22 or (now.rollbacks, now.step) == (1, 22):
+            next(iter(state.precision.model.parameters())).data.view(-1)[7] = math.nan
+            state.precision.refresh()
+        return real(state, *arguments, **options)
+
+    monkeypatch.setattr(halving, "train_step", step)
+    ends = []
+    for name in ("undisturbed", "stopped"):
+        listener = StopsAfterRollback(stops=name == "stopped")
+        given = local(
+            tmp_path, name=name, **{"data.segment_pieces": 1, "data.keep_segments": 0, "train.eval_every": 10}
+        )
+        fields = dict(zip((word[2:] for word in given[6::2]), given[7::2], strict=True))
+        config = Config.preset("debug", fields | {"train.total_steps": "60"})
+        with contextlib.suppress(Interrupted):
+            train(config, out=tmp_path / name, listener=listener)
+        train(config, out=tmp_path / name, listener=listener)
+        records = Journal.read(tmp_path / name / "metrics.jsonl")
+        ends.append([(one["step"], one["loss"]) for one in records if one["kind"] == "train"])
+        assert len(set(listener.back_to)) == 1, listener.back_to
+        assert len(listener.back_to) == 2
+        assert listener.back_to[0] % 100, "a checkpoint that only a segment has made"
+    assert ends[0] == ends[1]
 
 
 # --- the command

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 ALLOWED_MODULES = {
     *("__future__", "argparse", "array", "base64", "bisect", "codecs", "collections", "contextlib", "ctypes"),
     *("dataclasses", "difflib", "errno", "fcntl", "functools", "glob", "hashlib", "html", "importlib", "io"),
+    *("queue", "subprocess"),
     *("itertools", "json", "math", "os", "pathlib", "platform", "random", "re", "readline", "secrets", "shlex"),
     *(
         "shutil",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given
 
 from pocketlm.config import DataConfig
 from pocketlm.data.feed import AHEAD, wanted
+from pocketlm.data.loader import Loader
 from pocketlm.data.order import Rows, cut_rows
-from pocketlm.data.segments import Segments, enters_segment, turn_of, turns_of
+from pocketlm.data.segments import Segments, turn_of, turns_of
 from pocketlm.data.streamed import num_validation_pieces
+from pocketlm.training.progress import Progress
 
 
 def written_out(num_pieces: int, size: int, epochs: int) -> list[tuple[int, int]]:
@@ -75,26 +78,42 @@ def test_the_turn_of_a_row() -> None:
     assert turns_of(rows(2, 0, 1), 1, 3) == range(4)
 
 
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(any), st.integers(1, 3), st.integers(1, 5))
-def test_each_segment_is_entered_once(num_rows: list[int], size: int, count: int) -> None:
-    """By the step that reads its first row; and no later piece changes what was said."""
-    known, steps = rows(*num_rows), 3 * sum(num_rows) // count
-    segments = Segments(size, len(num_rows))
-    seen, said = {segments.of(turn_of(known, 0))}, []
-    for step in range(1, steps + 1):
-        read = {segments.of(turn_of(known, position)) for position in range((step - 1) * count, step * count)}
-        new = read - seen
-        said.append(enters_segment(known, size, step * count, count))
-        if step == 1:
-            assert not said[-1], "the beginning has a checkpoint anyway"
-        else:
-            assert said[-1] == bool(new)
-        seen |= read
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8).filter(any), st.integers(1, 3))
+def test_the_segment_of_a_row_does_not_change_as_pieces_come(num_rows: list[int], size: int) -> None:
+    """It is that of the row's piece, in the list of all turns."""
+    turns = written_out(len(num_rows), size, 2)
+    expected = [segment for segment, piece in turns for _ in range(num_rows[piece])]
+    line = Line(num_rows)
+    loader = Loader(line, 4, 0, "piece")
+    assert [loader.segment(size, position + 1) for position in range(len(expected))] == expected
+    assert loader.segment(size, 0) == loader.segment(0, 5) == 0
+    line.complete = False
     for end in range(1, len(num_rows)):
-        part = rows(*num_rows[:end], complete=False)
-        for step in range(1, part.total // count + 1):
-            assert enters_segment(part, size, step * count, count) == said[step - 1]
-    assert not enters_segment(known, 0, count * 2, count)
+        line.piece_starts = Line(num_rows[:end]).piece_starts
+        loader.cut()
+        known = sum(num_rows[:end])
+        assert [loader.segment(size, position + 1) for position in range(known)] == expected[:known]
+
+
+class Line:
+    """Pieces with so many rows of four tokens."""
+
+    def __init__(self, num_rows: list[int]) -> None:
+        self.piece_starts = [4 * rows + number for number, rows in enumerate(accumulate(num_rows, initial=0))]
+        self.num_tokens, self.complete = self.piece_starts[-1], True
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        return np.arange(start, start + length, dtype=np.int64)
+
+
+def test_a_run_enters_each_segment_once() -> None:
+    """Also where rows were left out, and from a checkpoint made in the step that had entered it."""
+    now = Progress()
+    for step, segment in enumerate([0, 0, 1, 1, 3, 3], 1):
+        now.step = step
+        now.enter(segment)
+        assert (now.entered_at == step) == (step in (3, 5))
+    assert Progress(**now.model_dump()).entered_at == 5
 
 
 def order(known: Rows, position: int, *, left: int = 1000, saved: int = 0, size: int = 0, keep: int = 0) -> object:

@@ -28,21 +28,29 @@ from pocketlm.data.loader import Loader
 from pocketlm.data.order import Rows, cut_rows
 from pocketlm.data.pieces import Plan, Tree, read_plan
 from pocketlm.data.segments import segments, turn_of, turns_of
-from pocketlm.data.streamed import StreamedDataset, num_tokens, open_finished, open_unfinished
-from pocketlm.errors import DataError
+from pocketlm.data.streamed import PieceStream, StreamedDataset, num_tokens, open_finished, open_unfinished
+from pocketlm.errors import DataError, PocketError, UsageError
 
-COMMAND = (sys.executable, "-m", "pocketlm.data.feeder")
+COMMAND = (sys.executable, "-P", "-m", "pocketlm.data.feeder")  # nothing is imported from where the run stands
 AHEAD = 4  # pieces that are ordered beyond those that are known
 CHECK_EVERY_S = 0.1
 
 Say = Callable[[str], None]
 Check = Callable[[], None]
 Order = dict[str, Any]
-"""What the feeder is told; it has the fields of `feeder.Order`."""
+"""What the feeder is told, its number apart; see `feeder.Order`."""
 
 
 def nothing_to_check() -> None:
     """For who waits where no signal is watched."""
+
+
+class Ended(Exception):
+    """The other process has ended; `refusal` is what to say of it."""
+
+    def __init__(self, refusal: PocketError) -> None:
+        super().__init__(str(refusal))
+        self.refusal = refusal
 
 
 class Feeder:
@@ -81,16 +89,17 @@ class Feeder:
             check: called while waiting; if it raises, nothing is lost.
 
         Raises:
-            DataError: the process has ended; it may have said why.
+            Ended: the process has, and may have said why.
         """
         while True:
             check()
             with suppress(queue.Empty):
                 message = self._messages.get(timeout=CHECK_EVERY_S)
                 if message is None:
-                    raise DataError(f"the process that prepares the data {self._end()}; run the command again")
+                    raise Ended(DataError(f"the process that prepares the data {self._end()}; run the command again"))
                 if "refused" in message:
-                    raise DataError(message["refused"])
+                    kind = UsageError if message["code"] == UsageError.exit_code else DataError
+                    raise Ended(kind(message["refused"]))
                 return message
 
     @property
@@ -161,39 +170,51 @@ def _pieces(turns: range, rows: Rows) -> list[int]:
 
 
 class Feed:
-    """A set in the making: what is heard of it, and what is ordered. Every method is the main thread's."""
+    """A set in the making: what is heard of it, and what is ordered. Every method is the main thread's.
+
+    A feeder that ends before its time has lost nothing but the piece that it was at. Where rows are lacking another one
+    begins; if that ends too before they have come, so does the run.
+    """
 
     def __init__(self, config: DataConfig, say: Say) -> None:
         self.config, self.say = config, say
         self.known = Known()
         self._feeder: Feeder | None = Feeder(config)
+        self._ended: Ended | None = None
         self._dataset: StreamedDataset | None = None
         self._number = 0
+        self.has_begun_anew = False
+        """Since rows were last there."""
         self._ordered: Order = {}
         self._unheard: dict[int, Container[int]] = {}
         """What those orders keep, by their number, of which the feeder may not have heard."""
 
     @property
-    def has_ended(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether all pieces are there to stay."""
-        return self._feeder is None
+        return self.known.finished is not None
 
-    def open(self, context: int) -> StreamedDataset:
+    def dataset(self, context: int) -> StreamedDataset:
         """The set as it is when a run can begin with it; it grows as more is heard.
 
         Raises:
             DataError: it is refused, or does not come.
         """
-        while (dataset := self.known.dataset(self.config, context)) is None:
-            if self.known.plan:
-                self.order([len(self.known.entries)], None, 0)
-            self.hear(nothing_to_check)
+        config = self.config
+        keep = list(range(config.keep_segments * config.segment_pieces)) if config.keep_segments else None
+        try:
+            while (dataset := self.known.dataset(config, context)) is None:
+                if self.known.plan:
+                    self.order([len(self.known.entries)], keep)
+                self._hear(nothing_to_check)
+        except Ended as ended:
+            raise ended.refusal from None
         self._dataset = dataset
         return dataset
 
-    def order(self, make: list[int], keep: list[int] | None, validation: int) -> None:
+    def order(self, make: list[int], keep: list[int] | None) -> None:
         """Says what is wanted, if it was not said; what may go is taken for gone. See `feeder.Order`."""
-        wanted: Order = {"make": make, "keep": keep, "validation": validation}
+        wanted: Order = {"make": make, "keep": keep}
         if wanted == self._ordered or self._feeder is None:
             return
         self._ordered, self._number = wanted, self._number + 1
@@ -202,12 +223,39 @@ class Feed:
             self.known.there.intersection_update(keep)
         self._feeder.order({"number": self._number} | wanted)
 
-    def hear(self, check: Check, *, is_waiting: bool = True) -> None:
-        """Takes in one message, which is waited for; of how far the text is who does not wait needs to know nothing.
+    def hear(self, check: Check) -> None:
+        """Takes in one message, which is waited for.
 
         Raises:
-            DataError: the feeder has ended.
+            PocketError: none comes: the feeder has ended, and another one did, too.
         """
+        if self._feeder is None:
+            assert self._ended
+            if self.has_begun_anew:
+                raise self._ended.refusal from None
+            self.say(f"{self._ended}; it is begun anew")
+            self.has_begun_anew = True
+            self._feeder, self._ordered, self._unheard = Feeder(self.config), {}, {}
+            self.known.there.clear()
+        try:
+            self._hear(check)
+        except Ended as ended:
+            self._end(ended)
+
+    def hear_all(self, check: Check) -> None:
+        """Takes in what has been said already."""
+        try:
+            while self._feeder and self._feeder.has_said:
+                self._hear(check, is_waiting=False)
+        except Ended as ended:
+            self._end(ended)
+
+    def _end(self, ended: Ended) -> None:
+        self.close()
+        self._ended = ended
+
+    def _hear(self, check: Check, *, is_waiting: bool = True) -> None:
+        """Takes in one message; of how far the text is who does not wait needs to know nothing."""
         assert self._feeder is not None
         known, message = self.known, self._feeder.heard(check)
         match message:
@@ -217,7 +265,10 @@ class Feed:
                 if is_waiting:
                     self.say(line)
             case {"plan": folder, "known": entries, "complete": complete}:
-                known.plan, known.entries, known.complete = read_plan(Path(folder)), entries, complete
+                known.plan = read_plan(Path(folder))
+                for entry in entries[len(known.entries) :]:
+                    self._grow(entry, complete)
+                known.complete = complete
             case {"known": entry, "complete": complete}:
                 self._grow(entry, complete)
             case {"there": piece, "number": number}:
@@ -228,17 +279,14 @@ class Feed:
             case _:
                 raise AssertionError(message)
 
-    def hear_all(self, check: Check) -> None:
-        """Takes in what has been said already."""
-        while self._feeder and self._feeder.has_said:
-            self.hear(check, is_waiting=False)
-
     def _grow(self, entry: Tree, complete: bool) -> None:
         self.known.entries.append(entry)
         self.known.complete = complete
         if self._dataset:
-            self._dataset.train.add(entry["train"])
-            self._dataset.train.complete = complete
+            train = self._dataset.train
+            assert isinstance(train, PieceStream)
+            train.add(entry["train"])
+            train.complete = complete
 
     def _is_there(self, piece: int, number: int) -> None:
         """What the feeder has said after the order of this number; those after it may let the piece go."""
@@ -247,7 +295,12 @@ class Feed:
             self.known.there.add(piece)
 
     def close(self) -> None:
-        """Ends the other process, if it has not ended."""
+        """Ends the other process, if it has not ended. A set that has only to be marked as whole is waited for."""
+        known = self.known
+        if self._feeder and known.complete and self._ordered.get("keep", ()) is None:
+            with suppress(Ended):
+                while not known.finished and known.there.issuperset(range(len(known.entries))):
+                    self._hear(nothing_to_check, is_waiting=False)
         if self._feeder:
             self._feeder.close()
             self._feeder = None
@@ -295,15 +348,17 @@ class Supply:
         Raises:
             DataError: they do not come.
         """
-        self.feed.hear_all(check)
-        self._order(position, count, left)
-        if self._has(position, count):
+        if self.feed.is_finished:
             return
-        began_at = self._clock()
-        while not self._has(position, count):
-            self.feed.hear(check)
-            self._order(position, count, left)
-        self.waited_s += self._clock() - began_at
+        self.feed.hear_all(check)
+        self.order(position, count, left)
+        if not self._has(position, count):
+            began_at = self._clock()
+            while not self._has(position, count):
+                self.feed.hear(check)
+                self.order(position, count, left)
+            self.waited_s += self._clock() - began_at
+        self.feed.has_begun_anew = False
 
     def close(self) -> None:
         """Ends the other process."""
@@ -311,15 +366,18 @@ class Supply:
 
     def _has(self, position: int, count: int) -> bool:
         rows = self.loader.rows
-        if self.feed.has_ended:
+        if self.feed.is_finished:
             return True
         if not rows.complete and position + count > rows.total:
             return False
         return self.feed.known.there.issuperset(_pieces(turns_of(rows, position, count), rows))
 
-    def _order(self, position: int, count: int, left: int) -> None:
+    def order(self, position: int, count: int, left: int) -> None:
+        """Lets come what `await_rows` of the same will wait for, and what comes after it."""
         self.loader.cut()
+        if self.feed.is_finished:
+            return
         make, keep = wanted(self.loader.rows, position, count, left, self._saved, self.feed.config)
-        if keep is not None:
-            self.dataset.train.keep(keep)
-        self.feed.order(make, keep, self.dataset.validation_pieces)
+        if keep is not None and isinstance(train := self.dataset.train, PieceStream):
+            train.keep(keep)
+        self.feed.order(make, keep)

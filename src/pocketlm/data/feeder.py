@@ -4,10 +4,10 @@
 
 Both ends speak lines of JSON. From the run come its `DataConfig`, then orders, each in place of the one before:
 
-    {"number": 5, "make": [7, 8], "keep": [6, 7, 8], "validation": 2}
+    {"number": 5, "make": [7, 8], "keep": [6, 7, 8]}
 
-pieces that are to be on the disk, the most urgent first; those that may stay, null for all, of which every order is
-carried out; and how many pieces from the first on keep their held-out text nevertheless. The answers, each a line:
+pieces that are to be on the disk, the most urgent first; and those whose training tokens may stay, null for all, of
+which every order is carried out. The answers, each a line:
 
     {"say": LINE}         for people
     {"report": LINE}      how far the text is; several a minute
@@ -17,7 +17,7 @@ carried out; and how many pieces from the first on keep their held-out text neve
     {"there": PIECE, "number": ORDER}   its tokens are on the disk, and were held against their hash; they stay there
                           until an order after this one does not keep them
     {"finished": FOLDER}  the set is whole and has a manifest: nothing more will come, and nothing will go
-    {"refused": LINE}     the end
+    {"refused": LINE, "code": EXIT_CODE}    the end
 
 The process dies with its run: when the orders end it leaves at once, as if it were killed, and what it was writing is
 swept away by the next one. It takes no signal of the terminal, and gives way to the training for the processor.
@@ -41,11 +41,11 @@ from pocketlm.data.pieces import (
     Tree,
     Writer,
     begin_of,
-    drop_shards,
+    disowned,
+    drop_tokens,
     is_last,
     known_pieces,
     whole_piece,
-    write_pieces,
 )
 from pocketlm.data.prepare import prepare
 from pocketlm.errors import DataError, PocketError
@@ -61,7 +61,6 @@ class Order(NamedTuple):
     number: int
     make: list[int]
     keep: list[int] | None
-    validation: int
 
 
 class Orders:
@@ -72,9 +71,12 @@ class Orders:
         threading.Thread(target=self._read, args=(lines,), daemon=True).start()
 
     def _read(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self._orders.put(Order(**json.loads(line)))
-        os._exit(0)
+        try:
+            for line in lines:
+                if line.endswith("\n"):  # the run may have been killed in the middle of one
+                    self._orders.put(Order(**json.loads(line)))
+        finally:
+            os._exit(0)
 
     def take(self, *, wait: bool) -> list[Order]:
         """Those that have come since; with `wait` at least one."""
@@ -122,8 +124,8 @@ class Feeder:
             assert order is not None
             if (piece := pieces.first_missing(order.make)) is not None:
                 pieces.provide(piece, order)
-            elif pieces.complete and order.keep is None:
-                return write_pieces(plan, source, progress)
+            elif order.keep is None and pieces.are_all_there():
+                return pieces.entries
             else:
                 order = None
 
@@ -146,12 +148,7 @@ class _Pieces:
         piece = min(piece, len(self.entries))
         known = self.entries[piece] if piece < len(self.entries) else None
         if known is None or whole_piece(self.plan, piece) is None:
-            entry = self._written(piece)
-            if known and entry != known:
-                raise DataError(
-                    f"piece {piece} of {self.plan.folder} was made again, and is not what it was: the source gives "
-                    "other text than before; delete the folder, and begin the run anew with a new --out"
-                )
+            entry = self._written(piece, known)
             if known is None:
                 self.entries.append(entry)
                 self.complete = is_last(self.plan, self.entries)
@@ -160,23 +157,35 @@ class _Pieces:
         self.gone.discard(piece)
         self.answers.tell(there=piece, number=order.number)
 
-    def _written(self, piece: int) -> Tree:
+    def _written(self, piece: int, known: Tree | None) -> Tree:
         try:
-            return self.writer.write(piece, begin_of(self.entries[:piece]))
+            return self.writer.write(piece, begin_of(self.entries[:piece]), known)
         except Unequal as error:
+            disowned(self.plan)
             raise DataError(
                 f"the library that tokenizes is wrong about {error}: tokens that the run has read are in doubt; "
                 f"type pip uninstall gigatoken, delete {self.plan.folder}, and begin the run anew with a new --out"
             ) from None
 
     def drop(self, order: Order) -> None:
-        """Removes the tokens of what may not stay."""
+        """Removes the training tokens of what may not stay."""
         if order.keep is None:
             return
         for piece in sorted(set(range(len(self.entries))).difference(order.keep, self.gone)):
-            drop_shards(self.plan, piece, ["train"] if piece < order.validation else ["train", "val"])
+            drop_tokens(self.plan, piece)
             self.there.discard(piece)
             self.gone.add(piece)
+
+    def are_all_there(self) -> bool:
+        """Whether the set can be finished with what is on the disk; what was not looked at is now."""
+        if not self.complete or self.gone:
+            return False
+        for piece in set(range(len(self.entries))) - self.there:
+            if whole_piece(self.plan, piece) is None:
+                self.gone.add(piece)
+                return False
+            self.there.add(piece)
+        return True
 
 
 def main() -> int:
@@ -191,10 +200,13 @@ def main() -> int:
         folder = prepare(config, progress=lambda line: answers.tell(say=line), write=feeder.write)
         answers.tell(finished=str(folder))
     except PocketError as error:
-        answers.tell(refused=str(error))
+        answers.tell(refused=str(error), code=error.exit_code)
         return error.exit_code
     except OSError as error:
-        answers.tell(refused=f"{error.filename or 'the data'}: {error.strerror}; mend that, and run the command again")
+        answers.tell(
+            refused=f"{error.filename or 'the data'}: {error.strerror}; mend that, and run the command again",
+            code=DataError.exit_code,
+        )
         return DataError.exit_code
     return 0
 

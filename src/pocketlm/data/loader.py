@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.data.order import Rows, cut_rows, rows_at
-from pocketlm.data.segments import enters_segment, segments, turn_of
+from pocketlm.data.segments import segments, turn_of
 from pocketlm.errors import DataError
 
 
@@ -53,20 +53,13 @@ class Loader:
         self._known = known
         self.rows = cut_rows(self.stream.piece_starts, self.context, self.shuffle, self.stream.complete)
 
-    def enters_segment(self, size: int, position: int, count: int) -> bool:
-        """Whether the `count` rows before a position are the first that are read of a segment, but the first one.
-
-        size: pieces in a segment; 0 where there are none.
-        """
-        return enters_segment(self.rows, size, position, count)
-
     def epochs(self, position: int) -> float | None:
         """How often the rows have been read before a position; None where it is not known how many there are."""
         return position / self.rows.total if self.rows.complete else None
 
-    def segment(self, size: int, position: int) -> int | None:
-        """The segment of the row before a position, from 0; None where there are no segments."""
-        return segments(self.rows, size).of(turn_of(self.rows, position - 1)) if size and position else None
+    def segment(self, size: int, position: int) -> int:
+        """The segment of the row before a position, from 0; there is one where `size`, in pieces, is 0."""
+        return segments(self.rows, size).of(turn_of(self.rows, position - 1)) if size and position else 0
 
     def read(self, position: int, count: int) -> Tensor:
         """The rows at positions position .. position + count - 1. (count, context + 1) int64."""

@@ -9,7 +9,7 @@ other weights whenever a run wants.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -78,15 +78,10 @@ class Mixture:
         known = [epochs for loader, own in mine if (epochs := loader.epochs(own)) is not None]
         return max(known) if len(known) == len(self.loaders) else None
 
-    def segment(self, size: int, position: int) -> int | None:
-        """None: each source has its own."""
-        return None
-
-    def enters_segment(self, size: int, position: int, count: int) -> bool:
-        """As a loader's, of any of them."""
-        ends, starts = self.positions(position), self.positions(position - count)
-        mine = zip(self.loaders, starts, ends, strict=True)
-        return any(loader.enters_segment(size, end, end - start) for loader, start, end in mine if end > start)
+    def segment(self, size: int, position: int) -> int:
+        """The segments of all sources together: another number whenever one of them is in another."""
+        mine = zip(self.loaders, self.positions(position), strict=True)
+        return sum(loader.segment(size, own) for loader, own in mine)
 
 
 class MixedSupply:
@@ -105,13 +100,22 @@ class MixedSupply:
             if supply:
                 supply.saved(own)
 
+    def order(self, position: int, count: int, left: int) -> None:
+        """As `Supply.order`."""
+        for supply, begin, own, more in self._each(position, count, left):
+            supply.order(begin, own, more)
+
     def await_rows(self, position: int, count: int, left: int, check: Check) -> None:
         """As `Supply.await_rows`."""
+        for supply, begin, own, more in self._each(position, count, left):
+            supply.await_rows(begin, own, more, check)
+
+    def _each(self, position: int, count: int, left: int) -> Iterator[tuple[Supply, int, int, int]]:
+        """Each supply of whose set rows are read, with its own position, count and rows left."""
         begin, end, last = (self.mixture.positions(position + more) for more in (0, count, left))
         for source, supply in enumerate(self.supplies):
             if supply and end[source] > begin[source]:
-                own = end[source] - begin[source]
-                supply.await_rows(begin[source], own, last[source] - begin[source], check)
+                yield supply, begin[source], end[source] - begin[source], last[source] - begin[source]
 
     def close(self) -> None:
         """Ends the other processes."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonpath
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def mixed(parts: Sequence[Dataset], config: DataConfig) -> MixedDataset:
     info = parts[0].info | {"source": {"spec": spec}} | counts
     files = {str(part.path / name): entry for part in parts for name, entry in part.files.items()}
     val = TokenStream([shard for part in parts for shard in part.val.shards])
-    folder = Path(commonpath([part.path for part in parts]) or ".")
+    folder = Path(os.path.commonpath([part.path for part in parts]) or ".")
     return MixedDataset(
         folder, info, files, tokenizer, AllTokens([part.train for part in parts]), val, tuple(parts), rows
     )
@@ -107,7 +107,7 @@ class RunData:
             DataError: it is refused, or does not come.
         """
         for part, feed in zip(self.config.parts, self._feeds, strict=True):
-            dataset = feed.open(part.context) if feed else open_as_run(prepare(part, progress=self._say), part)
+            dataset = feed.dataset(part.context) if feed else open_as_run(prepare(part, progress=self._say), part)
             self._parts.append(dataset)
         return mixed(self._parts, self.config) if self.config.sources else self._parts[0]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -53,9 +54,13 @@ class Rows:
 
     def locate(self, rows: Indices) -> tuple[Indices, Indices]:
         """The piece of each row, and its number inside that piece."""
-        ends = np.cumsum(self.num_rows)
-        piece = np.searchsorted(ends, rows, side="right")
-        return piece, rows - (ends - np.asarray(self.num_rows))[piece]
+        piece = np.searchsorted(self.ends, rows, side="right")
+        return piece, rows - (self.ends - np.asarray(self.num_rows))[piece]
+
+    @cached_property
+    def ends(self) -> Indices:
+        """The row behind each piece. (pieces,) int64."""
+        return np.cumsum(self.num_rows)
 
 
 def cut_rows(

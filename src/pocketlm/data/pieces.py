@@ -23,7 +23,7 @@ from pocketlm.data.shards import COUNTS, TOKENIZER_FILE, Tokens, misfit, shard_c
 from pocketlm.data.split import Split, text_bytes
 from pocketlm.errors import DataError, FileError
 from pocketlm.files import remove_file, write_file
-from pocketlm.reading import read_bytes, read_json, read_text, verify_file
+from pocketlm.reading import Entry, read_bytes, read_json, read_text, verify_file
 from pocketlm.text.bulk import BulkEncoder, Unequal
 from pocketlm.text.documents import BEGINNING, Document, Place
 from pocketlm.text.sources import Remote, Source
@@ -145,8 +145,14 @@ def write_pieces(plan: Plan, source: Source, progress: Progress) -> list[Tree]:
         try:
             return _write_missing(plan, source, encoder, progress)
         except Unequal:
-            plan = replace(plan, tree=plan.tree | {"attempt": plan.tree["attempt"] + 1})
-            write_file(plan.folder / PLAN_FILE, sealed(plan.tree))
+            plan = disowned(plan)
+
+
+def disowned(plan: Plan) -> Plan:
+    """The plan with another hash, so that no piece that was made is one of its pieces."""
+    plan = replace(plan, tree=plan.tree | {"attempt": plan.tree["attempt"] + 1})
+    write_file(plan.folder / PLAN_FILE, sealed(plan.tree))
+    return plan
 
 
 def _write_missing(plan: Plan, source: Source, encoder: BulkEncoder, progress: Progress) -> list[Tree]:
@@ -179,15 +185,16 @@ class Writer:
         self._reads: int | None = None
         """The piece that both go on with."""
 
-    def write(self, piece: int, place: Place) -> Tree:
+    def write(self, piece: int, place: Place, known: Tree | None = None) -> Tree:
         """
         Args:
             piece: its number.
             place: where its documents begin.
+            known: what piece-*.json says of it, where it was made before.
 
         Raises:
             Unequal: the library that tokenized it is wrong.
-            DataError: what a piece before has kept is missing or damaged.
+            DataError: what a piece before has kept is missing or damaged; or it is not what it was, and is not written.
         """
         plan = self.plan
         if self._reads != piece:
@@ -195,7 +202,7 @@ class Writer:
             self._selection = _selection_before(plan, piece)
         self._reads = None
         own = islice(self._documents, plan.piece_documents)
-        entry = _write_piece(plan, piece, own, place, self._selection, self.encoder, self.report)
+        entry = _write_piece(plan, piece, own, place, self._selection, self.encoder, self.report, known)
         self._reads = piece + 1
         return entry
 
@@ -262,10 +269,9 @@ def known_pieces(plan: Plan) -> list[Tree]:
     return entries
 
 
-def drop_shards(plan: Plan, piece: int, splits: Iterable[str]) -> None:
-    """Removes a piece's tokens; what else is known of it stays, so that it can be made again."""
-    for split in splits:
-        remove_file(_shard_file(plan, split, piece))
+def drop_tokens(plan: Plan, piece: int) -> None:
+    """Removes the training tokens of a piece; what else is known of it stays, so that it can be made again."""
+    remove_file(_shard_file(plan, "train", piece))
 
 
 def whole_piece(plan: Plan, piece: int) -> Tree | None:
@@ -293,8 +299,9 @@ def _write_piece(
     selection: Selection,
     encoder: BulkEncoder,
     report: Report,
+    known: Tree | None,
 ) -> Tree:
-    """place: where the documents begin."""
+    """place: where the documents begin. known: see `Writer.write`."""
     rule, tokenizer = plan.split, plan.tokenizer
     counts = {"documents": 0, "empty_documents": 0, "text_bytes": 0}
     shards = {"train": Collected(), "val": Collected()}
@@ -311,6 +318,13 @@ def _write_piece(
         place = last._replace(row=last.row + 1)
         report.add(size, len(batch))
     entry: Tree = {"plan": plan.hash, "next": place._asdict()} | counts
+    if known and any(
+        collected.entry(tokenizer.vocab_size) != _file_of(known[name]) for name, collected in shards.items()
+    ):
+        raise DataError(
+            f"piece {piece} of {plan.folder} is not what it was when it was first made: the source gives other text; "
+            "delete the folder, and begin the run anew with a new --out"
+        )
     for name, collected in shards.items():
         entry[name] = collected.write(_shard_file(plan, name, piece), tokenizer.vocab_size)
     if plan.selection:
@@ -319,6 +333,11 @@ def _write_piece(
         entry["seen"] = write_file(_seen_file(plan, piece), selection.kept.take())
     write_file(_piece_file(plan, piece), sealed(entry))
     return entry
+
+
+def _file_of(shard: Tree | None) -> Entry | None:
+    """Size and hash of a shard, as piece-*.json has them."""
+    return {name: shard[name] for name in FILE} if shard else None
 
 
 class Collected:
@@ -336,6 +355,16 @@ class Collected:
             document[:-1], document[-1] = ids, encoder.tokenizer.end_id
             self.documents.append(document)
         self.text_bytes += sum(map(text_bytes, texts))
+
+    def entry(self, vocab_size: int) -> Entry | None:
+        """Size and hash of the shard as it would be written; None where it would not be."""
+        if not self.documents:
+            return None
+        size, digest = 0, hashlib.sha256()
+        for chunk in shard_chunks(self.documents, token_dtype(vocab_size)):
+            size += len(chunk)
+            digest.update(chunk)
+        return {"bytes": size, "sha256": digest.hexdigest()}
 
     def write(self, path: Path, vocab_size: int) -> Tree | None:
         """Writes the shard and says what is in it; a shard without documents is not written."""

@@ -53,6 +53,7 @@ from pocketlm.reading import Entry
 from pocketlm.text.sources import Remembering, Source, open_source
 from pocketlm.text.tokenizer import Tokenizer, bpe_size, load_tokenizer, train_tokenizer
 
+REMEMBERED_CHARS = 1 << 26
 ENOUGH_DOCUMENTS = 8192  # from a network; 4 MB of short stories, 25 MB of web pages
 OWN_FILES = re.compile(r"(dataset|manifest|plan|tokenizer|piece-\d+)\.json|piece-\d+\.seen|(train|val)-\d+\.tokens")
 
@@ -94,7 +95,7 @@ def prepare(
     tokenizer = _given_tokenizer(config)
     source, folder = _open(config, tokenizer, root, progress)
     if source.remote:
-        source = Remembering(source, ENOUGH_DOCUMENTS)  # a survey reads them, and then the first piece
+        source = Remembering(source, REMEMBERED_CHARS)  # a survey reads them, and then the first piece
     if source.remote and not named and is_finished(folder):
         _tidy(folder, progress)
         return folder

@@ -63,8 +63,7 @@ def turn_of(rows: Rows, position: int) -> int:
     if not rows.complete and position >= rows.total:
         return num_pieces
     epoch, inside = divmod(position, rows.total)
-    piece, _ = rows.locate(np.array([inside], dtype=np.int64))
-    return epoch * num_pieces + int(piece[0])
+    return epoch * num_pieces + int(np.searchsorted(rows.ends, inside, side="right"))
 
 
 def turns_of(rows: Rows, position: int, count: int) -> range:
@@ -75,11 +74,3 @@ def turns_of(rows: Rows, position: int, count: int) -> range:
 def segments(rows: Rows, size: int) -> Segments:
     """Those of a set with these rows."""
     return Segments(size, len(rows.num_rows) if rows.complete else None)
-
-
-def enters_segment(rows: Rows, size: int, position: int, count: int) -> bool:
-    """Whether the `count` rows before a position are the first that the run reads of a segment, but the first one."""
-    if not size or position <= count:
-        return False
-    cut = segments(rows, size)
-    return cut.of(turn_of(rows, position - 1)) != cut.of(turn_of(rows, position - count - 1))

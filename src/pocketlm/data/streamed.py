@@ -11,6 +11,7 @@ What tells two such sets apart is what their bytes follow from, not their bytes:
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +26,6 @@ from pocketlm.data.shards import SHARD_VERSION, Dataset, Ids, Shard, TokenStream
 from pocketlm.data.standing import is_finished
 from pocketlm.errors import DataError
 from pocketlm.reading import Entry
-from pocketlm.text.tokenizer import Tokenizer
 
 
 class PieceStream(TokenStream):
@@ -66,10 +66,12 @@ class PieceStream(TokenStream):
         return tokens.astype(np.int64)
 
     def counts(self, vocab_size: int) -> Ids:
-        """How often each id occurs in the first piece that is on the disk. (vocab_size,) int64."""
-        there = (piece for piece, entry in enumerate(self._entries) if entry and (self.folder / entry["name"]).exists())
-        first = next(there, None)
-        return np.zeros(vocab_size, np.int64) if first is None else TokenStream([self._shard(first)]).counts(vocab_size)
+        """How often each id occurs in the first piece that is whole on the disk. (vocab_size,) int64."""
+        for piece, entry in enumerate(self._entries):
+            if entry and (self.folder / entry["name"]).exists():
+                with suppress(DataError):  # it will be made again before it is read
+                    return TokenStream([self._shard(piece)]).counts(vocab_size)
+        return np.zeros(vocab_size, np.int64)
 
     def _shard(self, piece: int) -> Shard:
         if piece not in self._open:
@@ -86,10 +88,6 @@ def _file(entry: Mapping[str, Any]) -> Entry:
 @dataclass(frozen=True)
 class StreamedDataset(Dataset):
     """A set whose order and validation text need no more than its first pieces, be it finished or not."""
-
-    train: PieceStream
-    validation_pieces: int
-    """From the first piece on; their held-out text is `val`."""
 
     @property
     def fingerprint(self) -> str:
@@ -138,11 +136,20 @@ def open_finished(folder: Path, config: DataConfig) -> StreamedDataset:
         DataError: as `open_dataset`.
     """
     dataset = open_dataset(folder)
-    entries = [{"train": None, "val": None} for _ in range(_num_pieces(dataset.info))]
-    for split in ("train", "val"):
-        for shard in dataset.info[split]["shards"]:
-            entries[_piece_of(shard)][split] = shard | dataset.files[shard["name"]]
-    return _opened(folder, dataset.info, dataset.tokenizer, entries, config, complete=True)
+    held_out = {_piece_of(shard.path): shard for shard in dataset.val.shards}
+    num_pieces = 1 + max(
+        map(_piece_of, (shard.path for split in (dataset.train, dataset.val) for shard in split.shards))
+    )
+    tokens = [held_out[piece].layout.tokens if piece in held_out else 0 for piece in range(num_pieces)]
+    count = num_validation_pieces(tokens, config, complete=True)
+    assert count is not None
+    val = TokenStream([shard for piece, shard in held_out.items() if piece < count])
+    return StreamedDataset(folder, dataset.info, dataset.files, dataset.tokenizer, dataset.train, val)
+
+
+def _piece_of(path: Path) -> int:
+    """The number in a shard's name."""
+    return int(path.stem.rpartition("-")[2])
 
 
 def open_as_run(folder: Path, config: DataConfig) -> Dataset:
@@ -165,33 +172,18 @@ def open_unfinished(plan: Plan, entries: Sequence[Tree], config: DataConfig, com
     Raises:
         DataError: a validation shard is missing or damaged.
     """
-    if num_validation_pieces([num_tokens(entry["val"]) for entry in entries], config, complete) is None:
-        return None
-    return _opened(plan.folder, dataset_info(plan, entries), plan.tokenizer, entries, config, complete)
-
-
-def _opened(
-    folder: Path, info: Tree, tokenizer: Tokenizer, entries: Sequence[Tree], config: DataConfig, complete: bool
-) -> StreamedDataset:
     count = num_validation_pieces([num_tokens(entry["val"]) for entry in entries], config, complete)
-    assert count is not None
+    if count is None:
+        return None
+    folder, vocab_size = plan.folder, plan.tokenizer.vocab_size
     held_out = [shard for entry in entries[:count] if (shard := entry["val"])]
-    val = TokenStream([Shard(folder / shard["name"], _file(shard), tokenizer.vocab_size) for shard in held_out])
-    train = PieceStream(folder, tokenizer.vocab_size)
+    val = TokenStream([Shard(folder / shard["name"], _file(shard), vocab_size) for shard in held_out])
+    train = PieceStream(folder, vocab_size)
     for entry in entries:
         train.add(entry["train"])
     train.complete = complete
     files = {shard["name"]: _file(shard) for shard in held_out}
-    return StreamedDataset(folder, info, files, tokenizer, train, val, count)
-
-
-def _num_pieces(info: Tree) -> int:
-    return 1 + max(_piece_of(shard) for split in ("train", "val") for shard in info[split]["shards"])
-
-
-def _piece_of(shard: Tree) -> int:
-    """The number in a shard's name."""
-    return int(shard["name"].rpartition("-")[2].removesuffix(".tokens"))
+    return StreamedDataset(folder, dataset_info(plan, entries), files, plan.tokenizer, train, val)
 
 
 def open_streamed(folder: Path, config: DataConfig) -> StreamedDataset:

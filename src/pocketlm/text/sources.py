@@ -150,9 +150,9 @@ class FilesSource:
 class Remembering:
     """A source whose first documents are kept in memory once they were read, because they are asked for again soon."""
 
-    def __init__(self, source: Source, most: int) -> None:
-        """most: documents that are kept."""
-        self._source, self._most = source, most
+    def __init__(self, source: Source, chars: int) -> None:
+        """chars: of text that is kept, at most."""
+        self._source, self._room = source, chars
         self._first: list[Document] = []
         self.spec, self.name, self.remote = source.spec, source.name, source.remote
 
@@ -168,8 +168,10 @@ class Remembering:
         yield from known
         behind = known[-1].place._replace(row=known[-1].place.row + 1) if known else start
         for number, document in enumerate(self._source.documents(behind), len(known)):
-            if start == BEGINNING and number == len(self._first) < self._most:
-                self._first.append(document)
+            if start == BEGINNING and number == len(self._first):
+                self._room -= len(document.text)
+                if self._room >= 0:
+                    self._first.append(document)
             yield document
 
 

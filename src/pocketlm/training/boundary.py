@@ -98,10 +98,7 @@ def _hear(run: Run, state: TrainState, after: Progress, figures: _Figures, secon
 def _train_record(run: Run, now: Progress, after: Progress, figures: _Figures, seconds: float) -> dict[str, Any]:
     config, step = run.config, after.step
     rate = config.train.tokens_per_step / seconds
-    place = {
-        "epoch": run.loader.epochs(after.position),
-        "segment": run.loader.segment(config.data.segment_pieces, after.position),
-    }
+    epoch, segments = run.loader.epochs(after.position), config.data.streams and config.data.segment_pieces
     return {
         "kind": "train",
         "step": step,
@@ -113,7 +110,8 @@ def _train_record(run: Run, now: Progress, after: Progress, figures: _Figures, s
         "tokens_per_s": rate,
         "mfu": rate * run.flops_per_token / run.resolved.peak_flops,
         "elapsed_s": now.elapsed_s,
-        **{name: value for name, value in place.items() if value is not None},
+        **({} if epoch is None else {"epoch": epoch}),
+        **({"segment": now.segment} if segments else {}),
     }
 
 

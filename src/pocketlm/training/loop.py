@@ -89,6 +89,7 @@ def train(
             listener.started(info(run, state))
             if weights:
                 _replace(run, state, weights)
+            run.order_rows(state.progress)
             compile_that_fits(run, state)
             with stop_on_signal() as stop:
                 _loop(run, state, stop)
@@ -241,6 +242,7 @@ def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequ
         stop.check()
         run.await_rows(state.progress, stop.check)
         late.put(step_that_fits(run, state, stop.check))
+        state.progress.enter(run.loader.segment(run.config.data.segment_pieces, state.progress.position))
         if state.progress.micro_batch == durable:
             continue
         durable = state.progress.micro_batch

@@ -33,6 +33,10 @@ class Progress(BaseModel):
     """Rows consumed, those that were left out too; the order's clock."""
     tokens: Natural = 0
     """Tokens of the steps done."""
+    segment: Natural = 0
+    """That of the last row consumed, of text that streams in segments."""
+    entered_at: Natural = 0
+    """The last step that was the first in its segment."""
     smoothed_loss: Finite | None = None
     """Exponential mean of the training loss."""
     evaluated_at: Natural = 0
@@ -61,6 +65,11 @@ class Progress(BaseModel):
     def trouble_began(self) -> int:
         """The step before which a checkpoint must have been made to be one to go back to."""
         return self.skips[0] if self.skips else self.step
+
+    def enter(self, segment: int) -> None:
+        """Notes where in the text a step has come to."""
+        if segment != self.segment:
+            self.segment, self.entered_at = segment, self.step
 
     def rate(self, metric: float, keep: int) -> None:
         """Rates the checkpoint of this step; `keep` of the best are remembered."""

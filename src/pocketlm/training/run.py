@@ -65,9 +65,7 @@ class Run:
 
     def saves(self, now: Progress) -> bool:
         """Whether a boundary has a regular checkpoint: the beginning has, and the first step in each segment."""
-        rows, size = self.config.rows_per_step, self.config.data.segment_pieces
-        due = self._due(now.step, self.config.train.checkpoint_every)
-        return due or (now.step > 0 and self.loader.enters_segment(size, now.position, rows))
+        return self._due(now.step, self.config.train.checkpoint_every) or now.entered_at == now.step > 0
 
     def branches(self, step: int) -> bool:
         """Whether a checkpoint is made for what may come of it, as when a signal comes: the run is as without it."""
@@ -89,9 +87,15 @@ class Run:
             DataError: they do not come.
         """
         if self.supply:
-            rows = self.config.rows_per_step
-            left = rows * (self.config.train.total_steps - now.step)
-            self.supply.await_rows(now.position, rows, left, check)
+            self.supply.await_rows(now.position, self.config.rows_per_step, self._rows_left(now), check)
+
+    def order_rows(self, now: Progress) -> None:
+        """Lets the rows of the next steps come, where they are not all there."""
+        if self.supply:
+            self.supply.order(now.position, self.config.rows_per_step, self._rows_left(now))
+
+    def _rows_left(self, now: Progress) -> int:
+        return self.config.rows_per_step * (self.config.train.total_steps - now.step)
 
     @property
     def flops_per_token(self) -> float:
