@@ -49,7 +49,7 @@ GOALS = {
     "R19": Goal("SIGTERM, SIGINT, SIGUSR1 at 100 instants: a valid checkpoint, gone in 20 s, an equal resume", RANKS),
     "R20": Goal(
         "nothing hangs: what stalls becomes a named error in time, and never exit code 0",
-        "a stall has no timeout yet; there are no loader workers and no collectives that could stall",
+        "a feeder of text that hangs, other than in a request; there are no collectives yet that could",
     ),
     "R21": Goal("after 50 kills no process, temporary file or lock is left; a second run in a folder refuses"),
     # hostile files

@@ -15,7 +15,7 @@ from pocketlm.cli.main import main
 from pocketlm.config import Config, DataConfig
 from pocketlm.data import feed
 from pocketlm.data.prepare import prepare
-from pocketlm.data.streamed import open_as_run, open_streamed
+from pocketlm.data.streamed import PieceStream, open_as_run, open_streamed
 from pocketlm.errors import DataError
 from pocketlm.text.documents import BEGINNING, Document, Place
 from pocketlm.text.sources import Remembering, open_source
@@ -106,6 +106,22 @@ def test_an_unfinished_set_and_the_finished_one_are_the_same(tmp_path: Path) -> 
     assert finished.fingerprint == begun.fingerprint == open_streamed(tmp_path / "set", config).fingerprint
     assert (finished.val.read(0, 500) == first).all()
     assert open_as_run(tmp_path / "set", DataConfig(**SYNTHETIC | {"stream": "off"})).fingerprint != begun.fingerprint
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="where a file is mapped is read from /proc")
+def test_a_piece_that_is_let_go_holds_no_room_on_the_disk(tmp_path: Path) -> None:
+    """A file that is removed keeps its room as long as it is mapped."""
+    config = DataConfig(**SYNTHETIC, dir=str(tmp_path / "set"), val_tokens=500)
+    prepare(config, progress=lambda line: None)
+    stream = PieceStream(tmp_path / "set", 257)
+    entries = open_as_run(tmp_path / "set", config)
+    for shard in entries.train.shards[:2]:
+        stream.add({"name": shard.path.name, "tokens": shard.layout.tokens} | shard.entry)
+    del entries
+    stream.read(0, 10)
+    assert "train-00000.tokens" in Path("/proc/self/maps").read_text()
+    stream.keep([1])
+    assert "train-00000.tokens" not in Path("/proc/self/maps").read_text()
 
 
 def test_a_validation_text_of_the_first_pieces_without_a_stream(
