@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,16 @@ def _streams(data: DataConfig) -> Iterator[str]:
         )
     if data.keep_segments == 1:
         yield "data.keep_segments: given 1, allowed is 0 for all, or at least 2: one is read while the next one comes"
+
+
+def unknown_field(name: str, fields: Sequence[str]) -> str:
+    """One line that says that a field does not exist, and which one is nearest."""
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+    same_ending = [field for field in fields if field.rpartition(".")[2] == name.rpartition(".")[2]]
+    hint = (same_ending or near or [""])[0]
+    return f"no field {name!r}" + (
+        f"; did you mean --{hint.replace('_', '-')}?" if hint else "; see pocketlm train --help"
+    )
 
 
 def problems(error: ValidationError) -> list[str]:

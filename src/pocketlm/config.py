@@ -16,7 +16,6 @@ Every field is a flag: `--optim.lr 3e-4`. All ways in meet in `Config.build`, wh
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,7 +23,7 @@ from typing import Annotated, Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pocketlm.clashes import clashes, problems
+from pocketlm.clashes import clashes, problems, unknown_field
 from pocketlm.errors import ConfigError, FileError
 from pocketlm.field_types import (
     MAX_SIZE,
@@ -408,7 +407,7 @@ class Config(Section):
             ConfigError: every unknown key (with the nearest name), wrong value and clash, one line each.
         """
         given = dict(flat(tree)) | {_field_name(name): value for name, value in (overrides or {}).items()}
-        unknown = [unknown_field(name) for name in given if name not in FIELDS]
+        unknown = [unknown_field(name, FIELDS) for name in given if name not in FIELDS]
         known = {name: None if value == "none" else value for name, value in given.items() if name in FIELDS}
         try:
             config = cls.model_validate(nested(known))
@@ -459,16 +458,6 @@ def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 FIELDS = tuple(_fields(Config))
-
-
-def unknown_field(name: str) -> str:
-    """One line that says that a field does not exist, and which one is nearest."""
-    near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.5)
-    same_ending = [field for field in FIELDS if field.rpartition(".")[2] == name.rpartition(".")[2]]
-    hint = (same_ending or near or [""])[0]
-    return f"no field {name!r}" + (
-        f"; did you mean --{hint.replace('_', '-')}?" if hint else "; see pocketlm train --help"
-    )
 
 
 def _field_name(flag: str) -> str:

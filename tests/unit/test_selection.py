@@ -16,8 +16,8 @@ import pytest
 from pocketlm.cli.main import main
 from pocketlm.config import DataConfig
 from pocketlm.data import prepare as preparation
-from pocketlm.data.pieces import hash_of
 from pocketlm.data.prepare import prepare
+from pocketlm.data.sealed import hash_of
 from pocketlm.data.selection import selection_tree
 from pocketlm.data.shards import Dataset, TokenStream, open_dataset, sample_documents
 from pocketlm.errors import DataError

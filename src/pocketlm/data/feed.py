@@ -26,7 +26,8 @@ from typing import Any, TextIO
 from pocketlm.config import DataConfig
 from pocketlm.data.loader import Loader
 from pocketlm.data.order import Rows, cut_rows
-from pocketlm.data.pieces import Plan, Tree, read_plan
+from pocketlm.data.pieces import Plan, read_plan
+from pocketlm.data.sealed import Tree
 from pocketlm.data.segments import segments, turn_of, turns_of
 from pocketlm.data.streamed import PieceStream, StreamedDataset, num_tokens, open_finished, open_unfinished
 from pocketlm.errors import DataError, PocketError, UsageError

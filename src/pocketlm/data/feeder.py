@@ -38,7 +38,6 @@ from pocketlm.data.pieces import (
     Plan,
     Progress,
     Report,
-    Tree,
     Writer,
     begin_of,
     disowned,
@@ -48,6 +47,7 @@ from pocketlm.data.pieces import (
     whole_piece,
 )
 from pocketlm.data.prepare import prepare
+from pocketlm.data.sealed import Tree
 from pocketlm.errors import DataError, PocketError
 from pocketlm.text.bulk import BulkEncoder, Unequal
 from pocketlm.text.sources import Source

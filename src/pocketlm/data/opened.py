@@ -12,8 +12,8 @@ from pocketlm.config import DataConfig
 from pocketlm.data.feed import Feed, Supply
 from pocketlm.data.loader import Loader
 from pocketlm.data.mixture import MixedSupply, Mixture, shares
-from pocketlm.data.pieces import hash_of
 from pocketlm.data.prepare import prepare
+from pocketlm.data.sealed import hash_of
 from pocketlm.data.shards import COUNTS, Dataset, Ids, TokenStream
 from pocketlm.data.streamed import StreamedDataset, open_as_run
 from pocketlm.errors import DataError

@@ -1,29 +1,27 @@
 """The work on an unfinished data set: its plan, and the pieces that are written one after the other.
 
-plan.json and piece-*.json say how far the work is. Each carries a hash of itself, and the SHA-256 of what was written
-beside it: what a later run finds changed, it makes again. A hash keeps nobody from writing nonsense, so their shape is
-checked too. Where copies are left out, piece-*.seen is what later pieces must know of this one.
+plan.json and piece-*.json (sealed.py) say how far the work is, with the SHA-256 of what was written beside them. Where
+copies are left out, piece-*.seen is what later pieces must know of this one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from pocketlm.data.sealed import Tree, hash_of, sealed, unsealed
 from pocketlm.data.selection import COUNT, Selection, reasons
-from pocketlm.data.shards import COUNTS, TOKENIZER_FILE, Tokens, misfit, shard_chunks, token_dtype
+from pocketlm.data.shards import COUNTS, TOKENIZER_FILE, Tokens, shard_chunks, token_dtype
 from pocketlm.data.split import Split, text_bytes
 from pocketlm.errors import DataError, FileError
 from pocketlm.files import remove_file, write_file
-from pocketlm.reading import Entry, read_bytes, read_json, read_text, verify_file
+from pocketlm.reading import Entry, read_bytes, read_text, verify_file
 from pocketlm.text.bulk import BulkEncoder, Unequal
 from pocketlm.text.documents import BEGINNING, Document, Place
 from pocketlm.text.sources import Remote, Source
@@ -37,7 +35,6 @@ BATCH_CHARS = 1 << 21  # of text tokenized at once
 REPORT_EVERY_S = 5.0
 
 Progress = Callable[[str], None]
-Tree = dict[str, Any]
 
 # what plan.json and piece-*.json have at least, and of what types
 FILE = {"bytes": int, "sha256": str}
@@ -432,29 +429,3 @@ class Report:
         if self.remote:
             line += f"; {self.documents:,} documents read, {self.remote.status()}"
         self.progress(line)
-
-
-# --- files that carry their own hash
-
-
-def sealed(tree: Tree) -> bytes:
-    """A JSON file with its own hash."""
-    return json_bytes({"hash": hash_of(tree)} | tree)
-
-
-def unsealed(path: Path, shape: Tree) -> Tree | None:
-    """What `sealed` wrote; None if it is missing or damaged, or nothing of this version's, which has this shape."""
-    try:
-        tree = read_json(path)
-    except FileError:
-        return None
-    return tree if tree.pop("hash", None) == hash_of(tree) and misfit(tree, shape) is None else None
-
-
-def json_bytes(tree: Tree) -> bytes:
-    """In ASCII: a path given on the command line need not be UTF-8."""
-    return (json.dumps(tree, indent=1) + "\n").encode()
-
-
-def hash_of(tree: Tree) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

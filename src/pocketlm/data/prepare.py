@@ -34,15 +34,11 @@ from pocketlm.data.pieces import (
     SEEN_FILES,
     Plan,
     Progress,
-    Tree,
-    hash_of,
-    json_bytes,
     numbered,
     read_plan,
-    sealed,
-    unsealed,
     write_pieces,
 )
+from pocketlm.data.sealed import Tree, hash_of, json_bytes, sealed, unsealed
 from pocketlm.data.selection import Selection, added_up, in_words, memory_in_words, selection_tree
 from pocketlm.data.shards import COUNTS, DATASET_FILE, SCHEMA, TOKENIZER_FILE, open_dataset, token_dtype
 from pocketlm.data.split import Split, Survey, survey

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from pocketlm.config import DataConfig
-from pocketlm.data.pieces import PLAN, PLAN_FILE, Progress, Tree, unsealed
+from pocketlm.data.pieces import PLAN, PLAN_FILE, Progress
+from pocketlm.data.sealed import Tree, unsealed
 from pocketlm.data.selection import selection_tree, side_by_side
 from pocketlm.data.shards import DATASET_FILE, open_dataset
 from pocketlm.errors import DataError

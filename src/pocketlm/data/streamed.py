@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from pocketlm.config import DataConfig
-from pocketlm.data.pieces import Plan, Tree, hash_of, is_last, known_pieces, read_plan
+from pocketlm.data.pieces import Plan, is_last, known_pieces, read_plan
 from pocketlm.data.prepare import dataset_info
+from pocketlm.data.sealed import Tree, hash_of
 from pocketlm.data.shards import SHARD_VERSION, Dataset, Ids, Shard, TokenStream, open_dataset
 from pocketlm.data.standing import is_finished
 from pocketlm.errors import DataError
