@@ -1,6 +1,6 @@
 """Training on text that streams over a slow line: how soon the first step is, and whether training waits after it.
 
-    python benchmarks/streaming.py TEXTS [--gpt2 FOLDER] [--mbit 20] [--steps 60] [--cases first segments killed memory]
+    python benchmarks/streaming.py TEXTS [--gpt2 FOLDER] [--mbit 20] [--steps 36] [--cases first segments killed memory]
 
 TEXTS is a folder of .jsonl.gz files with web text (fineweb-sample, openwebtext-sample, c4-sample). They are served as
 Parquet by tests/stand_in.py, at so many Mbit/s: `000_00000` in groups of 1,000 rows, `000_00001` with 210 MB of text in
@@ -41,8 +41,8 @@ NAME, CONFIG = "HuggingFaceFW/fineweb", "sample-10BT"
 FILES = ("fineweb-sample", "openwebtext-sample", "c4-sample")
 LARGE_BYTES = 210_000_000
 SMALL_SEGMENTS = {
-    "data.piece_documents": 100,
-    "data.segment_pieces": 2,
+    "data.piece_documents": 50,
+    "data.segment_pieces": 1,
     "data.val_tokens": 2000,
     "data.val_fraction": 0.05,
 }
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("--gpt2", default="gpt2", help="GPT-2's tokenizer: gpt2, or the folder of its files")
     parser.add_argument("--mbit", type=float, default=20.0)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     options = parser.parse_args()
     train = [{"split": "train", "path": "sample/10BT/*"}]

@@ -23,11 +23,18 @@ from pocketlm.text.sources import Remembering, open_source
 SYNTHETIC = {"source": "synthetic", "tokenizer": "byte", "piece_documents": 50, "val_fraction": 0.1, "stream": "on"}
 
 
+ENDED = feed.Ended(DataError("it has ended"))
+
+
+def raised(error: Exception) -> Any:
+    raise error
+
+
 class Scripted:
     """A feeder that says what the test has it say."""
 
     def __init__(self, config: DataConfig) -> None:
-        self.says, self.heard_orders = deque[dict[str, Any]](), list[dict[str, Any]]()
+        self.says, self.heard_orders = deque[Any](), list[dict[str, Any]]()
 
     def order(self, order: dict[str, Any]) -> None:
         self.heard_orders.append(order)
@@ -37,7 +44,8 @@ class Scripted:
         return bool(self.says)
 
     def heard(self, check: Callable[[], None]) -> dict[str, Any]:
-        return self.says.popleft()
+        message = self.says.popleft()
+        return raised(message) if isinstance(message, feed.Ended) else message
 
     def close(self) -> None:
         pass
@@ -63,6 +71,25 @@ def test_what_an_order_on_its_way_lets_go_is_not_there(monkeypatch: pytest.Monke
     said.says.append({"there": 7, "number": 3})
     ours.hear_all(feed.nothing_to_check)
     assert ours.known.there == {0, 1, 7}
+
+
+def test_a_feeder_that_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at the end either, where all pieces are there and only the mark of a whole set is lacking. Rows that are
+    lacking are asked for once more."""
+    monkeypatch.setattr(feed, "Feeder", Scripted)
+    ours = feed.Feed(DataConfig(**SYNTHETIC), print)
+    ours.known.complete = True
+    ours.order([], None)
+    said: Any = ours._feeder
+    said.says.append(ENDED)
+    ours.hear_all(feed.nothing_to_check)
+    assert ours._feeder is None
+    ours.close()
+    monkeypatch.setattr(Scripted, "heard", lambda self, check: raised(ENDED))
+    ours.hear(feed.nothing_to_check)
+    assert ours._feeder is None, "the second one has ended, too"
+    with pytest.raises(DataError, match="it has ended"):
+        ours.hear(feed.nothing_to_check)
 
 
 def feeder(lines: str, folder: Path) -> tuple[int, list[dict[str, Any]]]:

@@ -209,6 +209,7 @@ class Feed:
                     self.order([len(self.known.entries)], keep)
                 self._hear(nothing_to_check)
         except Ended as ended:
+            self._end(ended)
             raise ended.refusal from None
         self._dataset = dataset
         return dataset
@@ -252,8 +253,10 @@ class Feed:
             self._end(ended)
 
     def _end(self, ended: Ended) -> None:
-        self.close()
-        self._ended = ended
+        """Nothing more will be heard of this feeder."""
+        assert self._feeder is not None
+        self._feeder.close()
+        self._feeder, self._ended = None, ended
 
     def _hear(self, check: Check, *, is_waiting: bool = True) -> None:
         """Takes in one message; of how far the text is who does not wait needs to know nothing."""
@@ -276,7 +279,8 @@ class Feed:
                 self._is_there(piece, number)
             case {"finished": folder}:
                 known.finished = Path(folder)
-                self.close()
+                self._feeder.close()
+                self._feeder = None
             case _:
                 raise AssertionError(message)
 
@@ -298,10 +302,12 @@ class Feed:
     def close(self) -> None:
         """Ends the other process, if it has not ended. A set that has only to be marked as whole is waited for."""
         known = self.known
-        if self._feeder and known.complete and self._ordered.get("keep", ()) is None:
-            with suppress(Ended):
-                while not known.finished and known.there.issuperset(range(len(known.entries))):
-                    self._hear(nothing_to_check, is_waiting=False)
+        is_whole = known.complete and known.there.issuperset(range(len(known.entries)))
+        try:
+            while self._feeder and is_whole and self._ordered.get("keep", ()) is None:
+                self._hear(nothing_to_check, is_waiting=False)
+        except Ended as ended:
+            self._end(ended)
         if self._feeder:
             self._feeder.close()
             self._feeder = None
