@@ -9,8 +9,8 @@ one row group, the same texts again and again behind a number. The real client r
     first      `pocketlm train smallm` with its own sizes of pieces; seconds from the command to the first step
     segments   smallm with small pieces: at least three segments pass; seconds waited for data, and the most that was on
                the disk
-    killed     the same again, killed while it fetches, while the feeder tokenizes, and while it trains, and taken up
-               again: whether the weights at the end are those of `segments`, byte for byte
+    killed     the same again, killed while it trains, then while it fetches, then its feeder while it writes tokens:
+               whether the weights at the end are those of `segments`, byte for byte
     memory     `pocketlm data prepare` of the second file, without a limit of the rate; the largest resident size
 """
 
@@ -134,40 +134,40 @@ def weights(run: Path) -> str:
 
 
 def killed(hub: StandIn, work: Path, options: argparse.Namespace) -> None:
-    """Each kill comes when some segments are behind: at a request, when a piece is being written, at a checkpoint."""
-    whole = weights(work / "segments")
-    for when in ("it fetches", "the feeder tokenizes", "it trains"):
-        words = segmented(work, when.replace(" ", "-"), options)
-        run, data = Path(words[3]), Path(words[words.index("--data.dir") + 1])
-        with started(hub, words) as process:
-            if when == "it trains":
-                assert process.stderr is not None
-                for line in process.stderr:
-                    if line.startswith("saved") and "step-00000000" not in line:
-                        process.kill()
-            else:
-                killed_in(hub, process, run, data, feeder=when == "the feeder tokenizes")
-                process.communicate()
-        hub.fault = lambda request: None
-        steps = sorted(path.name for path in run.glob("checkpoints/step-*"))
-        with started(hub, words) as process:
-            _, said = process.communicate()
-        assert process.returncode == 0, said
-        print(
-            f"  killed while {when}, at {steps[-1]}: {'the same weights' if weights(run) == whole else 'OTHER WEIGHTS'}"
-        )
+    """One run, taken up after each kill. What a feeder has in memory dies with it, so each new one fetches."""
+    words = segmented(work, "killed", options)
+    run, data = work / "killed", work / "killed-data"
+    with started(hub, words) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("saved") and "step-00000000" not in line:
+                process.kill()
+    print(f"  killed while it trains, behind {newest(run)}", flush=True)
+    with started(hub, words) as process:
+        hub.fault = lambda request: process.kill() if request.range and list(data.glob("piece-*")) else None
+        process.communicate()
+    hub.fault = lambda request: None
+    print(f"  killed while it fetches, behind {newest(run)}", flush=True)
+    with started(hub, words) as process:
+        while process.poll() is None and not kill_at_half_a_piece(process, data):
+            pass
+        _, said = process.communicate()
+    assert process.returncode == 0, said
+    print(f"  the feeder killed while it writes: {said.count('it is begun anew')} time(s) begun anew")
+    print(f"  {'the same' if weights(run) == weights(work / 'segments') else 'OTHER'} weights at {newest(run)}")
 
 
-def killed_in(hub: StandIn, process: subprocess.Popen[str], run: Path, data: Path, *, feeder: bool) -> None:
-    """Kills the run at a request, or its feeder when a piece of tokens is half-written."""
-    if not feeder:
-        hub.fault = lambda request: process.kill() if len(list(run.glob("checkpoints/step-*"))) > 1 else None
-        return
-    while process.poll() is None:
-        if any(data.glob("train-0000[4-9].tokens.tmp-*")):
-            for child in psutil.Process(process.pid).children():
-                child.kill()
-            return
+def newest(run: Path) -> str:
+    return max(path.name for path in run.glob("checkpoints/step-*"))
+
+
+def kill_at_half_a_piece(process: subprocess.Popen[str], data: Path) -> bool:
+    """Kills the feeder if it is writing tokens."""
+    if not any(data.glob("train-*.tokens.tmp-*")):
+        return False
+    for child in psutil.Process(process.pid).children():
+        child.kill()
+    return True
 
 
 def memory(hub: StandIn, work: Path, options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pocketlm.config import DataConfig
-from pocketlm.data import pieces
+from pocketlm.data import pieces, sealed
 from pocketlm.data.pieces import MAX_PIECES, Report
 from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import (
@@ -493,7 +493,7 @@ def test_the_largest_number_of_pieces_can_be_read_again(tmp_path: Path) -> None:
     write_manifest(tmp_path, {name: {"bytes": 10**12, "sha256": "0" * 64} for name in names})
     assert len(read_manifest(tmp_path)) == 2 * MAX_PIECES
     shards = [{"name": name, "documents": 10**9, "tokens": 10**12, "text_bytes": 10**12} for name in names]
-    write_file(tmp_path / "dataset.json", pieces.json_bytes({"split": {"shards": shards}}))
+    write_file(tmp_path / "dataset.json", sealed.json_bytes({"split": {"shards": shards}}))
     assert len(read_json(tmp_path / "dataset.json")["split"]["shards"]) == 2 * MAX_PIECES
 
 
