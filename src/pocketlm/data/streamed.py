@@ -198,6 +198,8 @@ def open_streamed(folder: Path, config: DataConfig) -> StreamedDataset:
     plan = read_plan(folder)
     entries = known_pieces(plan) if plan else []
     dataset = open_unfinished(plan, entries, config, is_last(plan, entries)) if plan else None
+    if dataset is None and is_finished(folder):  # it was, in this moment
+        return open_finished(folder, config)
     if dataset is None:
         raise DataError(f"{folder} has not come as far as its validation text; run the command that makes it again")
     return dataset
