@@ -8,8 +8,8 @@ other weights whenever a run wants.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pocketlm.data.feed import Check, Supply
 from pocketlm.data.loader import Loader
-from pocketlm.data.order import VERSION, Indices, permute
+from pocketlm.data.order import VERSION, Indices, key_of, permute
 
 BLOCK = 1024
 
@@ -30,21 +30,24 @@ def shares(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(rows.tolist())
 
 
-def block_sources(seed: int, block: int, rows: Sequence[int]) -> Indices:
-    """The source of each row of a block. (BLOCK,) int64."""
-    text = f"pocketlm mixture {VERSION}: {seed} {block}"
-    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
-    return np.searchsorted(np.cumsum(rows), permute(np.arange(BLOCK, dtype=np.int64), BLOCK, key), side="right")
+@lru_cache(maxsize=8)  # a step asks several times for the block that it is in, and perhaps the next
+def block_sources(seed: int, block: int, rows: tuple[int, ...]) -> Indices:
+    """The source of each row of a block. (BLOCK,) int64, not to be written to."""
+    key = key_of(f"pocketlm mixture {VERSION}: {seed} {block}")
+    places = permute(np.arange(BLOCK, dtype=np.int64), BLOCK, key)
+    sources: Indices = np.searchsorted(np.cumsum(rows), places, side="right")
+    sources.flags.writeable = False
+    return sources
 
 
-def consumed(seed: int, rows: Sequence[int], position: int) -> tuple[int, ...]:
+def consumed(seed: int, rows: tuple[int, ...], position: int) -> tuple[int, ...]:
     """How many rows of each source lie before a position: the source's own position."""
     block, inside = divmod(position, BLOCK)
     part = np.bincount(block_sources(seed, block, rows)[:inside], minlength=len(rows))
     return tuple((block * np.asarray(rows, dtype=np.int64) + part).tolist())
 
 
-def sources_at(seed: int, rows: Sequence[int], position: int, count: int) -> Indices:
+def sources_at(seed: int, rows: tuple[int, ...], position: int, count: int) -> Indices:
     """The source of each row at positions position .. position + count - 1. (count,) int64."""
     first, last = position // BLOCK, (position + count - 1) // BLOCK
     blocks = [block_sources(seed, block, rows) for block in range(first, last + 1)]

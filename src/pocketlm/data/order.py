@@ -96,8 +96,12 @@ def rows_at(rows: Rows, seed: int, position: int, count: int) -> Indices:
 
 def order_key(seed: int, epoch: int, piece: int) -> int:
     """64 bits that name one permutation."""
-    text = f"pocketlm order {VERSION}: {seed} {epoch} {piece}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return key_of(f"pocketlm order {VERSION}: {seed} {epoch} {piece}")
+
+
+def key_of(name: str) -> int:
+    """The key of a permutation, 64 bits, from a name that no other one has."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def permute(indices: Indices, size: int, key: int) -> Indices:
