@@ -18,7 +18,6 @@ on reads the rows of earlier pieces and comes to the same verdicts.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zlib
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pocketlm.data.split import hash_of_text
 from pocketlm.errors import DataError
 
 if TYPE_CHECKING:
@@ -96,11 +96,6 @@ class Kept:
             for signature in table["signature"]:
                 self.near.add(signature)
         return True
-
-
-def hash_of_text(text: str) -> int:
-    """The first 64 bits of its SHA-256."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 class NearIndex:

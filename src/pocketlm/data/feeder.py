@@ -190,8 +190,7 @@ class _Pieces:
 
 def main() -> int:
     """Serves the run at stdin and stdout; what libraries print goes to stderr."""
-    if hasattr(os, "nice"):
-        os.nice(NICENESS)
+    os.nice(NICENESS)
     answers = Answers(os.fdopen(os.dup(1), "w"))
     os.dup2(2, 1)
     config = DataConfig.model_validate_json(sys.stdin.readline())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -315,13 +315,8 @@ def _write_piece(
         place = last._replace(row=last.row + 1)
         report.add(size, len(batch))
     entry: Tree = {"plan": plan.hash, "next": place._asdict()} | counts
-    if known and any(
-        collected.entry(tokenizer.vocab_size) != _file_of(known[name]) for name, collected in shards.items()
-    ):
-        raise DataError(
-            f"piece {piece} of {plan.folder} is not what it was when it was first made: the source gives other text; "
-            "delete the folder, and begin the run anew with a new --out"
-        )
+    if known:
+        _check_same(plan, piece, shards, known)
     for name, collected in shards.items():
         entry[name] = collected.write(_shard_file(plan, name, piece), tokenizer.vocab_size)
     if plan.selection:
@@ -332,9 +327,23 @@ def _write_piece(
     return entry
 
 
-def _file_of(shard: Tree | None) -> Entry | None:
-    """Size and hash of a shard, as piece-*.json has them."""
-    return {name: shard[name] for name in FILE} if shard else None
+def _check_same(plan: Plan, piece: int, shards: Mapping[str, Collected], known: Tree) -> None:
+    """What was made again is what it was, before any of it is written.
+
+    Raises:
+        DataError: it is not.
+    """
+    for name, collected in shards.items():
+        if collected.entry(plan.tokenizer.vocab_size) != (known[name] and file_of(known[name])):
+            raise DataError(
+                f"piece {piece} of {plan.folder} is not what it was when it was first made: the source gives other "
+                "text; delete the folder, and begin the run anew with a new --out"
+            )
+
+
+def file_of(tree: Tree) -> Entry:
+    """Size and hash of a file, out of all that is said of it."""
+    return {name: tree[name] for name in FILE}
 
 
 class Collected:

@@ -34,6 +34,7 @@ from pocketlm.data.pieces import (
     SEEN_FILES,
     Plan,
     Progress,
+    file_of,
     numbered,
     read_plan,
     write_pieces,
@@ -344,15 +345,11 @@ def _clear(folder: Path) -> None:
 def _finish(plan: Plan, pieces: list[Tree]) -> None:
     """Writes what the set is, and the manifest with the hashes of what was written, not of what is on the disk now."""
     shards = [shard for piece in pieces for split in ("train", "val") if (shard := piece[split])]
-    files = {shard["name"]: _entry(shard) for shard in shards}
-    files[TOKENIZER_FILE] = _entry(plan.tree["tokenizer"])
+    files = {shard["name"]: file_of(shard) for shard in shards}
+    files[TOKENIZER_FILE] = file_of(plan.tree["tokenizer"])
     files[DATASET_FILE] = write_file(plan.folder / DATASET_FILE, json_bytes(dataset_info(plan, pieces)))
     write_manifest(plan.folder, files)
     _remove_working_files(plan.folder)
-
-
-def _entry(tree: Tree) -> Entry:
-    return {name: tree[name] for name in ("bytes", "sha256")}
 
 
 def dataset_info(plan: Plan, pieces: Sequence[Tree]) -> Tree:

@@ -75,7 +75,12 @@ def text_bytes(text: str) -> int:
 
 def is_validation(text: str, fraction: float) -> bool:
     """The hash rule."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 < fraction
+    return hash_of_text(text) / 2**64 < fraction
+
+
+def hash_of_text(text: str) -> int:
+    """The first 64 bits of the SHA-256 of its UTF-8."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def cut_at_line(text: str, byte: int) -> tuple[str, str]:

@@ -10,23 +10,21 @@ What tells two such sets apart is what their bytes follow from, not their bytes:
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pocketlm.config import DataConfig
-from pocketlm.data.pieces import Plan, is_last, known_pieces, read_plan
+from pocketlm.data.pieces import Plan, file_of, is_last, known_pieces, read_plan
 from pocketlm.data.prepare import dataset_info
 from pocketlm.data.sealed import Tree, hash_of
 from pocketlm.data.shards import SHARD_VERSION, Dataset, Ids, Shard, TokenStream, open_dataset
 from pocketlm.data.standing import is_finished
 from pocketlm.errors import DataError
-from pocketlm.reading import Entry
 
 
 class PieceStream(TokenStream):
@@ -78,12 +76,8 @@ class PieceStream(TokenStream):
         if piece not in self._open:
             entry = self._entries[piece]
             assert entry is not None, piece
-            self._open[piece] = Shard(self.folder / entry["name"], _file(entry), self.vocab_size)
+            self._open[piece] = Shard(self.folder / entry["name"], file_of(entry), self.vocab_size)
         return self._open[piece]
-
-
-def _file(entry: Mapping[str, Any]) -> Entry:
-    return {name: entry[name] for name in ("bytes", "sha256")}
 
 
 @dataclass(frozen=True)
@@ -178,12 +172,12 @@ def open_unfinished(plan: Plan, entries: Sequence[Tree], config: DataConfig, com
         return None
     folder, vocab_size = plan.folder, plan.tokenizer.vocab_size
     held_out = [shard for entry in entries[:count] if (shard := entry["val"])]
-    val = TokenStream([Shard(folder / shard["name"], _file(shard), vocab_size) for shard in held_out])
+    val = TokenStream([Shard(folder / shard["name"], file_of(shard), vocab_size) for shard in held_out])
     train = PieceStream(folder, vocab_size)
     for entry in entries:
         train.add(entry["train"])
     train.complete = complete
-    files = {shard["name"]: _file(shard) for shard in held_out}
+    files = {shard["name"]: file_of(shard) for shard in held_out}
     return StreamedDataset(folder, dataset_info(plan, entries), files, plan.tokenizer, train, val)
 
 
