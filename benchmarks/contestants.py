@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pocketlm import distributed
+from pocketlm import machine
 from pocketlm.config import Config, ModelConfig
 from pocketlm.data.loader import Loader
 from pocketlm.data.shards import open_dataset
@@ -72,7 +72,7 @@ def config_of(task: Task, flags: Set[str] = frozenset()) -> Config:
 
 def pocketlm(task: Task, flags: Set[str], boundary: Boundary) -> None:
     config = config_of(task, flags)
-    runtime = distributed.start(config.train)
+    runtime = machine.start(config.train)
     resolved = resolve(config, runtime)
     state = new_state(config, resolved, runtime)
     loader = Loader(open_dataset(task.dataset).train, task.context, SEED, config.data.order)

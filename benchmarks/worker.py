@@ -119,7 +119,7 @@ def work(name: str, task: Task, pipe: Connection) -> None:
 
 
 def keep_freed_memory() -> None:
-    """The setting that pocketlm makes for itself (`pocketlm.distributed`), for a peer: before its first tensor."""
+    """The setting that pocketlm makes for itself (`pocketlm.machine`), for a peer: before its first tensor."""
     assert platform.libc_ver()[0] == "glibc"
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)

@@ -296,6 +296,12 @@ class TrainConfig(Section):
     """What is promised of a second run and of a resume; `auto` is bitwise on a CPU, same-data on a GPU."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """CPU threads."""
+    engine: Literal["torch", "lightning"] = "torch"
+    """Who drives the steps: pocketlm's own loop, or lightning.Trainer (the extra [lightning]) around the same steps."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """With several devices: each holds the whole state, or a share of it (FSDP2). `auto`: whole where it fits."""
+    rank_timeout_s: Positive = 600.0
+    """With several devices: one that says nothing for so long is given up, and the run ends with an error."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more work."""
     loss_chunk: Natural = 1024
@@ -345,7 +351,15 @@ class SampleConfig(Section):
 FREE_FIELDS = frozenset(
     {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "schedule.continue_lr"}
     | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "train.on_save_error"}
-    | {"train.tracker", "train.tracker_project", "data.dir", "data.keep_segments"}
+    | {
+        "train.engine",
+        "train.strategy",
+        "train.rank_timeout_s",
+        "train.tracker",
+        "train.tracker_project",
+        "data.dir",
+        "data.keep_segments",
+    }
     | {"guard.spike_sigma", "guard.max_skips", "guard.max_rollbacks"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )

@@ -1,136 +1,260 @@
-"""Where a run computes: device, threads, and what is promised of its determinism.
+"""The processes of a run, its ranks: who each is, and what they say to one another.
 
-Everything is one process on one device here; more ranks are N > 1 of the same thing.
+torchrun starts them, and tells each by its environment who it is; alone, a process is the only rank of its run, every
+method here answers at once, and nothing is sent. What they say is of two kinds:
+
+    numbers of the computation   tensors, over the device's own backend (NCCL on a GPU, gloo on a CPU)
+    words of the run             stop, save, refuse: over gloo between the hosts, so that they never wait for a GPU
+
+Every rank must say the same things in the same order. A rank that has ended, or that says nothing for
+`train.rank_timeout_s`, makes all others raise `RankLost`. What only one rank learns - a signal, a full disk - is made
+known to all at the next word, so that they leave the same step together.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
+import datetime
+import json
 import os
-import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from pocketlm import __version__
-from pocketlm.config import TrainConfig
-from pocketlm.field_types import Determinism
+from pocketlm import errors
+from pocketlm.errors import PocketError, RankLost, one_line
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+T = TypeVar("T")
 
-PROMISES: dict[Determinism, str] = {
-    "bitwise": "a resumed run, and a second one with the same resolved.toml, are equal bit for bit on this machine",
-    "same-data": "the same data in the same order; a second run may differ in the last bits",
-    "off": "the same data in the same order; threads and kernels as they are fastest at each start",
-}
+PATIENCE = datetime.timedelta(days=30)
+"""For another that prepares data or writes a checkpoint. One that has ended is noticed at once."""
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """Where a run computes, decided once at its start."""
+class Ranks:
+    """This process among those of its run."""
 
-    device: torch.device
-    threads: int
-    determinism: Determinism
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Its number on its host."""
+    local_size: int = 1
+    """Ranks on its host."""
+    words: Any = field(default=None, repr=False)
+    """The group that the run's words go through."""
+    patient: Any = field(default=None, repr=False)
+    """The same for words that may be waited for as long as it takes."""
+    saving: Any = field(default=None, repr=False)
+    """The same for the threads that save beside the training."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes, and speaks to the person."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    # --- words
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers, the same on all of them."""
+        if self.alone:
+            return number
+        word = torch.tensor([number], dtype=torch.int64)
+        with _another_may_be_gone():
+            dist.all_reduce(word, dist.ReduceOp.MAX, group=self.words)
+        return int(word.item())
+
+    def from_first(self, make: Callable[[], T], *, patient: bool = False) -> T:
+        """What rank 0 makes, a JSON value, on every rank; what it refuses is refused on every rank."""
+        if self.alone:
+            return make()
+        said, refusal = "", None
+        if self.is_first:
+            said, refusal = _said(make)
+        said = self._broadcast(said, self.patient if patient else self.words)
+        if refusal:
+            raise refusal
+        value: T = _heard(said)
+        return value
+
+    def each(self, do: Callable[[], T], *, patient: bool = False) -> T:
+        """What each rank does for itself. What one of them refuses is refused on all: that of the first such rank."""
+        if self.alone:
+            return do()
+        result, refusal = None, None
+        try:
+            result = do()
+        except (PocketError, OSError) as error:
+            refusal = error
+        group = self.patient if patient else self.words
+        flags = torch.zeros(self.size, dtype=torch.int64)
+        flags[self.rank] = refusal is not None
+        with _another_may_be_gone():
+            dist.all_reduce(flags, group=group)
+        if flags.any():
+            first = int(flags.argmax())
+            said = self._broadcast(_said(lambda: _raise(refusal))[0] if self.rank == first else "", group, first)
+            _heard(said)
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """Each rank's JSON value, in the order of the ranks, on all of them."""
+        if self.alone:
+            return [value]
+        return [
+            json.loads(self._broadcast(json.dumps(value) if self.rank == one else "", group or self.words, one))
+            for one in range(self.size)
+        ]
+
+    def _broadcast(self, text: str, group: Any, source: int = 0) -> str:
+        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
+        size = torch.tensor([len(data)], dtype=torch.int64)
+        with _another_may_be_gone():
+            dist.broadcast(size, source, group=group)
+            data = data if self.rank == source else torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(data, source, group=group)
+        return bytes(data.numpy()).decode()
+
+    # --- numbers
+
+    def add(self, tensor: Tensor) -> None:
+        """Sums a tensor over the ranks, in place; every rank has the same bits."""
+        if not self.alone:
+            with _another_may_be_gone():
+                dist.all_reduce(tensor)
+
+    def spread(self, tensor: Tensor) -> None:
+        """Overwrites a tensor with rank 0's."""
+        if not self.alone:
+            with _another_may_be_gone():
+                dist.broadcast(tensor, 0)
+
+    def joined(self, own: Tensor) -> Tensor:
+        """Every rank's tensor of one shape, stacked: (ranks, *shape) on all of them."""
+        if self.alone:
+            return own[None]
+        parts = own.new_empty((self.size, *own.shape))
+        with _another_may_be_gone():
+            dist.all_gather_into_tensor(parts, own.contiguous()[None])
+        return parts
+
+    # --- work
+
+    def share(self, rows: int, rank: int | None = None) -> range:
+        """The rows of a step that are a rank's own: a stretch, as even as can be, the longer ones first."""
+        return share(rows, self.rank if rank is None else rank, self.size)
 
 
-def start(train: TrainConfig, begun_with: Determinism | None = None) -> Runtime:
-    """Sets threads and determinism for this process.
+ALONE = Ranks()
 
-    `bitwise` holds for a number of threads fixed at the start; the number is part of the run's resolved settings.
+
+def share(count: int, rank: int, size: int) -> range:
+    """A rank's stretch of `count` things: as even as can be, the longer ones first. 7 on 3 ranks are 3, 2 and 2."""
+    least, longer = divmod(count, size)
+    start = rank * least + min(rank, longer)
+    return range(start, start + least + (rank < longer))
+
+
+def turns(rows: int, size: int, micro_batch: int) -> int:
+    """How many micro-batches each rank makes of a step: as many as the one with the most rows needs."""
+    return -(-len(share(rows, 0, size)) // micro_batch)
+
+
+@contextlib.contextmanager
+def join(timeout_s: float) -> Iterator[Ranks]:
+    """This process among those that torchrun started, until the context ends; alone where it started none.
 
     Args:
-        begun_with: the level of a run that goes on; by default the one that is asked for, `auto` resolved.
+        timeout_s: after which a rank that says nothing is given up.
+
+    Raises:
+        RankLost: the others do not come.
     """
-    keep_freed_memory()
-    device = default_device()
-    auto: Determinism = "bitwise" if device.type == "cpu" else "same-data"
-    determinism = begun_with or (auto if train.determinism == "auto" else train.determinism)
-    if determinism == "bitwise":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
-    threads = available_cores() if train.threads == "auto" else train.threads
-    torch.set_num_threads(threads)
-    # The same as use_deterministic_algorithms, without its import of PyTorch's compiler: a second.
-    torch.set_deterministic_debug_mode("error" if determinism == "bitwise" else "default")
-    torch.backends.cudnn.benchmark = determinism == "off"  # tries kernels, and takes the fastest of the day
-    # Deterministic mode would also fill every fresh tensor with NaN: a debugging aid that costs a pass over memory.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return Runtime(device, threads, determinism)
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep the memory that tensors free: 15 % more tokens/s for `tiny`. Other C libraries: nothing.
-
-    By default glibc maps every block above 32 MiB anew and gives the top of the heap back, so that the kernel clears
-    the same pages again at each step (`man mallopt`).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def keep_threads(runtime: Runtime, threads: int) -> Runtime:
-    """The same, with the number of threads that the run began with: sums are split by it. `off` takes today's."""
-    if runtime.determinism == "off":
-        return runtime
-    torch.set_num_threads(threads)
-    return replace(runtime, threads=threads)
-
-
-def all_agree(mine: bool) -> bool:
-    """Whether every rank says yes: the same answer on all of them. Alone, one's own."""
-    return mine
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def versions() -> dict[str, str]:
-    """What bit-exact arithmetic rests on beside the state."""
-    return {
-        "pocketlm": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "cpu": f"{cpu_name()}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "gpu": _gpu() if torch.cuda.is_available() else "none",
-    }
-
-
-def changes(then: Mapping[str, object], device: torch.device) -> list[str]:
-    """What is not as it was where a run began, one phrase each.
-
-    Args:
-        then: its `versions()`, and its device's type as "device".
-    """
-    now = versions() | {"device": device.type}
-    return [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
-
-
-@cache
-def cpu_name() -> str:
-    """What the CPU calls itself."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE
+        return
+    began = not dist.is_initialized()
+    if began:
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        with _another_may_be_gone():
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+        with _another_may_be_gone():
+            groups = [
+                dist.new_group(backend="gloo", timeout=timeout)
+                for timeout in (datetime.timedelta(seconds=timeout_s), PATIENCE, PATIENCE)
+            ]
+        local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, max(1, local_size), *groups)
+    finally:
+        if began:
+            dist.destroy_process_group()
 
 
-def _gpu() -> str:
-    """The first one, and the libraries that compute on it."""
-    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
+@contextlib.contextmanager
+def _another_may_be_gone() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise lost(error) from None
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another rank has ended or is silent: one of torch's, or a text of gloo's."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def lost(error: BaseException) -> RankLost:
+    """What to say of it."""
+    text = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    silent = "imed out" in text or "imeout" in text
+    what = "has said nothing for train.rank_timeout_s" if silent else "has ended"
+    return RankLost(f"another rank {what} ({text}); the same command goes on from the newest checkpoint")
+
+
+def _said(make: Callable[[], Any]) -> tuple[str, Exception | None]:
+    """What a rank makes, or refuses, as a line for the others; and the refusal itself."""
+    try:
+        return json.dumps({"value": make()}), None
+    except PocketError as error:
+        tree = {"refused": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}
+        return json.dumps(tree), error
+    except OSError as error:
+        return json.dumps(
+            {"refused": error.strerror or str(error), "errno": error.errno, "file": error.filename}
+        ), error
+
+
+def _heard(said: str) -> Any:
+    tree = json.loads(said)
+    if "errno" in tree:
+        raise OSError(tree["errno"], tree["refused"], tree["file"])
+    if "refused" in tree:
+        raise errors.again(tree["kind"], tree["refused"], tree["exit_code"])
+    return tree["value"]
+
+
+def _raise(error: Exception | None) -> None:
+    assert error is not None
+    raise error
+
+
+def spread_all(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
+    """Overwrites tensors with rank 0's."""
+    for tensor in tensors:
+        ranks.spread(tensor)

@@ -8,6 +8,7 @@
     +-- FileError        3      a model, checkpoint or run folder that is damaged, missing or in use
     |   +-- Unreadable   3      one that may be whole, but cannot be read here and now
     +-- Diverged         4      training left the finite numbers and could not come back
+    +-- RankLost         1      another process of the run has ended, or is silent
     +-- Interrupted    143      a signal asked the run to stop (130 for Ctrl-C)
 
 A message says what was given, what is allowed and what to type next, on one line; the command line prints it
@@ -15,6 +16,8 @@ without a traceback and leaves with the code. Mistakes of our own stay `assert`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 LINE_CHARS = 10_000
 
@@ -78,9 +81,30 @@ class Diverged(PocketError):
     exit_code = 4
 
 
+class RankLost(PocketError):
+    """Another process of the run has ended, or is silent. It says why; this one only cannot go on without it."""
+
+
 class Interrupted(PocketError):
     """A signal asked the run to stop: everything of the last whole step is saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def again(kind: str, message: str, exit_code: int) -> PocketError:
+    """An error that another process of the run has said, to be raised here too. One of a kind that is not here is a
+    `PocketError`."""
+    kinds: list[type[PocketError]] = [PocketError, *_below(PocketError)]
+    of_that_name: type[PocketError] = next((each for each in kinds if each.__name__ == kind), PocketError)
+    error = of_that_name.__new__(of_that_name)
+    PocketError.__init__(error, *message.split("\n"))
+    error.exit_code = exit_code
+    return error
+
+
+def _below(kind: type[PocketError]) -> Iterator[type[PocketError]]:
+    for below in kind.__subclasses__():
+        yield below
+        yield from _below(below)

@@ -22,11 +22,11 @@ from typing import Literal, Unpack, get_args
 import torch
 
 from pocketlm.checkpoint import Warn, find_checkpoint, load_model, newest_run
-from pocketlm.distributed import default_device
 from pocketlm.errors import UsageError
 from pocketlm.generate import engine
 from pocketlm.generate.engine import Window
 from pocketlm.generate.sampling import Sampling, SamplingOptions
+from pocketlm.machine import default_device
 from pocketlm.model.transformer import Transformer
 from pocketlm.reading import read_json
 from pocketlm.text.tokenizer import TextStream, Tokenizer

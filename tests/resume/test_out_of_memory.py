@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketlm import checkpoint, distributed
+from pocketlm import checkpoint, machine
 from pocketlm.cli.main import main
 from pocketlm.config import Config
 from pocketlm.journal import Journal
@@ -308,7 +308,7 @@ def test_where_another_rank_ran_out_all_of_them_halve(run_with: Any, monkeypatch
 
     fields = {"train.total_steps": 6}
     smaller, _ = run_with("smaller", **fields)
-    monkeypatch.setattr(distributed, "all_agree", agree)
+    monkeypatch.setattr(machine, "all_agree", agree)
     run, faults = run_with("run", **fields)
     assert asked == [True] * 7, "every rank is asked in every step, before anything is advanced"
     assert faults.rows == [16] * 6 + [8] * 16

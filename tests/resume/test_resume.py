@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 
-from pocketlm import distributed
+from pocketlm import machine
 from pocketlm.cli.main import main
 from pocketlm.config import Config
 from pocketlm.model import arithmetic
@@ -47,7 +47,7 @@ def test_where_fp32_would_be_rounded_a_resume_and_an_eval_take_the_exact_one(
     monkeypatch.setattr(arithmetic, "fp32_error", lambda: 1e-3)
     assert main(["eval", "run", "--limit", "40"]) == 0
     assert "elsewhere" not in capsys.readouterr().err, "on the same machine it is as it was chosen"
-    monkeypatch.setattr(distributed, "cpu_name", lambda: "another")
+    monkeypatch.setattr(machine, "cpu_name", lambda: "another")
     assert main(["eval", "run", "--limit", "40"]) == 0
     assert "was trained elsewhere: fp32_matmul is highest, not medium" in capsys.readouterr().err
     heard = Notes()

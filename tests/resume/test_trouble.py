@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pocketlm import checkpoint, distributed, files
+from pocketlm import checkpoint, files, machine
 from pocketlm.config import Config, GuardConfig, OptimConfig
 from pocketlm.errors import Diverged, FileError, Interrupted
 from pocketlm.journal import Journal
@@ -343,7 +343,7 @@ def test_the_host_does_not_wait_between_loss_and_update() -> None:
 
 
 def state_of(config: Config) -> TrainState:
-    runtime = distributed.start(config.train, None)
+    runtime = machine.start(config.train, None)
     return new_state(config, resolve(config, runtime), runtime)
 
 

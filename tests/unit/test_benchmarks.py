@@ -14,7 +14,7 @@ import torch
 
 from pocketlm.config import DataConfig
 from pocketlm.data.prepare import prepare
-from pocketlm.distributed import Runtime
+from pocketlm.machine import Runtime
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 MODULES = ("worker", "peak", "tables", "rounds", "report", "contestants", "training", "saves")
@@ -180,7 +180,7 @@ def test_ours_is_ready_when_it_is_compiled_and_holds_its_copies(
 
     monkeypatch.setattr(contestants.Copies, "of", of)
     monkeypatch.setattr(contestants, "compile_if_wanted", compiled)
-    monkeypatch.setattr(contestants.distributed, "start", lambda train: Runtime(torch.device("cpu"), 1, "off"))
+    monkeypatch.setattr(contestants.machine, "start", lambda train: Runtime(torch.device("cpu"), 1, "off"))
     with pytest.raises(bench.worker.Finished):
         contestants.pocketlm(task, {"eager"}, Boundary())
     assert events == ["off", "copy", "copy", "ready"]

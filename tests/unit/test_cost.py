@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pocketlm.config import Config
 from pocketlm.data.loader import Loader
-from pocketlm.distributed import Runtime
+from pocketlm.machine import Runtime
 from pocketlm.training.resolve import resolve
 from pocketlm.training.run import new_state
 from pocketlm.training.state import TrainState

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketlm import distributed
+from pocketlm import machine
 from pocketlm.config import Config
 from pocketlm.errors import UsageError
 from pocketlm.training import resolve, scaler
@@ -40,7 +40,7 @@ def config_of(dtype: str = "fp16", **fields: Any) -> Config:
 
 
 def state_of(config: Config) -> TrainState:
-    runtime = distributed.start(config.train, None)
+    runtime = machine.start(config.train, None)
     return new_state(config, resolve.resolve(config, runtime), runtime)
 
 

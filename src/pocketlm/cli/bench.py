@@ -73,11 +73,11 @@ def _configs(preset: str | None, overrides: dict[str, Any]) -> list[Config]:
 
 def measured(config: Config, steps: int) -> dict[str, Any]:
     """One result: what `--json` prints of a preset."""
-    from pocketlm import distributed
+    from pocketlm import machine
     from pocketlm.training.probe import device_name, probe
     from pocketlm.training.resolve import resolve
 
-    runtime = distributed.start(config.train)
+    runtime = machine.start(config.train)
     resolved = resolve(config, runtime)
     rows = f"{resolved.micro_batch} row(s) of {config.data.context} at once"
     say(f"{config.name}: {resolved.dtype}, {runtime.threads} thread(s), {rows}, {steps} steps")

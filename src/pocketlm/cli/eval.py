@@ -27,7 +27,7 @@ def run(argv: list[str]) -> int:
 
     import torch
 
-    from pocketlm import checkpoint, distributed
+    from pocketlm import checkpoint, machine
     from pocketlm.evaluate.loss import evaluate_stream
     from pocketlm.model.arithmetic import computing
 
@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
     if arguments.document_masks != "auto":
         model.document_end = tokenizer.end_id if arguments.document_masks == "on" else None
     context, stride = _windows(arguments, model.config.max_position_embeddings)
-    device = distributed.default_device()
+    device = machine.default_device()
     state = checkpoint.read_state(folder) if (folder / checkpoint.STATE).is_file() else {}
     arithmetic = _arithmetic(folder, state, device)
     if arguments.dtype != "auto":
@@ -127,12 +127,12 @@ def _print(report: LossReport) -> None:
 
 def _arithmetic(folder: Path, state: Mapping[str, Any], device: torch.device) -> Arithmetic:
     """As in training; on another machine what of that can be kept, and says so."""
-    from pocketlm import checkpoint, distributed
+    from pocketlm import checkpoint, machine
     from pocketlm.model.arithmetic import usable
 
     arithmetic = checkpoint.trained_with(state)
     then = _tree(state.get("versions")) | {"device": _tree(state.get("resolved")).get("device")}
-    if not state or not distributed.changes(then, device):
+    if not state or not machine.changes(then, device):
         return arithmetic
     arithmetic, why = usable(arithmetic, device)
     if why:

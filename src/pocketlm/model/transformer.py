@@ -80,10 +80,12 @@ class Transformer(nn.Module):
         Folded attention stays as it is: its order of passes is better than what the compiler makes of it.
         """
         as_it_is = torch.compiler.disable(folded_attention)  # type: ignore[no-untyped-call]
+        compiled = torch.compile(run_layers, dynamic=False)
         for module in self.modules():
             if isinstance(module, Attention):
                 module.folded = as_it_is
-        self.model.run_block = torch.compile(run_block, dynamic=False)
+            elif isinstance(module, Block):
+                module.run = compiled
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) int64 -> (B, T, C) after the final norm: what the head, or `loss.py`, multiplies.
@@ -116,7 +118,6 @@ class Decoder(nn.Module):
             self.embed_positions = embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = make_norm(config)
-        self.run_block = run_block
 
     def forward(self, ids: Tensor, cache: KVCache | None, recompute: bool, documents: Documents | None) -> Tensor:
         T = ids.shape[1]
@@ -135,24 +136,12 @@ class Decoder(nn.Module):
         else:
             x = x + self.embed_positions(positions)
         mask = documents.mask if documents is not None else None
-        run = run_block if cache is not None or not torch.is_grad_enabled() else self.run_block
         for block in self.layers:
-            if recompute:
-                x = checkpoint(run, block, x, rotary, mask, use_reentrant=False)
-            else:
-                x = run(block, x, rotary, mask, cache)
+            x = block(x, rotary, mask, cache, recompute)
         if cache is not None:
             cache.advance(T)
         x = self.norm(x)
         return x
-
-
-def run_block(
-    block: nn.Module, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: KVCache | None = None
-) -> Tensor:
-    """One layer as a function of its module, so that compiling it once compiles all of them."""
-    y: Tensor = block(x, rotary, mask, cache)
-    return y
 
 
 class Block(nn.Module):
@@ -166,14 +155,28 @@ class Block(nn.Module):
         self.input_layernorm = make_norm(config)
         if not self.parallel:
             self.post_attention_layernorm = make_norm(config)
+        self.run = run_layers
 
-    def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: KVCache | None = None) -> Tensor:
-        h = self.input_layernorm(x)
-        x = x + self.self_attn(h, rotary, mask, cache)
-        if not self.parallel:
-            h = self.post_attention_layernorm(x)
-        x = x + self.mlp(h)
-        return x
+    def forward(
+        self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: KVCache | None, recompute: bool
+    ) -> Tensor:
+        if recompute:
+            y: Tensor = checkpoint(self.run, self, x, rotary, mask, use_reentrant=False)
+            return y
+        run = self.run if cache is None and torch.is_grad_enabled() else run_layers
+        return run(self, x, rotary, mask, cache)
+
+
+def run_layers(
+    block: Block, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: KVCache | None = None
+) -> Tensor:
+    """What a block computes, as a function of it: compiling it once compiles all blocks, and leaves out their hooks."""
+    h = block.input_layernorm(x)
+    x = x + block.self_attn(h, rotary, mask, cache)
+    if not block.parallel:
+        h = block.post_attention_layernorm(x)
+    x = x + block.mlp(h)
+    return x
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ A run that is killed anywhere is taken up from its newest whole checkpoint, and 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pocketlm import checkpoint
@@ -28,11 +29,15 @@ from pocketlm.training.run import Run, begin, info, set_aside_later
 from pocketlm.training.saving import Saver, prune, regular_steps
 from pocketlm.training.signals import Stopped, StopRequest, exit_signal, stop_on_signal
 from pocketlm.training.state import TrainState, read_state
+from pocketlm.training.step import Outcome
 from pocketlm.training.trackers import IDS, TrackedRun
 from pocketlm.training.watch import Watch
 
 RUN_FILES = re.compile(rf"config\.toml|resolved\.toml|metrics(-\d{{8}})?\.jsonl|report\.html|{re.escape(IDS)}")
 WEIGHTS_ONLY = "weights-only"
+
+Drive = Callable[[Iterator[Outcome]], None]
+"""An engine: asks for the steps of a run, one by one, until there are no more."""
 
 
 def train(
@@ -92,7 +97,7 @@ def train(
             run.order_rows(state.progress)
             compile_that_fits(run, state)
             with stop_on_signal() as stop:
-                _loop(run, state, stop)
+                _loop(run, state, stop, every_step)
         finally:
             listener.finished()
             _end_supply(run, listener)
@@ -194,13 +199,13 @@ def _check_same_config(folder: Path, start: Path, config: Config) -> None:
         )
 
 
-def _loop(run: Run, state: TrainState, stop: StopRequest) -> None:
+def _loop(run: Run, state: TrainState, stop: StopRequest, drive: Drive) -> None:
     """From step boundary to step boundary, until the last or a stop, and back where training cannot go on."""
     late = Late(run, state)
     with Saver(run, state) as saver:
         while True:
             try:
-                _steps(run, state, late, saver, stop)
+                drive(_steps(run, state, late, saver, stop))
                 break
             except Trouble as trouble:
                 _go_back(run, state, late, saver, trouble)
@@ -223,8 +228,15 @@ def _loop(run: Run, state: TrainState, stop: StopRequest) -> None:
             raise Diverged(f"step {state.progress.step} is not saved: {trouble}; {hint}") from None
 
 
-def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequest) -> None:
-    """
+def every_step(steps: Iterator[Outcome]) -> None:
+    """The engine of PyTorch alone: one step after the other."""
+    for _ in steps:
+        pass
+
+
+def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequest) -> Iterator[Outcome]:
+    """What is due at a step boundary, then a step, which it gives when it is made; ends after the last boundary.
+
     Raises:
         Trouble: training cannot go on from here.
         Stopped: a signal came; the state is that of the last step boundary, what was begun since is dropped.
@@ -241,16 +253,17 @@ def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequ
             return
         stop.check()
         run.await_rows(state.progress, stop.check)
-        late.put(step_that_fits(run, state, stop.check))
+        outcome = step_that_fits(run, state, stop.check)
+        late.put(outcome)
         state.progress.enter(run.loader.segment(run.config.data.segment_pieces, state.progress.position))
-        if state.progress.micro_batch == durable:
-            continue
-        durable = state.progress.micro_batch
-        if not run.saves(state.progress):
-            late.read()
-            state.check_finite()
-            saver.begin(must=False)
-            saver.wait()
+        if state.progress.micro_batch != durable:
+            durable = state.progress.micro_batch
+            if not run.saves(state.progress):
+                late.read()
+                state.check_finite()
+                saver.begin(must=False)
+                saver.wait()
+        yield outcome
 
 
 def _keep(state: TrainState, late: Late, saver: Saver) -> None:

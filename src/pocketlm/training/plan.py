@@ -16,7 +16,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from pocketlm import checkpoint, distributed
+from pocketlm import checkpoint, machine
 from pocketlm.config import Config
 from pocketlm.data.opened import mixed
 from pocketlm.data.prepare import find_prepared
@@ -111,7 +111,7 @@ def checkpoint_bytes(config: Config, tokenizer: Tokenizer, resolved: Resolved) -
         records=2 * config.train.total_steps,
         journal_sha256="0" * 64,
         random=random_states(),
-        versions=distributed.versions(),
+        versions=machine.versions(),
         data_fingerprint="0" * 64,
         resolved=resolved,
         step=config.train.total_steps,
@@ -237,7 +237,7 @@ def plan_here(config: Config, hear: Hear) -> Plan:
         ConfigError: it does not fit into this machine's memory.
         KeyboardInterrupt: also when some steps were measured; what they say is no plan.
     """
-    runtime = distributed.start(config.train)
+    runtime = machine.start(config.train)
     available = available_bytes(runtime.device)
     dataset, left_out = _dataset(config)
     hear("measuring what this machine does")
@@ -347,7 +347,7 @@ class _Trial:
     """Whether as much went through the model at once as will in the run: then its memory is the run's."""
 
 
-def _try(config: Config, resolved: Resolved, runtime: distributed.Runtime, hear: Hear) -> _Trial:
+def _try(config: Config, resolved: Resolved, runtime: machine.Runtime, hear: Hear) -> _Trial:
     """Probes the run's own steps; where they would take too long, with fewer rows at once, or shorter ones.
 
     The seconds of shorter rows are scaled by their FLOPs: a little too low, for the attention of a long row is slower

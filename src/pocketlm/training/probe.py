@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pocketlm.config import Config
-from pocketlm.distributed import Runtime, cpu_name
 from pocketlm.errors import ConfigError
 from pocketlm.evaluate.loss import BATCH_TOKENS, target_losses
+from pocketlm.machine import Runtime, cpu_name
 from pocketlm.training.memory import forget_peak, peak_bytes
 from pocketlm.training.meter import Meter
 from pocketlm.training.micro_batch import OutOfMemory, evenly

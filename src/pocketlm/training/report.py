@@ -24,7 +24,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pocketlm import checkpoint, distributed
+from pocketlm import checkpoint, machine
 from pocketlm.data.shards import Dataset, unigram_entropy
 from pocketlm.errors import FileError
 from pocketlm.evaluate import source
@@ -259,7 +259,7 @@ def _tables(story: Story, dataset: Dataset | None) -> list[tuple[str, list[tuple
     libraries = [("Libraries of the run", _rows(story.versions))] if story.versions else []
     return [
         *([("Data", _data(dataset))] if dataset else []),
-        ("How it was computed", [*made, *libraries, ("The machine that made this page", machine())]),
+        ("How it was computed", [*made, *libraries, ("The machine that made this page", machine_rows())]),
         ("Configuration", sections),
     ]
 
@@ -283,11 +283,11 @@ def _counts(split: Mapping[str, Any]) -> Rows:
     return [*((words, f"{split[name]:,}") for name, words in names.items()), ("bytes per token", f"{per_token:.2f}")]
 
 
-def machine() -> Rows:
+def machine_rows() -> Rows:
     """The machine that this process runs on."""
     return [
         ("processor", _processor()),
-        ("cores", str(distributed.available_cores())),
+        ("cores", str(machine.available_cores())),
         ("platform", platform.platform()),
     ]
 

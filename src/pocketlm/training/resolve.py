@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pocketlm.config import Config
-from pocketlm.distributed import Runtime, versions
 from pocketlm.errors import UsageError
 from pocketlm.field_types import AttentionKernel, Determinism, Dtype, FP32Matmul
+from pocketlm.machine import Runtime, versions
 from pocketlm.model.arithmetic import FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
 from pocketlm.model.attention import folded_attention
 from pocketlm.model.documents import documents_in

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pocketlm import checkpoint, distributed
+from pocketlm import checkpoint, machine
 from pocketlm.config import Config
 from pocketlm.data.feed import Supply
 from pocketlm.data.loader import Loader
@@ -42,7 +42,7 @@ class Run:
     folder: Path
     config: Config
     resolved: Resolved
-    runtime: distributed.Runtime
+    runtime: machine.Runtime
     dataset: Dataset
     loader: Loader | Mixture
     supply: Supply | MixedSupply | None
@@ -112,7 +112,7 @@ def begin(
         weights: at step 0, the checkpoint whose weights it begins with. It alone of the old ones is not set aside.
     """
     if start is None:
-        check_dtype(config, distributed.default_device())  # preparing the data may take hours
+        check_dtype(config, machine.default_device())  # preparing the data may take hours
     data = RunData(config.data, listener.note)
     try:
         return _begin(folder, config, start, listener, weights, data)
@@ -130,9 +130,9 @@ def _begin(
     if stored and stored.data_fingerprint != dataset.fingerprint:
         raise DataError(f"{folder} was trained on other data than {dataset.path}; give the old data, or a new --out")
     dataset.verify()
-    runtime = distributed.start(config.train, stored.resolved.determinism if stored else None)
+    runtime = machine.start(config.train, stored.resolved.determinism if stored else None)
     resolved = _as_before(stored, runtime, listener) if stored else resolve(config, runtime)
-    runtime = replace(distributed.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
+    runtime = replace(machine.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
     if stored and (
         line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, resolved.attention, runtime.device)
     ):
@@ -159,10 +159,10 @@ def _as_it_is_now(resolved: Resolved, state: TrainState) -> Resolved:
     return resolved.model_copy(update={"micro_batch": at_once, "reasons": reasons})
 
 
-def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener) -> Resolved:
+def _as_before(stored: Scalars, runtime: machine.Runtime, listener: Listener) -> Resolved:
     """Says loudly what bit-exact arithmetic rests on and is not as it was; from then on less is promised."""
     resolved = stored.resolved
-    changes = distributed.changes(stored.versions | {"device": resolved.device}, runtime.device)
+    changes = machine.changes(stored.versions | {"device": resolved.device}, runtime.device)
     arithmetic, why = usable(resolved.arithmetic, runtime.device) if changes else (resolved.arithmetic, "")
     if why:
         listener.note(f"the run computes otherwise from here on: {why}")
@@ -179,7 +179,7 @@ def _as_before(stored: Scalars, runtime: distributed.Runtime, listener: Listener
         if resolved.determinism == "bitwise":
             reasons = resolved.reasons | {"determinism": f"bitwise until {'; '.join(changes)}"}
             resolved = resolved.model_copy(update={"determinism": "same-data", "reasons": reasons})
-    if resolved.threads > (cores := distributed.available_cores()) and resolved.determinism != "off":
+    if resolved.threads > (cores := machine.available_cores()) and resolved.determinism != "off":
         listener.note(f"the run began with {resolved.threads} threads and keeps them; only {cores} cores are here")
     return resolved
 
@@ -248,7 +248,7 @@ def _check_fits(config: Config, dataset: Dataset) -> None:
         )
 
 
-def new_state(config: Config, resolved: Resolved, runtime: distributed.Runtime, end_id: int = 0) -> TrainState:
+def new_state(config: Config, resolved: Resolved, runtime: machine.Runtime, end_id: int = 0) -> TrainState:
     """The state before the first step: a function of the configuration. Sets the process's precision of products.
 
     Args:
@@ -315,7 +315,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"fp32 products: {resolved.fp32_matmul} ({resolved.reasons['fp32_matmul']})",
         f"attention: {resolved.attention}{apart} ({resolved.reasons['attention']}); "
         f"blocks {'compiled' if resolved.compile else 'not compiled'} ({resolved.reasons['compile']})",
-        f"determinism: {run.runtime.determinism}: {distributed.PROMISES[run.runtime.determinism]}",
+        f"determinism: {run.runtime.determinism}: {machine.PROMISES[run.runtime.determinism]}",
         *going_on,
     )
     return RunInfo(

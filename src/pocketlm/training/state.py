@@ -21,8 +21,8 @@ from pocketlm import checkpoint
 from pocketlm.checkpoint import STATE, Restored
 from pocketlm.config import Config
 from pocketlm.data import order
-from pocketlm.distributed import versions
 from pocketlm.errors import FileError
+from pocketlm.machine import versions
 from pocketlm.model.init import init_weights
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.tensors import Shapes, read_tensors

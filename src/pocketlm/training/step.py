@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pocketlm import distributed
+from pocketlm import machine
 from pocketlm.config import Config
 from pocketlm.errors import one_line
 from pocketlm.model.loss import linear_cross_entropy
@@ -108,7 +108,7 @@ def _gradients_or_nothing(
         if not is_out_of_memory(error):
             raise
         reason = one_line(str(error))
-    if not distributed.all_agree(loss is not None):
+    if not machine.all_agree(loss is not None):
         state.precision.drop_gradients()
         raise OutOfMemory(reason)
     assert loss is not None
