@@ -8,6 +8,13 @@
       training/state.json                                      everything else that step k + 1 depends on
       manifest.json                                            size and SHA-256 of each; without it, damaged
 
+Ranks that share the state write a file of rows each instead of the one optimizer file, and a page that says which rows
+are whose; any number of ranks, and one that has all, can read them:
+
+      training/optimizer-00001-of-00002.safetensors            the first rows of every moment, and what is not shared
+      training/optimizer-00002-of-00002.safetensors            the others
+      training/optimizer.index.json                            {"files": 2, "cuts": {NAME: [0, 129, 257]}}
+
 Trees come in and go out as plain values: this file knows neither the loop nor its state. Nothing here is a pickle.
 """
 
@@ -26,14 +33,14 @@ import torch
 from torch import Tensor
 
 from pocketlm.config import Config, ModelConfig, SampleConfig
-from pocketlm.errors import FileError, PocketError, Unreadable
+from pocketlm.errors import FileError, PocketError, Unreadable, one_line
 from pocketlm.field_types import Dtype
 from pocketlm.files import commit_folder
 from pocketlm.formats import huggingface
 from pocketlm.model.arithmetic import Arithmetic
 from pocketlm.model.transformer import Transformer
-from pocketlm.reading import MANIFEST, read_json, read_manifest, verify_folder
-from pocketlm.tensors import FLOATS, Shapes, bytes_of, read_tensors, serialize
+from pocketlm.reading import MANIFEST, Entry, read_json, read_manifest, verify_folder
+from pocketlm.tensors import FLOATS, Shapes, Tensors, bytes_of, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 from pocketlm.toml_trees import read_toml
 
@@ -41,11 +48,13 @@ STEP_FOLDER = re.compile(r"step-(\d{8})")
 HALF_WRITTEN = re.compile(r"step-\d{8}(\.old)?")
 """What a stopped process may have left in `checkpoints/`, by the names that `files.sweep` asks for."""
 WEIGHTS, OPTIMIZER = "model.safetensors", "training/optimizer.safetensors"
+INDEX = "training/optimizer.index.json"
 CONFIG, STATE = "training/config.toml", "training/state.json"
 SAVED = (
     *("config.json", "generation_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json"),
-    *(CONFIG, OPTIMIZER, STATE),
+    *(CONFIG, STATE),
 )
+MAX_FILES = 1 << 14
 BLOCK_BYTES = 4096
 CLOCKS = ("elapsed_s", "journal_sha256", "resolved.peak_flops", "resolved.reasons")
 """What of the state is measured time, words about it, or a hash of lines that hold it. Nothing is computed from it."""
@@ -53,6 +62,27 @@ CLOCKS = ("elapsed_s", "journal_sha256", "resolved.peak_flops", "resolved.reason
 Warn = Callable[[str], None]
 Check = Callable[[Path], None]
 """Raises FileError if a checkpoint is damaged, Unreadable if nothing can be said of it now."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How ranks share the moments of a snapshot."""
+
+    rank: int
+    """Whose rows it holds."""
+    files: int
+    """As many as ranks."""
+    cuts: Mapping[str, tuple[int, ...]]
+    """By the name of each shared tensor, the row at which each rank's begin, and their number."""
+
+    @property
+    def file(self) -> str:
+        """What this rank writes."""
+        return share_file(self.rank, self.files)
+
+
+def share_file(rank: int, files: int) -> str:
+    return f"training/optimizer-{rank + 1:05d}-of-{files:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -67,10 +97,18 @@ class Snapshot:
     optimizer: Mapping[str, Tensor]
     config_toml: str
     state: Mapping[str, Any]
+    shares: Shares | None = None
 
 
-def save(checkpoints: Path, snapshot: Snapshot) -> Path:
+Others = Callable[[Path], Callable[[], Mapping[str, Entry]]]
+"""Lets the other ranks begin to write their files into a folder; what it returns waits until they have, or refuses."""
+
+
+def save(checkpoints: Path, snapshot: Snapshot, others: Others = lambda folder: dict) -> Path:
     """Commits a snapshot as `checkpoints/step-N` and returns that folder; one that stands there is replaced.
+
+    Args:
+        others: is called when the folder is there, with what it is called until it is whole.
 
     Raises:
         OSError: the disk refused; what stood there before still does.
@@ -79,8 +117,13 @@ def save(checkpoints: Path, snapshot: Snapshot) -> Path:
     with commit_folder(folder) as commit:
         for name, data in _texts(snapshot).items():
             commit.write(name, data)
-        for name, tensors in _tensors(snapshot).items():
-            commit.write(name, serialize(tensors))
+        wait_for_theirs = others(commit.path)
+        try:
+            for name, tensors in _tensors(snapshot).items():
+                commit.write(name, serialize(tensors))
+        finally:
+            theirs = wait_for_theirs()
+        commit.files |= theirs
     return folder
 
 
@@ -96,7 +139,9 @@ def size_bytes(snapshot: Snapshot) -> int:
 
 def _texts(snapshot: Snapshot) -> dict[str, bytes]:
     end_id, end_token = snapshot.tokenizer.end_id, snapshot.tokenizer.end_token
-    return {
+    shares = snapshot.shares
+    index = {INDEX: _json({"files": shares.files, "cuts": shares.cuts})} if shares else {}
+    return index | {
         "config.json": _json(huggingface.config_json(snapshot.model, end_id=end_id)),
         "generation_config.json": _json(huggingface.generation_config_json(snapshot.sample, end_id)),
         "tokenizer.json": snapshot.tokenizer.to_json().encode(),
@@ -107,33 +152,79 @@ def _texts(snapshot: Snapshot) -> dict[str, bytes]:
 
 
 def _tensors(snapshot: Snapshot) -> dict[str, Mapping[str, Tensor]]:
-    return {WEIGHTS: snapshot.weights, OPTIMIZER: snapshot.optimizer}
+    return {WEIGHTS: snapshot.weights, snapshot.shares.file if snapshot.shares else OPTIMIZER: snapshot.optimizer}
 
 
 def _json(tree: Mapping[str, Any]) -> bytes:
     return (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode()
 
 
-@dataclass(frozen=True)
-class Restored:
-    """What a verified checkpoint gives back to training."""
-
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    state: dict[str, Any]
+Rows = Mapping[str, range]
 
 
-def restore(path: Path, weights: Shapes, optimizer: Shapes) -> Restored:
-    """Reads a verified checkpoint, shapes held against the model and optimizer that ask for it.
+def restore(path: Path, weights: Shapes, optimizer: Shapes, rows: Rows | None = None) -> tuple[Tensors, Tensors]:
+    """The weights and moments of a verified checkpoint, shapes held against the model and optimizer that ask for them.
+
+    Args:
+        rows: of some tensors, by name, the rows that are wanted; of the others all are.
 
     Raises:
         FileError: damaged, or made for other shapes.
     """
-    return Restored(
-        read_tensors(path / WEIGHTS, weights),
-        read_tensors(path / OPTIMIZER, optimizer),
-        read_state(path),
-    )
+    return read_tensors(path / WEIGHTS, weights, rows=_of(weights, rows)), read_moments(path, optimizer, rows)
+
+
+def read_moments(path: Path, shapes: Shapes | None = None, rows: Rows | None = None) -> Tensors:
+    """The moments alone, however many ranks have written them. Arguments as above; shapes None are not checked.
+
+    Raises:
+        FileError: damaged, or made for other shapes.
+    """
+    if (path / OPTIMIZER).is_file():
+        return read_tensors(path / OPTIMIZER, shapes, rows=_of(shapes, rows))
+    shares = read_shares(path)
+    parts: dict[str, list[Tensor]] = {}
+    for rank in range(shares.files):
+        stretches = {name: range(cut[rank], cut[rank + 1]) for name, cut in shares.cuts.items()}
+        expected = shapes and _in_file(shapes, stretches, rank)
+        wanted = {name: _inside(one, (rows or {}).get(name, one)) for name, one in stretches.items()}
+        file = path / share_file(rank, shares.files)
+        for name, tensor in read_tensors(file, expected, rows=wanted).items():
+            parts.setdefault(name, []).append(tensor)
+    return {name: torch.cat(tensors) if name in shares.cuts else tensors[0] for name, tensors in parts.items()}
+
+
+def read_shares(path: Path) -> Shares:
+    """Which rows of the moments are in which file.
+
+    Raises:
+        FileError: that is not said, or nonsense.
+    """
+    tree = read_json(path / INDEX)
+    files, cuts = tree.get("files"), tree.get("cuts")
+    if type(files) is not int or not 1 <= files <= MAX_FILES or not isinstance(cuts, dict):
+        raise FileError(f"{path / INDEX} is damaged: it does not say which rows are in which file")
+    for name, cut in cuts.items():
+        whole = isinstance(cut, list) and len(cut) == files + 1 and all(type(row) is int for row in cut)
+        if not whole or cut[0] != 0 or cut != sorted(cut):
+            raise FileError(f"{path / INDEX} is damaged: the rows of {one_line(name)}")
+    return Shares(0, files, {name: tuple(cut) for name, cut in cuts.items()})
+
+
+def _of(shapes: Shapes | None, rows: Rows | None) -> Rows:
+    return {name: one for name, one in (rows or {}).items() if shapes is None or name in shapes}
+
+
+def _in_file(shapes: Shapes, stretches: Rows, rank: int) -> Shapes:
+    """What of the whole shapes is in the file of a rank; what is not shared is in the first one."""
+    shared = {name: (len(one), *shapes[name][1:]) for name, one in stretches.items() if name in shapes}
+    return shared | {name: shape for name, shape in shapes.items() if name not in stretches and rank == 0}
+
+
+def _inside(stretch: range, wanted: range) -> range:
+    """Of the rows in a file, those that are wanted, counted from the file's first."""
+    start, stop = (min(max(row, stretch.start), stretch.stop) - stretch.start for row in (wanted.start, wanted.stop))
+    return range(start, stop)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -219,9 +310,19 @@ def verify(path: Path) -> None:
     files = read_manifest(path)
     if missing := [name for name in SAVED if name not in files]:
         raise FileError(f"{path / MANIFEST} is of no checkpoint: it does not name {missing[0]}")
+    if missing := [name for name in _optimizer_files(path, files) if name not in files]:
+        raise FileError(f"{path / MANIFEST} is of no checkpoint: it does not name {missing[0]}")
     verify_folder(path)
     if STEP_FOLDER.fullmatch(path.name) and (step := read_state(path).get("step")) != step_of(path):
         raise FileError(f"{path / STATE} is of step {step}, its folder is named {path.name}")
+
+
+def _optimizer_files(path: Path, files: Mapping[str, Entry]) -> list[str]:
+    """The files that hold the moments, by what a manifest names."""
+    if INDEX not in files:
+        return [OPTIMIZER]
+    num_files = read_shares(path).files
+    return [share_file(rank, num_files) for rank in range(num_files)]
 
 
 def valid(checkpoints: Iterable[Path], warn: Warn, check: Check = verify) -> Iterator[Path]:
@@ -243,8 +344,8 @@ def state_hash(path: Path) -> str:
     A tensor counts with its file, name, dtype, shape and bytes, any other leaf with its name and JSON text.
     """
     digest = hashlib.sha256()
-    for file in (WEIGHTS, OPTIMIZER):
-        for name, tensor in sorted(read_tensors(path / file).items()):
+    for file, tensors in ((WEIGHTS, read_tensors(path / WEIGHTS)), (OPTIMIZER, read_moments(path))):
+        for name, tensor in sorted(tensors.items()):
             digest.update(f"{file} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(bytes_of(tensor))
     for name, value in _leaves(read_state(path)):

@@ -39,6 +39,7 @@ from pocketlm.field_types import (
     Regex,
     Script,
     Size,
+    Strategy,
     Tracking,
 )
 from pocketlm.toml_trees import Tree, flat, merged, nested, preset_names, preset_tree, read_toml
@@ -298,7 +299,7 @@ class TrainConfig(Section):
     """CPU threads."""
     engine: Literal["torch", "lightning"] = "torch"
     """Who drives the steps: pocketlm's own loop, or lightning.Trainer (the extra [lightning]) around the same steps."""
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    strategy: Literal["auto"] | Strategy = "auto"
     """With several devices: each holds the whole state, or a share of it (FSDP2). `auto`: whole where it fits."""
     rank_timeout_s: Positive = 600.0
     """With several devices: one that says nothing for so long is given up, and the run ends with an error."""

@@ -17,18 +17,28 @@ import contextlib
 import datetime
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketlm import errors
 from pocketlm.errors import PocketError, RankLost, one_line
 
 T = TypeVar("T")
+Floats = NDArray[np.float64]
+Group = Literal["words", "patient", "saving"]
+"""What words go over: the one that they may not be long in coming on, one that they may, and that of the threads which
+save."""
+
+PLACE = re.compile(r"^\[[^]]*\] |\. This is typically caused.*")
+"""What gloo says before and after what has happened."""
 
 PATIENCE = datetime.timedelta(days=30)
 """For another that prepares data or writes a checkpoint. One that has ended is noticed at once."""
@@ -49,12 +59,8 @@ class Ranks:
     """Its number on its host."""
     local_size: int = 1
     """Ranks on its host."""
-    words: Any = field(default=None, repr=False)
-    """The group that the run's words go through."""
-    patient: Any = field(default=None, repr=False)
-    """The same for words that may be waited for as long as it takes."""
-    saving: Any = field(default=None, repr=False)
-    """The same for the threads that save beside the training."""
+    groups: Mapping[Group, Any] = field(default_factory=dict, repr=False)
+    """What words go over."""
 
     @property
     def is_first(self) -> bool:
@@ -73,23 +79,23 @@ class Ranks:
             return number
         word = torch.tensor([number], dtype=torch.int64)
         with _another_may_be_gone():
-            dist.all_reduce(word, dist.ReduceOp.MAX, group=self.words)
+            dist.all_reduce(word, dist.ReduceOp.MAX, group=self.groups["words"])
         return int(word.item())
 
-    def from_first(self, make: Callable[[], T], *, patient: bool = False) -> T:
+    def from_first(self, make: Callable[[], T], over: Group = "words") -> T:
         """What rank 0 makes, a JSON value, on every rank; what it refuses is refused on every rank."""
         if self.alone:
             return make()
         said, refusal = "", None
         if self.is_first:
             said, refusal = _said(make)
-        said = self._broadcast(said, self.patient if patient else self.words)
+        said = self.say(said, over)
         if refusal:
             raise refusal
         value: T = _heard(said)
         return value
 
-    def each(self, do: Callable[[], T], *, patient: bool = False) -> T:
+    def each(self, do: Callable[[], T], over: Group = "words") -> T:
         """What each rank does for itself. What one of them refuses is refused on all: that of the first such rank."""
         if self.alone:
             return do()
@@ -98,29 +104,29 @@ class Ranks:
             result = do()
         except (PocketError, OSError) as error:
             refusal = error
-        group = self.patient if patient else self.words
         flags = torch.zeros(self.size, dtype=torch.int64)
         flags[self.rank] = refusal is not None
         with _another_may_be_gone():
-            dist.all_reduce(flags, group=group)
+            dist.all_reduce(flags, group=self.groups[over])
         if flags.any():
             first = int(flags.argmax())
-            said = self._broadcast(_said(lambda: _raise(refusal))[0] if self.rank == first else "", group, first)
+            said = self.say(_said(lambda: _raise(refusal))[0] if self.rank == first else "", over, first)
             _heard(said)
         return result  # type: ignore[return-value]
 
-    def gather(self, value: Any, group: Any = None) -> list[Any]:
+    def gather(self, value: Any, over: Group = "words") -> list[Any]:
         """Each rank's JSON value, in the order of the ranks, on all of them."""
         if self.alone:
             return [value]
         return [
-            json.loads(self._broadcast(json.dumps(value) if self.rank == one else "", group or self.words, one))
-            for one in range(self.size)
+            json.loads(self.say(json.dumps(value) if self.rank == one else "", over, one)) for one in range(self.size)
         ]
 
-    def _broadcast(self, text: str, group: Any, source: int = 0) -> str:
+    def say(self, text: str, over: Group, source: int = 0) -> str:
+        """The text of one rank, by default rank 0's, on all of them."""
         data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
         size = torch.tensor([len(data)], dtype=torch.int64)
+        group = self.groups[over]
         with _another_may_be_gone():
             dist.broadcast(size, source, group=group)
             data = data if self.rank == source else torch.empty(int(size), dtype=torch.uint8)
@@ -147,8 +153,22 @@ class Ranks:
             return own[None]
         parts = own.new_empty((self.size, *own.shape))
         with _another_may_be_gone():
-            dist.all_gather_into_tensor(parts, own.contiguous()[None])
+            dist.all_gather(list(parts), own.contiguous())
         return parts
+
+    def gather_floats(self, own: Floats) -> list[Floats]:
+        """Each rank's numbers, (any,) float64, in the order of the ranks, on all of them."""
+        if self.alone:
+            return [own]
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(own)
+        with _another_may_be_gone():
+            dist.all_reduce(sizes, group=self.groups["words"])
+            padded = torch.zeros(int(sizes.max()), dtype=torch.float64)
+            padded[: len(own)] = torch.from_numpy(own)
+            parts = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(parts, padded, group=self.groups["words"])
+        return [part[:size].numpy() for part, size in zip(parts, sizes.tolist(), strict=True)]
 
     # --- work
 
@@ -158,6 +178,35 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """How the ranks share each tensor of a model: each holds a stretch of its rows (its first dimension).
+
+    As FSDP2 cuts them: ceil(rows / ranks) for each, and the last ones have what is left, or nothing.
+    """
+
+    ranks: Ranks
+    shapes: Mapping[str, torch.Size]
+    """Of the whole parameters, by name."""
+
+    def own(self, rows: int, rank: int | None = None) -> range:
+        """A rank's stretch of so many rows; by default this one's."""
+        each = -(-rows // self.ranks.size)
+        start = min(rows, each * (self.ranks.rank if rank is None else rank))
+        return range(start, min(rows, start + each))
+
+    def cuts(self, rows: int) -> tuple[int, ...]:
+        """Where each rank's stretch begins, and where the last one ends."""
+        return (*(self.own(rows, rank).start for rank in range(self.ranks.size)), rows)
+
+    def whole(self, own: Tensor, rows: int) -> Tensor:
+        """A tensor of so many rows, on all ranks, of which each gives its own: (own rows, ...) -> (rows, ...)."""
+        each = -(-rows // self.ranks.size)
+        padded = own.new_zeros((each, *own.shape[1:]))
+        padded[: len(own)] = own
+        return self.ranks.joined(padded).flatten(0, 1)[:rows]
 
 
 def share(count: int, rank: int, size: int) -> range:
@@ -170,6 +219,14 @@ def share(count: int, rank: int, size: int) -> range:
 def turns(rows: int, size: int, micro_batch: int) -> int:
     """How many micro-batches each rank makes of a step: as many as the one with the most rows needs."""
     return -(-len(share(rows, 0, size)) // micro_batch)
+
+
+def sizes_at_once(rows: int, size: int, micro_batch: int) -> list[int]:
+    """How many rows a micro-batch of any rank has: the same list on all of them."""
+    shares = {len(share(rows, rank, size)) for rank in range(size)}
+    count = turns(rows, size, micro_batch)
+    nothing = {1 for own in shares if -(-own // micro_batch) < count}
+    return sorted(nothing | {min(own, micro_batch) for own in shares} | {own % micro_batch for own in shares} - {0})
 
 
 @contextlib.contextmanager
@@ -186,19 +243,17 @@ def join(timeout_s: float) -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
-    began = not dist.is_initialized()
+    began, limit = not dist.is_initialized(), datetime.timedelta(seconds=timeout_s)
     if began:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with _another_may_be_gone():
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+            dist.init_process_group(backend, timeout=limit)
     try:
         with _another_may_be_gone():
-            groups = [
-                dist.new_group(backend="gloo", timeout=timeout)
-                for timeout in (datetime.timedelta(seconds=timeout_s), PATIENCE, PATIENCE)
-            ]
+            limits: dict[Group, datetime.timedelta] = {"words": limit, "patient": PATIENCE, "saving": PATIENCE}
+            groups = {over: dist.new_group(backend="gloo", timeout=timeout) for over, timeout in limits.items()}
         local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
-        yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, max(1, local_size), *groups)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, max(1, local_size), groups)
     finally:
         if began:
             dist.destroy_process_group()
@@ -221,7 +276,7 @@ def is_lost(error: BaseException) -> bool:
 
 def lost(error: BaseException) -> RankLost:
     """What to say of it."""
-    text = one_line(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    text = PLACE.sub("", one_line(str(error).splitlines()[0] if str(error) else type(error).__name__))
     silent = "imed out" in text or "imeout" in text
     what = "has said nothing for train.rank_timeout_s" if silent else "has ended"
     return RankLost(f"another rank {what} ({text}); the same command goes on from the newest checkpoint")
@@ -252,9 +307,3 @@ def _heard(said: str) -> Any:
 def _raise(error: Exception | None) -> None:
     assert error is not None
     raise error
-
-
-def spread_all(ranks: Ranks, tensors: Sequence[Tensor]) -> None:
-    """Overwrites tensors with rank 0's."""
-    for tensor in tensors:
-        ranks.spread(tensor)

@@ -18,6 +18,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Determinism = Literal["bitwise", "same-data", "off"]
 AttentionKernel = Literal["sdpa", "folded"]
+Strategy = Literal["ddp", "fsdp"]
 FP32Matmul = Literal["highest", "medium"]
 Tracking = Literal["tensorboard", "trackio", "wandb"]
 

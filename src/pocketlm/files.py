@@ -175,6 +175,13 @@ def _take_back(old: Path, final: Path) -> None:
         _remove(old)
 
 
+def write_beside(folder: Path, name: str, data: Chunk | Iterable[Chunk]) -> Entry:
+    """Writes one file into a folder that another process is making: it has made the folders, and names it in the
+    manifest by what this returns."""
+    assert PLAIN_NAME.fullmatch(name), name
+    return _write_synced(folder / name, data)
+
+
 def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
     """Marks a folder whose files were written one by one as whole."""
     write_file(folder / MANIFEST, manifest_bytes(files))

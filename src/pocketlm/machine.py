@@ -1,6 +1,6 @@
 """Where a run computes: device, threads, and what is promised of its determinism.
 
-Everything is one process on one device here; more ranks are N > 1 of the same thing.
+A process computes on one device. What several of them say to one another is in distributed.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from pocketlm import __version__
 from pocketlm.config import TrainConfig
+from pocketlm.distributed import ALONE, Ranks
 from pocketlm.field_types import Determinism
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
@@ -36,30 +37,38 @@ class Runtime:
     device: torch.device
     threads: int
     determinism: Determinism
+    ranks: int = 1
+    """Processes of the run, of which each is on a device."""
+    ranks_here: int = 1
+    """Those on this machine."""
 
 
-def start(train: TrainConfig, begun_with: Determinism | None = None) -> Runtime:
-    """Sets threads and determinism for this process.
+def start(train: TrainConfig, begun_with: Determinism | None = None, ranks: Ranks = ALONE) -> Runtime:
+    """Sets device, threads and determinism for this process.
 
     `bitwise` holds for a number of threads fixed at the start; the number is part of the run's resolved settings.
 
     Args:
         begun_with: the level of a run that goes on; by default the one that is asked for, `auto` resolved.
+        ranks: each takes the device of its number here, and its share of the cores.
     """
     keep_freed_memory()
     device = default_device()
+    if device.type == "cuda" and not ranks.alone:
+        device = torch.device("cuda", ranks.local_rank)
+        torch.cuda.set_device(device)
     auto: Determinism = "bitwise" if device.type == "cpu" else "same-data"
     determinism = begun_with or (auto if train.determinism == "auto" else train.determinism)
     if determinism == "bitwise":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
-    threads = available_cores() if train.threads == "auto" else train.threads
+    threads = max(1, available_cores() // ranks.local_size) if train.threads == "auto" else train.threads
     torch.set_num_threads(threads)
     # The same as use_deterministic_algorithms, without its import of PyTorch's compiler: a second.
     torch.set_deterministic_debug_mode("error" if determinism == "bitwise" else "default")
     torch.backends.cudnn.benchmark = determinism == "off"  # tries kernels, and takes the fastest of the day
     # Deterministic mode would also fill every fresh tensor with NaN: a debugging aid that costs a pass over memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    return Runtime(device, threads, determinism)
+    return Runtime(device, threads, determinism, ranks.size, ranks.local_size)
 
 
 def keep_freed_memory() -> None:
@@ -80,11 +89,6 @@ def keep_threads(runtime: Runtime, threads: int) -> Runtime:
         return runtime
     torch.set_num_threads(threads)
     return replace(runtime, threads=threads)
-
-
-def all_agree(mine: bool) -> bool:
-    """Whether every rank says yes: the same answer on all of them. Alone, one's own."""
-    return mine
 
 
 def default_device() -> torch.device:

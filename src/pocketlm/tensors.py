@@ -14,6 +14,7 @@ import stat
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -97,18 +98,30 @@ class Copies:
             torch.cuda.current_stream(device).synchronize()
         return dict(self._buffers)
 
+    def one(self, name: str, tensor: Tensor) -> Tensor:
+        """As `of`, of a single one of them: it may be gone when the next one is copied."""
+        if name not in self._buffers:
+            self._buffers[name] = _buffer(tensor)
+        return self._buffers[name].copy_(tensor.detach())
+
 
 def _buffer(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
-def read_tensors(path: Path, expected: Shapes | None = None, dtypes: Collection[torch.dtype] = NAMES) -> Tensors:
+def read_tensors(
+    path: Path,
+    expected: Shapes | None = None,
+    dtypes: Collection[torch.dtype] = NAMES,
+    rows: Mapping[str, range] | None = None,
+) -> Tensors:
     """All tensors of a safetensors file, on the CPU.
 
     Args:
         path: the file.
         expected: the names and shapes that it must hold, no more and no less; not checked if None.
         dtypes: which of them it may hold.
+        rows: of some tensors, by name, the stretch of their first dimension that is read; of the others all is.
 
     Raises:
         FileError: missing, malformed, or not the expected names, dtypes and shapes.
@@ -121,11 +134,16 @@ def read_tensors(path: Path, expected: Shapes | None = None, dtypes: Collection[
             _check_dtypes(path, {name: part.get_dtype() for name, part in slices.items()}, dtypes)
             _check_shapes(path, shapes, shapes if expected is None else expected)
             # Copies: a mapped file could change after it was verified, and lies less aligned than what was trained.
-            return {name: file.get_tensor(name).clone() for name in shapes}
+            return {name: _read(file, name, (rows or {}).get(name)).clone() for name in shapes}
     except SafetensorError as error:
         raise FileError(f"{path} is damaged: {error}") from None
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _read(file: Any, name: str, rows: range | None) -> Tensor:
+    tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows.start : rows.stop]
+    return tensor
 
 
 def _check_header(path: Path, num_tensors: int) -> None:

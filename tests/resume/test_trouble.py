@@ -333,7 +333,7 @@ def test_the_host_does_not_wait_between_loss_and_update() -> None:
     scaler = LossScaler(torch.device("cpu"))
     model = allocate(Config.preset("debug").model)
     init_weights(model, Config.preset("debug").init, 0)
-    optimizer = Optimizer(model, OptimConfig(kind="muon"))
+    optimizer = Optimizer(dict(model.named_parameters()), OptimConfig(kind="muon"))
     gradients = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
     with NoWaiting():
         norm = global_norm(gradients.values())

@@ -32,7 +32,7 @@ def save(run: Path, step: int, metric: float | None = None) -> Path:
         sample=config.sample,
         tokenizer=load_tokenizer("byte"),
         weights=dict(model.named_parameters()),
-        optimizer=Optimizer(model, config.optim).tensors(),
+        optimizer=Optimizer(dict(model.named_parameters()), config.optim).tensors(),
         config_toml=config.to_toml(),
         state={"step": step, "metric": metric},
     )

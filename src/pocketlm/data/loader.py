@@ -64,4 +64,8 @@ class Loader:
     def read(self, position: int, count: int) -> Tensor:
         """The rows at positions position .. position + count - 1. (count, context + 1) int64."""
         starts = self.rows.first_token(rows_at(self.rows, self.seed, position, count))
-        return torch.from_numpy(np.stack([self.stream.read(int(start), self.context + 1) for start in starts]))
+        length = self.context + 1
+        rows = np.empty((count, length), dtype=np.int64)
+        for row, start in zip(rows, starts, strict=True):
+            row[:] = self.stream.read(int(start), length)
+        return torch.from_numpy(rows)

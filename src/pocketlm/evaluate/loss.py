@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pocketlm.data.loader import Stream
+from pocketlm.distributed import ALONE, Ranks
 from pocketlm.model.loss import token_losses
 from pocketlm.model.transformer import Transformer
 from pocketlm.text.tokenizer import Tokenizer
@@ -78,6 +79,7 @@ def evaluate_stream(
     stride: int | None = None,
     limit: int = 0,
     check: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> LossReport:
     """Scores a stream.
 
@@ -88,16 +90,21 @@ def evaluate_stream(
         stride: S, by default T.
         limit: score only this many first tokens; 0 for all.
         check: called before each batch; what it raises ends the evaluation.
+        ranks: take turns with the batches. All give the same report, to the last bit that which one alone would give.
     """
     assert stream.num_tokens >= 2
     num_tokens = min(limit + 1, stream.num_tokens) if limit else stream.num_tokens
     nats = np.zeros(tokenizer.vocab_size)  # float64, by target
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    for batch in _batches(windows(num_tokens, context, stride or context), max(1, BATCH_TOKENS // context)):
+    all_batches = _batches(windows(num_tokens, context, stride or context), max(1, BATCH_TOKENS // context))
+    for batches in _together(all_batches, ranks.size):
         check()
-        targets, losses = _score(model, stream, batch)
-        nats += np.bincount(targets, weights=losses, minlength=len(nats))
-        counts += np.bincount(targets, minlength=len(counts))
+        own = batches[min(ranks.rank, len(batches) - 1)]  # where there are too few, one is computed twice
+        scored = ranks.gather_floats(_score(model, stream, own))
+        for batch, losses in zip(batches, scored, strict=False):
+            targets = _targets(stream, batch)
+            nats += np.bincount(targets, weights=losses, minlength=len(nats))
+            counts += np.bincount(targets, minlength=len(counts))
     return report(nats, counts, tokenizer.byte_lengths)
 
 
@@ -124,15 +131,34 @@ def _batches(all_windows: Iterator[Window], size: int) -> Iterator[list[Window]]
         yield from (equal[i : i + size] for i in range(0, len(equal), size))
 
 
-def _score(model: Transformer, stream: Stream, batch: list[Window]) -> tuple[np.ndarray, np.ndarray]:
-    """Targets that count and their nats, both (N,)."""
-    rows = torch.from_numpy(np.stack([stream.read(window.start, window.length + 1) for window in batch]))
-    rows = rows.to(model.head.device)
-    targets = rows[:, 1:]  # (B, T)
-    losses = target_losses(model, rows)
-    position = torch.arange(targets.shape[1])
-    counted = torch.stack([position >= window.skip for window in batch]).flatten()
-    return targets.flatten().cpu()[counted].numpy(), losses.cpu()[counted].double().numpy()
+def _together(batches: Iterator[list[Window]], size: int) -> Iterator[list[list[Window]]]:
+    """So many batches at a time, the last time perhaps fewer."""
+    while several := list(islice(batches, size)):
+        yield several
+
+
+def _rows(stream: Stream, batch: list[Window]) -> np.ndarray:
+    """(B, T + 1) ids."""
+    return np.stack([stream.read(window.start, window.length + 1) for window in batch])
+
+
+def _targets(stream: Stream, batch: list[Window]) -> np.ndarray:
+    """Those that count, (N,)."""
+    return _counted(_rows(stream, batch)[:, 1:], batch)
+
+
+def _counted(values: np.ndarray, batch: list[Window]) -> np.ndarray:
+    """Of one value for each target, (B, T), those of the targets that count, (N,)."""
+    position = np.arange(values.shape[1])
+    counted: np.ndarray = values[np.stack([position >= window.skip for window in batch])]
+    return counted
+
+
+def _score(model: Transformer, stream: Stream, batch: list[Window]) -> np.ndarray:
+    """Nats of the targets that count, (N,) float64."""
+    rows = torch.from_numpy(_rows(stream, batch)).to(model.head.device)
+    losses = target_losses(model, rows).view(len(batch), -1)  # (B, T)
+    return _counted(losses.cpu().double().numpy(), batch)
 
 
 def target_losses(model: Transformer, rows: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+IGNORED = -100
+"""A target of this value costs nothing and teaches nothing, by default."""
+
 
 def linear_cross_entropy(
     hidden: Tensor,
@@ -35,7 +38,7 @@ def linear_cross_entropy(
     chunk: int = 0,
     softcap: float | None = None,
     num_ids: int | None = None,
-    ignore: int = -100,
+    ignore: int = IGNORED,
 ) -> Tensor:
     """`scale` times the summed nats of targets (N,) int64 under hidden (N, C) @ head (V, C)^T: a 0-d fp32 tensor.
 
@@ -66,7 +69,7 @@ def token_losses(
     chunk: int = 0,
     softcap: float | None = None,
     num_ids: int | None = None,
-    ignore: int = -100,
+    ignore: int = IGNORED,
 ) -> Tensor:
     """Nats of each target, (N,) fp32, zero where ignored, without gradient. Arguments as above."""
     options = _Options(chunk or max(1, len(targets)), softcap, num_ids, ignore)

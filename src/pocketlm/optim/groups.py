@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch.nn import Parameter
+from torch import Tensor
 
 from pocketlm.config import OptimConfig
 
@@ -19,7 +19,7 @@ class Groups:
     not_decayed: tuple[str, ...]
 
 
-def split(parameters: Mapping[str, Parameter], config: OptimConfig) -> Groups:
+def split(parameters: Mapping[str, Tensor], config: OptimConfig) -> Groups:
     """Sorts parameters into groups by their shape and place.
 
     Muon takes the matrices inside the blocks: never the embedding or the head, whose rows are looked up one by one

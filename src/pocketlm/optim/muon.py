@@ -20,6 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pocketlm.distributed import Shared
 from pocketlm.optim.clip import clipped
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -31,20 +32,29 @@ class Muon:
     """The update of some named matrices, and their momentum."""
 
     def __init__(
-        self, matrices: Mapping[str, Tensor], copies: Mapping[str, Tensor], *, num_steps: int, weight_decay: float
+        self,
+        matrices: Mapping[str, Tensor],
+        copies: Mapping[str, Tensor],
+        *,
+        num_steps: int,
+        weight_decay: float,
+        shared: Shared | None = None,
     ) -> None:
         """
         Args:
             copies: of some matrices, by name, in their shape; written after each update.
+            shared: where several ranks share the rows of each matrix: momentum stays with the rows, and the matrix is
+                put together for Newton-Schulz, which is of the whole or is not orthogonal.
         """
         self.matrices = dict(matrices)
+        self.shared = shared
         self.copies = {name: copies[name] for name in matrices if name in copies}
         self.momentum = {name: torch.zeros_like(matrix) for name, matrix in matrices.items()}
         self.num_steps = num_steps
         self.weight_decay = weight_decay
         by_shape: dict[torch.Size, list[str]] = defaultdict(list)
         for name, matrix in matrices.items():
-            by_shape[matrix.shape].append(name)
+            by_shape[shared.shapes[name] if shared else matrix.shape].append(name)
         self._batches: list[tuple[torch.Size, list[str]]] = []
         for shape, names in by_shape.items():
             most = max(1, BATCH_VALUES // shape.numel())
@@ -63,7 +73,7 @@ class Muon:
             momenta = [self.momentum[name] for name in names]
             moved = torch._foreach_lerp(momenta, own, 1 - mu)
             ahead = torch._foreach_lerp(own, moved, mu)
-            update = orthogonalize(torch.stack(ahead), self.num_steps)  # (matrices, m, n)
+            update = self._orthogonalized(torch.stack(ahead), rows)  # (matrices, m, n), of a share its own rows
             scale = max(1, rows / columns) ** 0.5
             for name, new, direction in zip(names, moved, update.unbind(), strict=True):
                 matrix, momentum = self.matrices[name], self.momentum[name]
@@ -72,6 +82,14 @@ class Muon:
                 torch.where(skip, momentum, new, out=momentum)
         if self.copies:
             torch._foreach_copy_(list(self.copies.values()), [self.matrices[name] for name in self.copies])
+
+    def _orthogonalized(self, matrices: Tensor, rows: int) -> Tensor:
+        """Of a share: its rows of what the whole matrices, (B, rows, n), become."""
+        if self.shared is None:
+            return orthogonalize(matrices, self.num_steps)
+        whole = self.shared.whole(matrices.transpose(0, 1), rows).transpose(0, 1)
+        own = self.shared.own(rows)
+        return orthogonalize(whole, self.num_steps)[:, own.start : own.stop]
 
 
 def orthogonalize(matrices: Tensor, num_steps: int) -> Tensor:

@@ -11,21 +11,35 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from pocketlm.config import OptimConfig
+from pocketlm.distributed import Shared
 from pocketlm.optim.adamw import AdamW
 from pocketlm.optim.groups import split
 from pocketlm.optim.muon import Muon
 from pocketlm.optim.schedule import muon_momentum
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")
+"""How their names begin; the parameter's follows."""
+
 
 class Optimizer:
     """Updates a model's fp32 parameters in place, and the copies that compute in another precision."""
 
-    def __init__(self, model: Module, config: OptimConfig, copies: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        config: OptimConfig,
+        copies: Mapping[str, Tensor] | None = None,
+        shared: Shared | None = None,
+    ) -> None:
+        """
+        Args:
+            parameters: by name, fp32; updated in place. Of a model that is shared among ranks, this rank's rows.
+            copies: of some of them, by name, in their shape; written after each update.
+            shared: how the ranks share their rows, where they do.
+        """
         self.config = config
-        parameters = dict(model.named_parameters())
         copies = copies or {}
         groups = split(parameters, config)
         self.muon = Muon(
@@ -33,6 +47,7 @@ class Optimizer:
             copies,
             num_steps=config.muon_steps,
             weight_decay=config.muon_weight_decay,
+            shared=shared,
         )
         decayed, not_decayed = ({name: parameters[name] for name in g} for g in (groups.decayed, groups.not_decayed))
         by_decay = (
@@ -70,8 +85,8 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by name; the tensors themselves, not copies."""
-        moments = {"exp_avg": self.adamw.exp_avg, "exp_avg_sq": self.adamw.exp_avg_sq, "momentum": self.muon.momentum}
-        return {f"{kind}.{name}": tensor for kind, tensors in moments.items() for name, tensor in tensors.items()}
+        moments = zip(MOMENTS, (self.adamw.exp_avg, self.adamw.exp_avg_sq, self.muon.momentum), strict=True)
+        return {f"{kind}.{name}": tensor for kind, tensors in moments for name, tensor in tensors.items()}
 
     def reset(self) -> None:
         """As before the first step."""

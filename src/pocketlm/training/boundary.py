@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pocketlm.errors import FileError
@@ -119,6 +119,8 @@ def record(run: Run, figures: Mapping[str, Any]) -> None:
     """Tells the listener and the journal; a figure that is no finite number is None, as JSON has no other."""
     record = {name: None if _is_broken(value) else value for name, value in figures.items()}
     run.listener.record(record)
+    if run.journal is None:
+        return
     try:
         run.journal.append(record)
     except OSError as error:
@@ -156,6 +158,7 @@ def evaluate(run: Run, state: TrainState, stop: StopRequest) -> None:
         context=run.config.data.context,
         limit=run.config.train.eval_tokens,
         check=stop.check,
+        ranks=run.ranks,
     )
     if not math.isfinite(report.loss):
         raise Trouble(f"the validation loss is {report.loss}", state.progress)
@@ -165,13 +168,20 @@ def evaluate(run: Run, state: TrainState, stop: StopRequest) -> None:
 
 
 def sample(run: Run, state: TrainState, stop: StopRequest) -> None:
-    """Completes the configured prompts; the draw depends on seed and step only."""
+    """Completes the configured prompts, on the first rank; the draw depends on seed and step only."""
     config, step = run.config.sample, state.progress.step
-    sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    speaker = LanguageModel(state.precision.model, run.dataset.tokenizer, sampling)
-    options = CompletionOptions(max_new_tokens=config.max_new_tokens, seed=run.config.train.seed + step)
+    model = state.precision.speaker() if config.prompts else None
+    check = stop.check if run.ranks.alone else lambda: None  # all ranks stop together, and the others do not draw
+
+    def draw() -> list[str]:
+        assert model
+        sampling = Sampling(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+        speaker = LanguageModel(model, run.dataset.tokenizer, sampling)
+        options = CompletionOptions(max_new_tokens=config.max_new_tokens, seed=run.config.train.seed + step)
+        return [_completed(speaker.stream(prompt, **options), check) for prompt in config.prompts]
+
     try:
-        texts = [_completed(speaker.stream(prompt, **options), stop) for prompt in config.prompts]
+        texts = run.ranks.from_first(draw) if config.prompts else []
     except FileError as error:  # logits that are not finite, though every weight is
         raise Trouble(str(error), state.progress) from None
     for prompt, text in zip(config.prompts, texts, strict=True):
@@ -179,9 +189,9 @@ def sample(run: Run, state: TrainState, stop: StopRequest) -> None:
     state.progress.sampled_at = step
 
 
-def _completed(pieces: Iterable[str], stop: StopRequest) -> str:
+def _completed(pieces: Iterable[str], check: Callable[[], None]) -> str:
     text = []
     for piece in pieces:
-        stop.check()
+        check()
         text.append(piece)
     return "".join(text)

@@ -34,7 +34,8 @@ def step_that_fits(run: Run, state: TrainState, check: Callable[[], None]) -> Ou
         except (RuntimeError, MemoryError) as error:  # in the update: what it has changed cannot be done again
             if not is_out_of_memory(error):
                 raise
-            raise ConfigError(_line(run, state, "the update", one_line(str(error)), SMALLER)) from None
+            what = "the update" if state.precision.shared is None else f"a step of rank {run.ranks.rank}"
+            raise ConfigError(_line(run, state, what, one_line(str(error)), SMALLER)) from None
         # Outside of the `except`: the error would keep the step's tensors alive.
         _halve(run, state, reason)
         compile_that_fits(run, state)

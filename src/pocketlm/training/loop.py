@@ -9,12 +9,16 @@ A run that is killed anywhere is taken up from its newest whole checkpoint, and 
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from pocketlm import checkpoint
+from pocketlm import checkpoint, distributed
 from pocketlm.config import Config
+from pocketlm.distributed import Ranks
 from pocketlm.errors import ConfigError, DataError, Diverged, FileError, Interrupted, PocketError
 from pocketlm.files import Lock, make_folder, sweep
 from pocketlm.formats.huggingface import tensor_shapes
@@ -24,11 +28,12 @@ from pocketlm.training.guard import Trouble
 from pocketlm.training.halving import compile_that_fits, step_that_fits
 from pocketlm.training.log import Listener, Silent
 from pocketlm.training.more_steps import Standing, going_on
+from pocketlm.training.progress import Progress
 from pocketlm.training.report import write_report
 from pocketlm.training.run import Run, begin, info, set_aside_later
 from pocketlm.training.saving import Saver, prune, regular_steps
 from pocketlm.training.signals import Stopped, StopRequest, exit_signal, stop_on_signal
-from pocketlm.training.state import TrainState, read_state
+from pocketlm.training.state import Scalars, TrainState, read_state
 from pocketlm.training.step import Outcome
 from pocketlm.training.trackers import IDS, TrackedRun
 from pocketlm.training.watch import Watch
@@ -70,40 +75,96 @@ def train(
     if out is None and (Path(config.name).name != config.name or not config.name):
         raise ConfigError(f"name: given {config.name!r}, allowed is the name of a folder in runs/; or give --out")
     folder = out or Path("runs") / config.name
-    listener = Watch(listener or Silent())
-    if config.train.tracker:
-        listener = TrackedRun(listener, config, folder)
-    if folder.exists() and not folder.is_dir():
-        raise FileError(f"{folder} is a file; give a folder as --out")
-    make_folder(folder)
-    with Lock(folder):
-        for path in (*sweep(folder, RUN_FILES), *sweep(folder / "checkpoints", checkpoint.HALF_WRITTEN)):
-            listener.note(f"removed what a stopped process had left: {path}")
-        start, weights = _find_start(folder, resume, listener), None
-        _check_additional_steps(folder, start, resume, additional_steps)
-        if resume == WEIGHTS_ONLY and not _began_with_weights(folder, start, config):
-            start, weights = None, start
-        if start is not None:
-            _check_same_config(folder, start, config)
-            config, standing = going_on(folder, start, config, additional_steps, listener.note)
-            start = standing.path
-            if _complete(folder, standing, config, listener):
-                return folder
-        run, state = begin(folder, config, start, listener, weights)
+    with distributed.join(config.train.rank_timeout_s) as ranks:
+        _refuse_streams(config, ranks)
+        listener = _hearing(listener or Silent(), config, folder) if ranks.is_first else Silent()
+        _train(config, folder, Asked(resume, additional_steps), listener, ranks)
+    return folder
+
+
+class Asked(NamedTuple):
+    """What a command asks of the run that may stand in the folder."""
+
+    resume: str
+    additional_steps: int | None
+
+
+def _hearing(listener: Listener, config: Config, folder: Path) -> Listener:
+    listener = Watch(listener)
+    return TrackedRun(listener, config, folder) if config.train.tracker else listener
+
+
+def _refuse_streams(config: Config, ranks: Ranks) -> None:
+    if config.data.streams and not ranks.alone:
+        raise ConfigError(
+            "data.stream: given several devices, allowed is text that is all there; make the data set first "
+            "(--data.stream off does), or train on one device"
+        )
+
+
+def _train(config: Config, folder: Path, asked: Asked, listener: Listener, ranks: Ranks) -> None:
+    with contextlib.ExitStack() as held:
+        found = ranks.from_first(lambda: _find(held, config, folder, asked, listener).packed())
+        beginning = Beginning.unpacked(found)
+        if beginning.is_complete:
+            return
+        start, weights = beginning.start, beginning.weights
+        run, state = begin(folder, beginning.config, start, listener, weights, ranks)
         try:
             listener.started(info(run, state))
             if weights:
                 _replace(run, state, weights)
             run.order_rows(state.progress)
             compile_that_fits(run, state)
-            with stop_on_signal() as stop:
+            with stop_on_signal(ranks.most) as stop:
                 _loop(run, state, stop, every_step)
         finally:
             listener.finished()
             _end_supply(run, listener)
-            run.journal.close()
-            _report(run)
-    return folder
+            if run.journal:
+                run.journal.close()
+                _report(run)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """From where a process goes on, and with what: found by the first rank, the same for all."""
+
+    config: Config
+    start: Path | None
+    """The checkpoint; None begins at step 0."""
+    weights: Path | None
+    """The checkpoint whose weights step 0 has."""
+    is_complete: bool = False
+
+    def packed(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        paths = [str(path) if path else None for path in (self.start, self.weights)]
+        return {"config": self.config.model_dump_json(), "paths": paths, "is_complete": self.is_complete}
+
+    @classmethod
+    def unpacked(cls, tree: Mapping[str, Any]) -> Beginning:
+        start, weights = (Path(path) if path else None for path in tree["paths"])
+        return cls(Config.model_validate_json(tree["config"]), start, weights, tree["is_complete"])
+
+
+def _find(held: contextlib.ExitStack, config: Config, folder: Path, asked: Asked, listener: Listener) -> Beginning:
+    """Locks the folder, and looks at what stands there."""
+    if folder.exists() and not folder.is_dir():
+        raise FileError(f"{folder} is a file; give a folder as --out")
+    make_folder(folder)
+    held.enter_context(Lock(folder))
+    for path in (*sweep(folder, RUN_FILES), *sweep(folder / "checkpoints", checkpoint.HALF_WRITTEN)):
+        listener.note(f"removed what a stopped process had left: {path}")
+    start, weights = _find_start(folder, asked.resume, listener), None
+    _check_additional_steps(folder, start, asked)
+    if asked.resume == WEIGHTS_ONLY and not _began_with_weights(folder, start, config):
+        start, weights = None, start
+    if start is None:
+        return Beginning(config, None, weights)
+    _check_same_config(folder, start, config)
+    config, standing = going_on(folder, start, config, asked.additional_steps, listener.note)
+    return Beginning(config, standing.path, weights, _complete(folder, standing, config, listener))
 
 
 def _find_start(folder: Path, resume: str, listener: Listener) -> Path | None:
@@ -117,12 +178,12 @@ def _find_start(folder: Path, resume: str, listener: Listener) -> Path | None:
     return path
 
 
-def _check_additional_steps(folder: Path, start: Path | None, resume: str, additional_steps: int | None) -> None:
-    if additional_steps is None:
+def _check_additional_steps(folder: Path, start: Path | None, asked: Asked) -> None:
+    if asked.additional_steps is None:
         return
-    if additional_steps < 1:
-        raise ConfigError(f"--additional-steps: given {additional_steps}, allowed is a whole number >= 1")
-    if resume == WEIGHTS_ONLY:
+    if asked.additional_steps < 1:
+        raise ConfigError(f"--additional-steps: given {asked.additional_steps}, allowed is a whole number >= 1")
+    if asked.resume == WEIGHTS_ONLY:
         raise ConfigError("--additional-steps goes on with a run, --resume weights-only begins one; give one of them")
     if start is None:
         raise ConfigError(f"{folder} holds no run to add steps to; begin one with --total-steps")
@@ -179,7 +240,7 @@ def _replace(run: Run, state: TrainState, weights: Path) -> None:
     record(run, {"kind": "weights", "step": 0, "from_step": checkpoint.step_of(weights)})
     with Saver(run, state) as saver:
         saver.begin(must=True)
-    set_aside_later(run.folder, 0, run.listener)
+    run.ranks.from_first(lambda: set_aside_later(run.folder, 0, run.listener))
 
 
 def _report(run: Run) -> None:
@@ -216,7 +277,7 @@ def _loop(run: Run, state: TrainState, stop: StopRequest, drive: Drive) -> None:
                 _keep_in_trouble(run, state, late, saver)
                 raise
             except FileError as error:
-                if stop.received is None:
+                if stop.received is None:  # on every rank alike: a save is heard of together
                     raise
                 run.listener.note(str(error))  # of a save before, perhaps; this state is still to be saved
                 state.precision.drop_gradients()
@@ -308,22 +369,37 @@ def _go_back(run: Run, state: TrainState, late: Late, saver: Saver, trouble: Tro
     """
     late.forget()
     saver.wait()  # what is being saved may be what is gone back to
-    there, warn, at_once = trouble.progress, run.listener.note, state.progress.micro_batch
-    regular = {step for step in regular_steps(run.folder) if step < there.trouble_began}
-    anchor = checkpoint.newest_valid(run.folder, warn, regular.__contains__)
-    if anchor is None or there.rollbacks >= run.config.guard.max_rollbacks:
-        tried = (
-            f"gone back {there.rollbacks} time(s), as often as it may" if anchor else "no checkpoint before it is whole"
-        )
-        hint = "what was saved before stands; try a lower --optim.lr in a new --out"
-        raise Diverged(f"step {there.step}: {trouble}; {tried}; {hint}")
-    restored = checkpoint.restore(anchor, *state.shapes())
-    set_aside_later(run.folder, checkpoint.step_of(anchor), run.listener)
-    run.journal.rewind(read_state(anchor).records)
-    state.load(restored)
+    there, at_once = trouble.progress, state.progress.micro_batch
+    anchor = Path(run.ranks.from_first(lambda: str(_anchor(run, there, trouble))))
+    stored = Scalars.model_validate_json(
+        run.ranks.from_first(lambda: read_state(anchor).model_dump_json(by_alias=True))
+    )
+    state.load(anchor, stored)
+
+    def change_the_folder() -> None:
+        assert run.journal
+        set_aside_later(run.folder, stored.step, run.listener)
+        run.journal.rewind(stored.records)
+
+    run.ranks.from_first(change_the_folder)
     back = state.progress
     left_out = there.position - back.position
     back.position, back.rollbacks, back.skips = there.position, there.rollbacks + 1, []
     back.micro_batch = min(back.micro_batch, at_once)  # what did not fit would not fit again
     what = {"kind": "rollback", "step": back.step, "from_step": there.step, "reason": str(trouble)}
     record(run, what | {"rows_left_out": left_out, "skipped": there.skips})
+
+
+def _anchor(run: Run, there: Progress, trouble: Trouble) -> Path:
+    """The checkpoint to go back to.
+
+    Raises:
+        Diverged: there is none, or it was done often enough.
+    """
+    regular = {step for step in regular_steps(run.folder) if step < there.trouble_began}
+    anchor = checkpoint.newest_valid(run.folder, run.listener.note, regular.__contains__)
+    if anchor and there.rollbacks < run.config.guard.max_rollbacks:
+        return anchor
+    tried = f"gone back {there.rollbacks} time(s), as often as it may" if anchor else "no checkpoint before it is whole"
+    hint = "what was saved before stands; try a lower --optim.lr in a new --out"
+    raise Diverged(f"step {there.step}: {trouble}; {tried}; {hint}")

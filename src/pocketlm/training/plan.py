@@ -103,7 +103,8 @@ def checkpoint_bytes(config: Config, tokenizer: Tokenizer, resolved: Resolved) -
     """What one checkpoint takes of the disk, in whole blocks: from the shapes alone, no tensor is made."""
     with torch.device("meta"):
         model = Transformer(config.model)
-    optimizer, guard = Optimizer(model, config.optim), Guard(config.guard, torch.device("meta"))
+    parameters = dict(model.named_parameters())
+    optimizer, guard = Optimizer(parameters, config.optim), Guard(config.guard, torch.device("meta"))
     scalars = Scalars(
         schema=SCHEMA,
         updates=config.train.total_steps,

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from pocketlm.config import Config
 from pocketlm.errors import UsageError
-from pocketlm.field_types import AttentionKernel, Determinism, Dtype, FP32Matmul
+from pocketlm.field_types import AttentionKernel, Determinism, Dtype, FP32Matmul, Strategy
 from pocketlm.machine import Runtime, versions
 from pocketlm.model.arithmetic import FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
 from pocketlm.model.attention import folded_attention
 from pocketlm.model.documents import documents_in
-from pocketlm.model.sizes import flops_per_token
+from pocketlm.model.sizes import flops_per_token, training_memory
 from pocketlm.training import micro_batch as micro_batches
+from pocketlm.training.memory import available_bytes
 
 MUST_GAIN = 1.2
 """What is chosen for its speed has to be faster by more than a probe's noise, so that a second run chooses the same."""
@@ -34,6 +35,8 @@ COMPILE_S, COMPILE_GAIN, RATE = 30.0, 0.05, 0.5
 docs/performance-log.md, and good enough to tell minutes from hours."""
 SLOW_ON_A_CPU: tuple[Dtype, ...] = ("fp16",)
 """On a Zen 4 core products in fp16 run at a hundredth of the rate of bf16, and PyTorch's attention at a sixth."""
+WHOLE = 0.5
+"""Share of a rank's memory that the whole state may take: the rest is for the rows at once."""
 PROBE_ROWS = 2048
 PROBE_S = 0.25
 ATTENTION_ROWS = 4
@@ -54,6 +57,10 @@ class Resolved(BaseModel):
     device: str
     determinism: Determinism
     peak_flops: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    ranks: Annotated[int, Field(ge=1)] = 1
+    """Processes of the run."""
+    strategy: Strategy = "ddp"
+    """Whether each has the whole state, or a share of it; one process has it all."""
     reasons: dict[str, str]
 
     @property
@@ -86,7 +93,8 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     dtype, dtype_reason = _dtype(candidates, rates)
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
-    micro_batch, micro_reason = micro_batches.choose(config, device, dtype, attention)
+    strategy, strategy_reason = choose_strategy(config, runtime)
+    micro_batch, micro_reason = micro_batches.choose(_of_a_rank(config, runtime.ranks), device, dtype, attention)
     return Resolved(
         dtype=dtype,
         attention=attention,
@@ -97,16 +105,38 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
         device=device.type,
         determinism=runtime.determinism,
         peak_flops=rates[dtype],
+        ranks=runtime.ranks,
+        strategy=strategy,
         reasons={
             "dtype": dtype_reason,
             "attention": attention_reason,
             "fp32_matmul": fp32_reason,
             "compile": compile_reason,
             "micro_batch": micro_reason,
+            "strategy": strategy_reason,
             "threads": "every core that this process may use" if config.train.threads == "auto" else "as given",
             "determinism": f"what a {device.type} does by itself" if config.train.determinism == "auto" else "as given",
         },
     )
+
+
+def choose_strategy(config: Config, runtime: Runtime) -> tuple[Strategy, str]:
+    """Whether each rank holds the whole state, or a share of it: whole while memory bears it, as that is faster."""
+    if runtime.ranks == 1:
+        return "ddp", "one process has the whole state"
+    if config.train.strategy != "auto":
+        return config.train.strategy, "as given"
+    needed = training_memory(config, 1, "fp32").per_parameter
+    available = available_bytes(runtime.device) // (runtime.ranks_here if runtime.device.type == "cpu" else 1)
+    share = needed / available
+    reason = f"the state takes {100 * share:.0f} % of what is free for each"
+    return ("ddp" if share <= WHOLE else "fsdp"), reason
+
+
+def _of_a_rank(config: Config, ranks: int) -> Config:
+    """As if the rows of a rank were all."""
+    tokens = -(-config.rows_per_step // ranks) * config.data.context
+    return config.model_copy(update={"train": config.train.model_copy(update={"tokens_per_step": tokens})})
 
 
 def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str, dict[Dtype, float]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from pydantic import BaseModel
 
 from pocketlm import checkpoint, machine
 from pocketlm.config import Config
@@ -17,12 +18,14 @@ from pocketlm.data.loader import Loader
 from pocketlm.data.mixture import MixedSupply, Mixture
 from pocketlm.data.opened import RunData
 from pocketlm.data.shards import Dataset, unigram_entropy
+from pocketlm.distributed import ALONE, Ranks, sizes_at_once, turns
 from pocketlm.errors import ConfigError, DataError, one_line
+from pocketlm.field_types import Strategy
 from pocketlm.files import set_aside, write_file
 from pocketlm.journal import Journal
 from pocketlm.model import sizes
 from pocketlm.model.arithmetic import usable
-from pocketlm.model.transformer import allocate
+from pocketlm.model.transformer import Transformer, allocate
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.optim.schedule import described, ends, rests_on
 from pocketlm.training import micro_batch
@@ -30,9 +33,15 @@ from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
 from pocketlm.training.progress import Progress
-from pocketlm.training.resolve import Resolved, check_dtype, resolve, why_not_compile
+from pocketlm.training.resolve import Resolved, check_dtype, choose_strategy, resolve, why_not_compile
 from pocketlm.training.scaler import LossScaler
 from pocketlm.training.state import Scalars, TrainState, read_state
+
+if TYPE_CHECKING:
+    from pocketlm.training.sharding import SharedPrecision
+
+M = TypeVar("M", bound=BaseModel)
+HOLDS: dict[Strategy, str] = {"ddp": "the whole state", "fsdp": "a share of the state"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,10 @@ class Run:
     loader: Loader | Mixture
     supply: Supply | MixedSupply | None
     """What brings the loader's rows, where they are not all there yet."""
-    journal: Journal
+    journal: Journal | None
+    """The first rank's."""
     listener: Listener
+    ranks: Ranks = ALONE
 
     @property
     def last_step(self) -> int:
@@ -103,7 +114,12 @@ class Run:
 
 
 def begin(
-    folder: Path, config: Config, start: Path | None, listener: Listener, weights: Path | None = None
+    folder: Path,
+    config: Config,
+    start: Path | None,
+    listener: Listener,
+    weights: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Run, TrainState]:
     """Data, model and state, at step 0 or at a checkpoint's step. Of the run nothing is changed until all fits.
 
@@ -112,43 +128,92 @@ def begin(
         weights: at step 0, the checkpoint whose weights it begins with. It alone of the old ones is not set aside.
     """
     if start is None:
-        check_dtype(config, machine.default_device())  # preparing the data may take hours
+        ranks.each(lambda: check_dtype(config, machine.default_device()))  # preparing the data may take hours
     data = RunData(config.data, listener.note)
     try:
-        return _begin(folder, config, start, listener, weights, data)
+        return _begin(folder, config, start, listener, weights, data, ranks)
     except BaseException:
         data.close()
         raise
 
 
 def _begin(
-    folder: Path, config: Config, start: Path | None, listener: Listener, weights: Path | None, data: RunData
+    folder: Path,
+    config: Config,
+    start: Path | None,
+    listener: Listener,
+    weights: Path | None,
+    data: RunData,
+    ranks: Ranks,
 ) -> tuple[Run, TrainState]:
-    dataset = data.open()
+    dataset = _opened(data, ranks)
     _check_fits(config, dataset)
-    stored = read_state(start) if start else None
+    stored = told(ranks, Scalars, lambda: read_state(start)) if start else None
     if stored and stored.data_fingerprint != dataset.fingerprint:
         raise DataError(f"{folder} was trained on other data than {dataset.path}; give the old data, or a new --out")
-    dataset.verify()
-    runtime = machine.start(config.train, stored.resolved.determinism if stored else None)
-    resolved = _as_before(stored, runtime, listener) if stored else resolve(config, runtime)
+    ranks.each(lambda: dataset.verify() if ranks.local_rank == 0 else None, "patient")
+    runtime = machine.start(config.train, stored.resolved.determinism if stored else None, ranks)
+    resolved = told(
+        ranks, Resolved, lambda: _as_before(stored, config, runtime, listener) if stored else resolve(config, runtime)
+    )
     runtime = replace(machine.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
     if stored and (
         line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, resolved.attention, runtime.device)
     ):
         listener.note(line)
-    state = new_state(config, resolved, runtime, dataset.tokenizer.end_id)
-    if start:
-        state.load(checkpoint.restore(start, *state.shapes()))
+    state = new_state(config, resolved, runtime, dataset.tokenizer.end_id, ranks)
+    if start and stored:
+        state.load(start, stored)
     if weights:
         state.take_weights(weights, dataset.tokenizer)
     loader, supply = data.rows(config.train.seed, state.progress.position)
 
-    write_file(folder / "config.toml", config.to_toml().encode())  # first: it tells of a continuation
-    set_aside_later(folder, checkpoint.step_of(start) if start else None, listener, weights)
-    write_file(folder / "resolved.toml", _as_it_is_now(resolved, state).to_toml(config).encode())
-    journal = _open_journal(folder / "metrics.jsonl", stored, listener)
-    return Run(folder, config, resolved, runtime, dataset, loader, supply, journal, listener), state
+    def change_the_folder() -> None:
+        write_file(folder / "config.toml", config.to_toml().encode())  # first: it tells of a continuation
+        set_aside_later(folder, checkpoint.step_of(start) if start else None, listener, weights)
+        write_file(folder / "resolved.toml", _as_it_is_now(resolved, state).to_toml(config).encode())
+
+    ranks.from_first(change_the_folder)
+    if state.precision.shared:
+        ranks.each(lambda: _check_sees(folder))
+    journal = ranks.each(lambda: _open_journal(folder / "metrics.jsonl", stored, listener) if ranks.is_first else None)
+    return Run(folder, config, resolved, runtime, dataset, loader, supply, journal, listener, ranks), state
+
+
+def _opened(data: RunData, ranks: Ranks) -> Dataset:
+    """The data set: the first rank makes it where it is missing, then one on each other host, then all have it.
+
+    Raises:
+        DataError: it is refused, does not come, or is not the same on all hosts.
+    """
+    turn = 0 if ranks.is_first else 1 if ranks.local_rank == 0 else 2
+    opened = [ranks.each(lambda now=now: data.open() if now == turn else None, "patient") for now in range(3)]  # type: ignore[misc]
+    dataset = next(filter(None, opened))
+    first = ranks.from_first(lambda: dataset.fingerprint)
+
+    def check() -> None:
+        if dataset.fingerprint != first:
+            raise DataError(
+                f"{dataset.path} of rank {ranks.rank} has other data than that of rank 0; delete one of them"
+            )
+
+    ranks.each(check)
+    return dataset
+
+
+def _check_sees(folder: Path) -> None:
+    if not (folder / "resolved.toml").is_file():
+        raise ConfigError(
+            f"{folder} of the first rank is not seen from here, and ranks that share the state all write into it; "
+            f"give an --out on a disk that all machines share, or add --train.strategy ddp"
+        )
+
+
+def told(ranks: Ranks, kind: type[M], make: Callable[[], M]) -> M:
+    """What the first rank makes, on all of them."""
+    if ranks.alone:
+        return make()
+    return kind.model_validate_json(ranks.from_first(lambda: make().model_dump_json(by_alias=True)))
 
 
 def _as_it_is_now(resolved: Resolved, state: TrainState) -> Resolved:
@@ -159,10 +224,15 @@ def _as_it_is_now(resolved: Resolved, state: TrainState) -> Resolved:
     return resolved.model_copy(update={"micro_batch": at_once, "reasons": reasons})
 
 
-def _as_before(stored: Scalars, runtime: machine.Runtime, listener: Listener) -> Resolved:
+def _as_before(stored: Scalars, config: Config, runtime: machine.Runtime, listener: Listener) -> Resolved:
     """Says loudly what bit-exact arithmetic rests on and is not as it was; from then on less is promised."""
     resolved = stored.resolved
     changes = machine.changes(stored.versions | {"device": resolved.device}, runtime.device)
+    strategy, why_so = choose_strategy(config, runtime)
+    if (before := (resolved.ranks, resolved.strategy)) != (now := (runtime.ranks, strategy)):
+        changes.append(f"it had {_ranks_in_words(*before)}, has {_ranks_in_words(*now)}")
+        reasons = resolved.reasons | {"strategy": why_so}
+        resolved = resolved.model_copy(update={"ranks": runtime.ranks, "strategy": strategy, "reasons": reasons})
     arithmetic, why = usable(resolved.arithmetic, runtime.device) if changes else (resolved.arithmetic, "")
     if why:
         listener.note(f"the run computes otherwise from here on: {why}")
@@ -206,7 +276,7 @@ def _warm_up(state: TrainState, config: Config) -> str:
     """Forward and backward once for each size of micro-batch. Says why where memory runs out, else nothing."""
     model, rows, at_once = state.precision.compute, config.rows_per_step, state.progress.micro_batch
     try:
-        for size in {min(at_once, rows), rows % at_once} - {0}:
+        for size in sizes_at_once(rows, state.ranks.size, at_once):
             ids = torch.zeros(size, config.data.context, dtype=torch.int64, device=model.head.device)
             model.hidden(ids).sum().backward()  # type: ignore[no-untyped-call]
     except (RuntimeError, MemoryError) as error:
@@ -248,7 +318,9 @@ def _check_fits(config: Config, dataset: Dataset) -> None:
         )
 
 
-def new_state(config: Config, resolved: Resolved, runtime: machine.Runtime, end_id: int = 0) -> TrainState:
+def new_state(
+    config: Config, resolved: Resolved, runtime: machine.Runtime, end_id: int = 0, ranks: Ranks = ALONE
+) -> TrainState:
     """The state before the first step: a function of the configuration. Sets the process's precision of products.
 
     Args:
@@ -259,12 +331,26 @@ def new_state(config: Config, resolved: Resolved, runtime: machine.Runtime, end_
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.document_end = end_id if config.data.document_masks else None
     model.to(runtime.device)
-    precision = Precision(model, resolved.arithmetic)
-    optimizer = Optimizer(model, config.optim, precision.copies)
+    precision = _precision(model, resolved, ranks)
+    optimizer = Optimizer(precision.parameters, config.optim, precision.copies, precision.shared)
     scaler = LossScaler(runtime.device) if resolved.dtype == "fp16" else None
     state = TrainState(precision, optimizer, Guard(config.guard, runtime.device), scaler)
     state.begin(config, resolved.micro_batch)
     return state
+
+
+def _precision(model: Transformer, resolved: Resolved, ranks: Ranks) -> Precision | SharedPrecision:
+    if resolved.strategy == "ddp":
+        return Precision(model, resolved.arithmetic, ranks)
+    from pocketlm.training.sharding import SharedPrecision  # takes a second
+
+    return SharedPrecision(model, resolved.arithmetic, ranks)
+
+
+def _ranks_in_words(ranks: int, strategy: Strategy) -> str:
+    if ranks == 1:
+        return "1 process"
+    return f"{ranks} processes, each with {HOLDS[strategy]} ({strategy})"
 
 
 def _data_lines(run: Run) -> list[str]:
@@ -281,6 +367,13 @@ def _data_lines(run: Run) -> list[str]:
     return [f"{tokens} until now in {data.path}, {_rows(loader)}; more comes while the run reads them"]
 
 
+def _rank_lines(run: Run) -> list[str]:
+    if run.ranks.alone:
+        return []
+    words = _ranks_in_words(run.ranks.size, run.resolved.strategy)
+    return [f"ranks: {words}: {run.resolved.reasons['strategy']}"]
+
+
 def _rows(loader: Loader) -> str:
     rows = loader.rows
     return f"{rows.total:,} rows" if rows.complete else f"{len(rows.num_rows):,} piece(s)"
@@ -292,7 +385,8 @@ def info(run: Run, state: TrainState) -> RunInfo:
     train, stream, step = config.train, run.dataset.train, state.progress.step
     count, now = sizes.parameters(config.model), _as_it_is_now(resolved, state)
     at_once = state.progress.micro_batch
-    accumulation = math.ceil(config.rows_per_step / at_once)
+    accumulation = turns(config.rows_per_step, run.ranks.size, at_once)
+    ranks = "" if run.ranks.alone else " on each rank"
     unigram_nats, unigram_bits = unigram_entropy(
         stream, run.dataset.tokenizer.byte_lengths, run.dataset.tokenizer.special_ids
     )
@@ -306,7 +400,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"plan: {train.total_steps:,} steps x {train.tokens_per_step:,} tokens = "
         f"{train.total_steps * train.tokens_per_step:,} tokens"
         f"{'' if epochs is None else f', {epochs:.2f} epochs'}",
-        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once} "
+        f"step: {config.rows_per_step} rows = {accumulation} micro-batch(es) of up to {at_once}{ranks} "
         f"({now.reasons['micro_batch']}); "
         f"{config.optim.kind}, peak lr {config.optim.lr:g}",
         f"schedule: {described(config.schedule, train.total_steps, config.optim.lr)}",
@@ -316,6 +410,7 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"attention: {resolved.attention}{apart} ({resolved.reasons['attention']}); "
         f"blocks {'compiled' if resolved.compile else 'not compiled'} ({resolved.reasons['compile']})",
         f"determinism: {run.runtime.determinism}: {machine.PROMISES[run.runtime.determinism]}",
+        *_rank_lines(run),
         *going_on,
     )
     return RunInfo(

@@ -7,6 +7,9 @@
 The thread waits until the journal is on the disk, writes and hashes the copy, commits the folder and prunes. It changes
 nothing that the main thread reads: what comes of it lies in a `Saving` until that is heard of. So what a run becomes
 depends on its steps, and never on how fast the disk was.
+
+Of several ranks the first one saves. Where they share the state, the thread of each writes its rows into the folder
+that the first one's makes. All ranks hear of a save at the same step, when the last of them is through with it.
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from torch import Tensor
+
 from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, RankLost
 from pocketlm.files import free_bytes
 from pocketlm.optim.schedule import rests_on
 from pocketlm.tensors import Copies
 from pocketlm.training.progress import Progress
+from pocketlm.training.rank_files import Lead, follow
 from pocketlm.training.run import Run
 from pocketlm.training.state import TrainState
 
@@ -35,10 +41,13 @@ THREAD = "pocketlm-save"
 class Saving:
     """One save: what its thread is given, and what came of it."""
 
-    snapshot: checkpoint.Snapshot
+    snapshot: checkpoint.Snapshot | None
+    """None on a rank that is not the first."""
+    rows: Mapping[str, Tensor]
+    """What such a rank writes of a shared state."""
     progress: Progress
     must: bool
-    journal_bytes: int
+    journal_bytes: int = 0
     """How long the journal is that the checkpoint knows of."""
     journal_synced: bool = False
     folder: Path | None = None
@@ -55,10 +64,10 @@ class Saver:
     """Commits states of a run, one at a time. Every method is the main thread's."""
 
     def __init__(self, run: Run, state: TrainState) -> None:
-        self.run, self.state = run, state
+        self.run, self.state, self.ranks = run, state, state.ranks
         self._weights, self._moments = Copies(), Copies()
         self._verified = pruning.Verified()
-        self._under_way: tuple[Saving, threading.Thread] | None = None
+        self._under_way: tuple[Saving, threading.Thread | None] | None = None
         self._is_alone = False
 
     def begin(self, *, must: bool) -> None:
@@ -79,13 +88,12 @@ class Saver:
             return
         if self.run.saves(now) and (metric := _metric(self.run, now)) is not None:
             now.rate(metric, self.run.config.train.keep_best)
-        snapshot = self._snapshot()
+        saving = Saving(*self._copied(), now.model_copy(deep=True), must)
         try:
-            journal_bytes = self.run.journal.flush()
+            saving.journal_bytes = self.ranks.each(lambda: self.run.journal.flush() if self.run.journal else 0)
         except OSError as error:
-            self._refused(snapshot, error, must)
+            self._refused(saving, error)
             return
-        saving = Saving(snapshot, now.model_copy(deep=True), must, journal_bytes)
         self._start(saving)
         if must:
             self.wait()
@@ -100,18 +108,22 @@ class Saver:
                 self.run.listener.note(f"{error}: training waits for each save")
             self._is_alone = True
             self._write(saving)
-            self._take_in(saving)
+            self._under_way = saving, None
+            if self.ranks.alone:
+                self.wait()
         else:
             self._under_way = saving, thread
 
     def hear(self) -> None:
-        """Takes note of a save that has ended; where none has, it costs nothing.
+        """Takes note of a save that has ended, on every rank; where none is under way, it costs nothing.
 
         Raises:
             FileError: the disk refused it, as for `begin`.
         """
-        if self._under_way and not self._under_way[1].is_alive():
-            self.wait()
+        if self._under_way:
+            thread = self._under_way[1]
+            if not self.ranks.most(thread is not None and thread.is_alive()):
+                self.wait()
 
     def wait(self) -> None:
         """Returns when no save is under way. A signal is noted meanwhile, and a second one ends the process.
@@ -122,9 +134,13 @@ class Saver:
         if self._under_way is None:
             return
         saving, thread = self._under_way
-        thread.join()
+        if thread:
+            thread.join()
         self._under_way = None
-        self._take_in(saving)
+        if saving.failed and not self.ranks.is_first:
+            raise saving.failed
+        if self.ranks.from_first(lambda: self._take_in(saving), over="patient"):
+            self.state.saved = saving.progress.mark
 
     def __enter__(self) -> Self:
         return self
@@ -135,17 +151,17 @@ class Saver:
         """However the run ends, a save that was begun is ended first. What it ends with is said by its own error."""
         try:
             self.wait()
-        except FileError as error:
+        except (FileError, RankLost) as error:
             self.run.listener.note(str(error))
 
-    def _take_in(self, saving: Saving) -> None:
-        """What came of a save becomes known to the run."""
+    def _take_in(self, saving: Saving) -> bool:
+        """What came of a save becomes known to the run; says whether there is a checkpoint."""
+        assert self.run.journal
         if saving.journal_synced:
             self.run.journal.keep(saving.journal_bytes)
         else:
             self.run.journal.lose()
         if saving.folder:
-            self.state.saved = saving.progress.mark
             if self.run.supply:
                 self.run.supply.saved(saving.progress.position)
             self.run.listener.saved(saving.folder)
@@ -154,48 +170,89 @@ class Saver:
         if saving.failed:
             raise saving.failed
         if saving.refused:
-            self._refused(saving.snapshot, saving.refused, saving.must)
+            self._refused(saving, saving.refused)
+        return saving.folder is not None
 
-    def _refused(self, snapshot: checkpoint.Snapshot, error: OSError, must: bool) -> None:
-        room = f"it needs {checkpoint.size_bytes(snapshot):,} bytes, {free_bytes(self.run.folder):,} are free"
-        refused(self.run, error, f"cannot save step {snapshot.step} ({room})", must=must)
+    def _refused(self, saving: Saving, error: OSError) -> None:
+        what = f"cannot save step {saving.progress.step}"
+        if saving.snapshot:
+            needed = checkpoint.size_bytes(saving.snapshot)
+            what += f" (it needs {needed:,} bytes, {free_bytes(self.run.folder):,} are free)"
+        refused(self.run, error, what, must=saving.must)
 
-    def _snapshot(self) -> checkpoint.Snapshot:
-        """All of the state as it is now; no step changes it any more."""
+    def _copied(self) -> tuple[checkpoint.Snapshot | None, Mapping[str, Tensor]]:
+        """All of the state as it is now, which no step changes any more; and what this rank writes of a shared one."""
         run, state = self.run, self.state
-        return checkpoint.Snapshot(
+        shares = shares_of(state)
+        weights = self._whole_weights() if shares else {}
+        if not self.ranks.is_first:
+            return None, self._moments.of(state.tensors()) if shares else {}
+        snapshot = checkpoint.Snapshot(
             step=state.progress.step,
             model=run.config.model,
             sample=run.config.sample,
             tokenizer=run.dataset.tokenizer,
-            weights=self._weights.of(dict(state.precision.model.named_parameters())),
+            weights=weights or self._weights.of(state.precision.parameters),
             optimizer=self._moments.of(state.tensors()),
             config_toml=run.config.to_toml(),
             state=_scalars(run, state),
+            shares=shares,
         )
+        return snapshot, {}
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """Copies of the parameters that the ranks share, on the first rank; the others help to put them together."""
+        wholes = ((name, self.state.precision.whole(name)) for name in self.state.precision.shapes)
+        return {name: self._weights.one(name, whole) for name, whole in wholes if self.ranks.is_first}
 
     # --- in the thread
 
     def _write(self, saving: Saving) -> None:
         """The journal first, so that no checkpoint knows of more; at last what is too much goes."""
         try:
-            self._commit(saving)
+            if saving.snapshot:
+                self._commit(saving, saving.snapshot)
+            elif saving.rows:
+                shares = shares_of(self.state)
+                assert shares
+                follow(self.ranks, self.run.folder / "checkpoints", shares.file, _own(saving.rows, shares))
             if saving.folder:
                 check = self._verified.verify
                 prune(self.run.folder, self.run.config, saving.progress, saving.notes.append, check)
         except BaseException as error:  # is raised again where the save is heard of
             saving.failed = error
 
-    def _commit(self, saving: Saving) -> None:
+    def _commit(self, saving: Saving, snapshot: checkpoint.Snapshot) -> None:
+        assert self.run.journal
+        lead = Lead(self.ranks) if snapshot.shares else None
         try:
             self.run.journal.wait_for_disk()
             saving.journal_synced = True
-            saving.folder = checkpoint.save(self.run.folder / "checkpoints", saving.snapshot)
+            saving.folder = checkpoint.save(self.run.folder / "checkpoints", snapshot, *filter(None, [lead]))
         except OSError as error:
             saving.refused = error
+        finally:
+            if lead:
+                lead.give_up()
+
+
+def shares_of(state: TrainState) -> checkpoint.Shares | None:
+    """How the ranks share the moments; None where each has all."""
+    shared, rows = state.precision.shared, state.rows()
+    if shared is None or rows is None:
+        return None
+    shapes = state.shapes()[1]
+    cuts = {name: shared.cuts(shape[0]) for name, shape in shapes.items() if name in rows}
+    return checkpoint.Shares(shared.ranks.rank, shared.ranks.size, cuts)
+
+
+def _own(rows: Mapping[str, Tensor], shares: checkpoint.Shares) -> dict[str, Tensor]:
+    """What is shared; all else is the first rank's to write."""
+    return {name: tensor for name, tensor in rows.items() if name in shares.cuts}
 
 
 def _scalars(run: Run, state: TrainState) -> Mapping[str, Any]:
+    assert run.journal
     return state.scalars(
         regular=run.saves(state.progress),
         records=run.journal.num_records,

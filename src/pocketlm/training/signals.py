@@ -29,15 +29,19 @@ class Stopped(Exception):
 class StopRequest:
     """The first signal only notes itself here, a second one ends the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: Callable[[int], int] = int) -> None:
+        """most: of several ranks, the largest of their numbers, by which one that got a signal stops all of them."""
         self.received: signal.Signals | None = None
+        self._most = most
 
     def check(self) -> None:
-        """
+        """Every rank calls it at the same places.
+
         Raises:
-            Stopped: a signal came.
+            Stopped: a signal came, to this rank or to another.
         """
-        if self.received:
+        if number := self._most(self.received or 0):
+            self.received = signal.Signals(number)
             raise Stopped
 
     def note(self, number: int, frame: FrameType | None) -> None:
@@ -49,9 +53,9 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
+def stop_on_signal(most: Callable[[int], int] = int) -> Iterator[StopRequest]:
     """While entered, signals ask for a stop; the handlers from before come back at the end."""
-    request = StopRequest()
+    request = StopRequest(most)
     with _second_ends(), _handled_by(request.note):
         yield request
 

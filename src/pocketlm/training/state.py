@@ -8,9 +8,10 @@ fingerprints that say whether a resume continues the same computation.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,13 +19,13 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from pocketlm import checkpoint
-from pocketlm.checkpoint import STATE, Restored
+from pocketlm.checkpoint import STATE
 from pocketlm.config import Config
 from pocketlm.data import order
+from pocketlm.distributed import Ranks
 from pocketlm.errors import FileError
 from pocketlm.machine import versions
-from pocketlm.model.init import init_weights
-from pocketlm.optim.optimizer import Optimizer
+from pocketlm.optim.optimizer import MOMENTS, Optimizer
 from pocketlm.tensors import Shapes, read_tensors
 from pocketlm.text.tokenizer import Tokenizer
 from pocketlm.training.guard import Guard, Trouble
@@ -32,6 +33,9 @@ from pocketlm.training.precision import Precision
 from pocketlm.training.progress import Mark, Natural, Progress
 from pocketlm.training.resolve import Resolved
 from pocketlm.training.scaler import LossScaler
+
+if TYPE_CHECKING:
+    from pocketlm.training.sharding import SharedPrecision  # takes a second to import
 
 SCHEMA = 3
 
@@ -60,7 +64,7 @@ class Scalars(Progress):
 class TrainState:
     """A run between two steps."""
 
-    precision: Precision
+    precision: Precision | SharedPrecision
     optimizer: Optimizer
     guard: Guard
     scaler: LossScaler | None = None
@@ -73,16 +77,28 @@ class TrainState:
         """What is not finite is never evaluated, sampled from or saved.
 
         Raises:
-            Trouble: a parameter or moment is infinite or not a number.
+            Trouble: a parameter or moment is infinite or not a number, on this rank or on another.
         """
-        tensors = dict(self.precision.model.named_parameters()) | self.tensors()
-        floats = {name: tensor.detach() for name, tensor in tensors.items() if tensor.is_floating_point()}
+        broken = self._broken()
+        if self.ranks.most(bool(broken)):
+            what = next(filter(None, self.ranks.gather(broken)))
+            raise Trouble(f"after step {self.progress.step} {what} is not finite", self.progress)
+
+    def _broken(self) -> str:
+        """The first tensor that is not finite."""
+        floats = {name: tensor for name, tensor in self._everything().items() if tensor.is_floating_point()}
         norms = torch._foreach_norm(list(floats.values()))  # as fast as memory; of finite ones it may overflow
         if torch.stack(norms).isfinite().all():
-            return
-        broken = next((name for name, tensor in floats.items() if not tensor.isfinite().all()), None)
-        if broken:
-            raise Trouble(f"after step {self.progress.step} {broken} is not finite", self.progress)
+            return ""
+        return next((name for name, tensor in floats.items() if not tensor.isfinite().all()), "")
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.precision.ranks
+
+    def _everything(self) -> dict[str, Tensor]:
+        """Every tensor of the state, of shared ones this rank's rows."""
+        return self.precision.parameters | self.tensors()
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments, the guard's history and the loss scale, by name; the tensors themselves."""
@@ -94,62 +110,93 @@ class TrainState:
         return Scalars.model_validate(self.progress.model_dump() | counted | run).model_dump(by_alias=True)
 
     def shapes(self) -> tuple[Shapes, Shapes]:
-        """Names and shapes of the parameters and of the other tensors."""
-        parameters = self.precision.model.named_parameters()
-        return (
-            {name: tuple(tensor.shape) for name, tensor in parameters},
-            {name: tuple(tensor.shape) for name, tensor in self.tensors().items()},
-        )
+        """Names and shapes of the parameters and of the other tensors, of shared ones the whole."""
+        parameters = self.precision.shapes
+        others = {
+            name: parameters.get(parameter_of(name), tuple(tensor.shape)) for name, tensor in self.tensors().items()
+        }
+        return parameters, others
+
+    def rows(self) -> dict[str, range] | None:
+        """This rank's rows of each shared tensor, parameters and moments; None where each rank has all."""
+        if (shared := self.precision.shared) is None:
+            return None
+        names = (*self.precision.shapes, *self.tensors())
+        parameters = {name: parameter_of(name) for name in names if parameter_of(name) in shared.shapes}
+        return {name: shared.own(shared.shapes[parameter][0]) for name, parameter in parameters.items()}
 
     def begin(self, config: Config, micro_batch: int) -> None:
         """As before the first step: a function of the configuration, and of the rows at once."""
         seed_global_generators(config.train.seed)
-        init_weights(self.precision.model, config.init, config.train.seed)
-        self.precision.refresh()
+        self.precision.begin(config.init, config.train.seed)
         self.optimizer.reset()
         self.guard.reset()
         if self.scaler:
             self.scaler.reset()
         self.progress, self.saved = Progress(micro_batch=micro_batch), None
 
-    @torch.no_grad()
     def take_weights(self, path: Path, tokenizer: Tokenizer) -> None:
         """Takes over the weights of a verified checkpoint, and nothing else of it.
 
         Raises:
             FileError: they are of another model, or of another tokenizer.
         """
-        if (path / "tokenizer.json").read_text(encoding="utf-8") != tokenizer.to_json():
-            raise FileError(f"{path} has another tokenizer; add --data.tokenizer {path / 'tokenizer.json'}")
-        weights = read_tensors(path / checkpoint.WEIGHTS, self.shapes()[0], [torch.float32])
-        for name, parameter in self.precision.model.named_parameters():
-            parameter.copy_(weights[name])
+        self.ranks.each(lambda: self._read_weights(path, tokenizer) if self._reads else None)
+        self._spread(self.precision.parameters)
         self.precision.refresh()
 
     @torch.no_grad()
-    def load(self, restored: Restored) -> None:
-        """Takes over a checkpoint whose shapes were checked.
+    def _read_weights(self, path: Path, tokenizer: Tokenizer) -> None:
+        if (path / "tokenizer.json").read_text(encoding="utf-8") != tokenizer.to_json():
+            raise FileError(f"{path} has another tokenizer; add --data.tokenizer {path / 'tokenizer.json'}")
+        weights = read_tensors(path / checkpoint.WEIGHTS, self.shapes()[0], [torch.float32], self.rows())
+        for name, parameter in self.precision.parameters.items():
+            parameter.copy_(weights[name])
+
+    def load(self, path: Path, stored: Scalars) -> None:
+        """Takes over a verified checkpoint: each rank its own rows, or all of it from rank 0, which alone reads it.
 
         Raises:
-            FileError: tensors of another precision, or a random state that is none.
+            FileError: it has tensors of other shapes or of another precision, or a random state that is none.
         """
-        scalars = Scalars.model_validate(restored.state)
-        mine = dict(self.precision.model.named_parameters()) | self.tensors()
-        for name, tensor in (restored.weights | restored.optimizer).items():
-            if tensor.dtype != mine[name].dtype:
-                raise FileError(
-                    f"{name} is {tensor.dtype} in the checkpoint, {mine[name].dtype} here; give a new --out"
-                )
-        for name, parameter in self.precision.model.named_parameters():
-            parameter.copy_(restored.weights[name])
+        self.ranks.each(lambda: self._read(path, stored.updates) if self._reads else None)
+        self.optimizer.adamw.updates.fill_(float(stored.updates))
+        self._spread(self._everything())
         self.precision.refresh()
-        self.optimizer.load(restored.optimizer, scalars.updates)
-        self.guard.load(restored.optimizer)
-        if self.scaler:
-            self.scaler.load(restored.optimizer)
-        self.progress = Progress(**{name: getattr(scalars, name) for name in Progress.model_fields})
+        self.progress = Progress(**{name: getattr(stored, name) for name in Progress.model_fields})
         self.saved = self.progress.mark
-        restore_random_states(scalars.random)
+        restore_random_states(stored.random)
+
+    @torch.no_grad()
+    def _read(self, path: Path, updates: int) -> None:
+        weights, others = checkpoint.restore(path, *self.shapes(), self.rows())
+        everything = self._everything()
+        for name, tensor in (weights | others).items():
+            if tensor.dtype != (mine := everything[name].dtype):
+                raise FileError(f"{name} is {tensor.dtype} in the checkpoint, {mine} here; give a new --out")
+        for name, parameter in self.precision.parameters.items():
+            parameter.copy_(weights[name])
+        self.optimizer.load(others, updates)
+        self.guard.load(others)
+        if self.scaler:
+            self.scaler.load(others)
+
+    @property
+    def _reads(self) -> bool:
+        """Whether this rank reads a checkpoint by itself."""
+        return self.ranks.is_first or self.precision.shared is not None
+
+    def _spread(self, tensors: Mapping[str, Tensor]) -> None:
+        """What rank 0 has read, on all ranks; rows are everybody's own."""
+        if self.precision.shared is None:
+            for tensor in tensors.values():
+                self.ranks.spread(tensor)
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a tensor of the state is, or is a moment of: `exp_avg.model.norm.weight` is of the norm."""
+    kind, _, parameter = name.partition(".")
+    return parameter if kind in MOMENTS else name
 
 
 def read_state(path: Path) -> Scalars:

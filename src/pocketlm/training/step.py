@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pocketlm import machine
 from pocketlm.config import Config
+from pocketlm.distributed import turns
 from pocketlm.errors import one_line
-from pocketlm.model.loss import linear_cross_entropy
-from pocketlm.optim.clip import clip_coefficient, global_norm
+from pocketlm.model.loss import IGNORED, linear_cross_entropy
+from pocketlm.optim.clip import clip_coefficient
 from pocketlm.optim.schedule import begun_with, factor
 from pocketlm.training.guard import APPLIED
 from pocketlm.training.micro_batch import OutOfMemory, is_out_of_memory
@@ -68,8 +68,9 @@ def train_step(
     started_at = time.perf_counter()
     rows = config.rows_per_step
     loss = _gradients_or_nothing(state, loader, config, micro_batch, check)
+    state.ranks.add(loss)
     gradients = state.precision.gradients()
-    norm = _unscaled(global_norm(gradients.values()), state.scaler)
+    norm = _unscaled(state.precision.norm(gradients), state.scaler)
     multiplier = _multiplier(norm, config.optim.clip, state.scaler)
     verdict = state.guard.verdict(loss, norm)
     loss_scale = None
@@ -105,10 +106,10 @@ def _gradients_or_nothing(
     try:
         loss = _gradients(state, loader, config, micro_batch, check)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or state.precision.shared:  # the others wait for its share of a block
             raise
         reason = one_line(str(error))
-    if not machine.all_agree(loss is not None):
+    if state.ranks.most(loss is None):
         state.precision.drop_gradients()
         raise OutOfMemory(reason)
     assert loss is not None
@@ -126,14 +127,15 @@ def _gradients(state: TrainState, loader: Rows, config: Config, micro_batch: int
     In fp16 the gradients are times the loss scale.
     """
     model, rows = state.precision.compute, config.rows_per_step
-    batch = _moved(loader.read(state.progress.position, rows), model.head.device)  # (rows, T + 1)
+    state.precision.before_reading()
+    own = state.ranks.share(rows)
+    batch = _moved(loader.read(state.progress.position + own.start, len(own)), model.head.device)  # (own rows, T + 1)
     mean = 1.0 / (rows * config.data.context)  # every target of the step weighs the same, whatever the micro-batch
     scale = mean * state.scaler.scale if state.scaler else mean
     loss = torch.zeros((), device=batch.device)
-    parts = torch.split(batch, micro_batch)
-    for part in parts:
+    parts = _parts(batch, micro_batch, turns(rows, state.ranks.size, micro_batch))
+    for inputs, targets in parts:
         check()
-        inputs, targets = part[:, :-1], part[:, 1:]
         hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
         part_loss = linear_cross_entropy(
             hidden,
@@ -149,6 +151,16 @@ def _gradients(state: TrainState, loader: Rows, config: Config, micro_batch: int
             state.precision.collect_gradients()
         loss += part_loss.detach()
     return _unscaled(loss, state.scaler)
+
+
+def _parts(batch: Tensor, micro_batch: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets of a rank's micro-batches, each (rows, T), from its (rows, T + 1) of the step.
+
+    Where another rank has more of them, this one goes with it: through a row of which no target counts.
+    """
+    parts = [(part[:, :-1], part[:, 1:]) for part in torch.split(batch, micro_batch)] if len(batch) else []
+    nothing = batch.new_zeros(1, batch.shape[1] - 1)
+    return parts + [(nothing, torch.full_like(nothing, IGNORED))] * (count - len(parts))
 
 
 def _multiplier(norm: Tensor, limit: float | None, scaler: LossScaler | None) -> Tensor | None:
