@@ -137,7 +137,8 @@ def leave(code: int) -> NoReturn:
 
 def bring_up() -> None:
     """All that a run imports, what torch does at its first optimizer too. No arithmetic: OpenMP survives no fork."""
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.fsdp  # noqa: F401
 
     import pocketlm.cli.train
     import pocketlm.training.loop
