@@ -188,8 +188,12 @@ class Ranks:
                 codes.append(child.wait(limit_s))
             except AssertionError as error:
                 late.append(error)
-        assert not late, "\n".join([*map(str, late), *(f"rank {i}: {one.stderr}" for i, one in enumerate(self.children))])
+        assert not late, "\n".join([*map(str, late), self.said()])
         return codes
+
+    def said(self) -> str:
+        """What each has said on stderr."""
+        return "\n".join(f"rank {rank}: {child.stderr}" for rank, child in enumerate(self.children))
 
 
 class Zygote:
@@ -307,7 +311,7 @@ class Rig:
             return Ranks([self.run(words, **options)])
         ranks = self.start_ranks(size, words, **options)
         codes = ranks.wait()
-        assert not any(codes), f"{' '.join(words)}: exit codes {codes}\n" + "\n".join(one.stderr for one in ranks)
+        assert not any(codes), f"{' '.join(words)}: exit codes {codes}\n{ranks.said()}"
         return ranks
 
     def run(self, words: Sequence[str], *, code: int = 0, limit_s: float = LIMIT_S, **options: Any) -> Child:
