@@ -248,6 +248,7 @@ class Rig:
         folder: Path | None = None,
         phases: Iterable[str] = (),
         holds: Iterable[Hold] = (),
+        breaks: Iterable[Hold] = (),
         fresh: bool = False,
         python: Sequence[str] = (),
         shell: str = 'exec "$@"',
@@ -260,6 +261,7 @@ class Rig:
             folder: where; by default the rig's.
             phases: what it announces, in zygote.PHASES; what it is held in is announced anyway.
             holds: the (phase, occurrence) in which it waits.
+            breaks: the (phase, occurrence) that fails.
             fresh: a new Python instead of a fork. It announces nothing.
             python: flags of the new Python.
             shell: the line of a shell that starts the new Python.
@@ -269,14 +271,15 @@ class Rig:
         output = [self.output / f"{name}-{number}.txt" for name in ("stdout", "stderr")]
         for path in output:
             path.touch()
-        holds = list(holds)
+        holds, breaks = list(holds), list(breaks)
         request = {
             "words": list(words),
             "folder": str(folder or self.folder),
             "output": [str(path) for path in output],
             "environment": {"TMPDIR": str(self.temporary), **(environment or {})},
-            "phases": list(dict.fromkeys([*phases, *(phase for phase, _ in holds)])),
+            "phases": list(dict.fromkeys([*phases, *(phase for phase, _ in holds + breaks)])),
             "holds": holds,
+            "breaks": breaks,
         }
         ours, theirs = socket.socketpair()
         with theirs:
