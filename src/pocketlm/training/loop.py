@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pocketlm import checkpoint, distributed
 from pocketlm.config import Config
@@ -24,6 +24,7 @@ from pocketlm.files import Lock, make_folder, sweep
 from pocketlm.formats.huggingface import tensor_shapes
 from pocketlm.journal import Journal
 from pocketlm.training.boundary import Late, record, serve
+from pocketlm.training.engines import Engine, open_engine
 from pocketlm.training.guard import Trouble
 from pocketlm.training.halving import compile_that_fits, step_that_fits
 from pocketlm.training.log import Listener, Silent
@@ -38,11 +39,11 @@ from pocketlm.training.step import Outcome
 from pocketlm.training.trackers import IDS, TrackedRun
 from pocketlm.training.watch import Watch
 
+if TYPE_CHECKING:
+    from pocketlm.training.lightning import Callback, Logger
+
 RUN_FILES = re.compile(rf"config\.toml|resolved\.toml|metrics(-\d{{8}})?\.jsonl|report\.html|{re.escape(IDS)}")
 WEIGHTS_ONLY = "weights-only"
-
-Drive = Callable[[Iterator[Outcome]], None]
-"""An engine: asks for the steps of a run, one by one, until there are no more."""
 
 
 def train(
@@ -52,6 +53,8 @@ def train(
     resume: str = "auto",
     additional_steps: int | None = None,
     listener: Listener | None = None,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
 ) -> Path:
     """Trains, or goes on with what stands in the run's folder, and returns that folder.
 
@@ -63,8 +66,10 @@ def train(
             stands there, which is set aside; a run that began so and has not ended goes on.
         additional_steps: more steps after the end that the run had (more_steps.py).
         listener: hears what happens.
+        callbacks, loggers: of Lightning, where `train.engine` is lightning.
 
     Raises:
+        UsageError: the engine cannot be imported, or is not the one for these callbacks and loggers.
         ConfigError: the folder holds a run of another configuration, or none to add steps to.
         DataError: the text, tokenizer or data set is refused.
         FileError: the folder is in use, or a named checkpoint is damaged.
@@ -74,11 +79,12 @@ def train(
     """
     if out is None and (Path(config.name).name != config.name or not config.name):
         raise ConfigError(f"name: given {config.name!r}, allowed is the name of a folder in runs/; or give --out")
+    engine = open_engine(config.train.engine, callbacks, loggers)
     folder = out or Path("runs") / config.name
     with distributed.join(config.train.rank_timeout_s) as ranks:
         _refuse_streams(config, ranks)
         listener = _hearing(listener or Silent(), config, folder) if ranks.is_first else Silent()
-        _train(config, folder, Asked(resume, additional_steps), listener, ranks)
+        _train(config, folder, Asked(resume, additional_steps), listener, ranks, engine)
     return folder
 
 
@@ -102,7 +108,7 @@ def _refuse_streams(config: Config, ranks: Ranks) -> None:
         )
 
 
-def _train(config: Config, folder: Path, asked: Asked, listener: Listener, ranks: Ranks) -> None:
+def _train(config: Config, folder: Path, asked: Asked, listener: Listener, ranks: Ranks, engine: Engine) -> None:
     with contextlib.ExitStack() as held:
         found = ranks.from_first(lambda: _find(held, config, folder, asked, listener).packed())
         beginning = Beginning.unpacked(found)
@@ -117,7 +123,7 @@ def _train(config: Config, folder: Path, asked: Asked, listener: Listener, ranks
             run.order_rows(state.progress)
             compile_that_fits(run, state)
             with stop_on_signal(ranks.most) as stop:
-                _loop(run, state, stop, every_step)
+                _loop(run, state, stop, engine)
         finally:
             listener.finished()
             _end_supply(run, listener)
@@ -260,13 +266,13 @@ def _check_same_config(folder: Path, start: Path, config: Config) -> None:
         )
 
 
-def _loop(run: Run, state: TrainState, stop: StopRequest, drive: Drive) -> None:
+def _loop(run: Run, state: TrainState, stop: StopRequest, engine: Engine) -> None:
     """From step boundary to step boundary, until the last or a stop, and back where training cannot go on."""
     late = Late(run, state)
     with Saver(run, state) as saver:
         while True:
             try:
-                drive(_steps(run, state, late, saver, stop))
+                engine(run, state, stop, _steps(run, state, late, saver, stop))
                 break
             except Trouble as trouble:
                 _go_back(run, state, late, saver, trouble)
@@ -289,14 +295,9 @@ def _loop(run: Run, state: TrainState, stop: StopRequest, drive: Drive) -> None:
             raise Diverged(f"step {state.progress.step} is not saved: {trouble}; {hint}") from None
 
 
-def every_step(steps: Iterator[Outcome]) -> None:
-    """The engine of PyTorch alone: one step after the other."""
-    for _ in steps:
-        pass
-
-
 def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequest) -> Iterator[Outcome]:
-    """What is due at a step boundary, then a step, which it gives when it is made; ends after the last boundary.
+    """Each step, given when all that was due at the boundary after it is done; what is still due at the first boundary
+    comes before the first step.
 
     Raises:
         Trouble: training cannot go on from here.
@@ -304,14 +305,8 @@ def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequ
         FileError: the disk refused a checkpoint that was being saved meanwhile.
     """
     durable = state.saved.micro_batch if state.saved else state.progress.micro_batch
-    while True:
-        saver.hear()
-        if run.is_due(state.progress):
-            late.read()
-            serve(run, state, saver, stop)
-        if state.progress.step >= run.last_step:
-            late.read()
-            return
+    _at_boundary(run, state, late, saver, stop)
+    while state.progress.step < run.last_step:
         stop.check()
         run.await_rows(state.progress, stop.check)
         outcome = step_that_fits(run, state, stop.check)
@@ -324,7 +319,18 @@ def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequ
                 state.check_finite()
                 saver.begin(must=False)
                 saver.wait()
+        _at_boundary(run, state, late, saver, stop)
         yield outcome
+
+
+def _at_boundary(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequest) -> None:
+    """What came of a save, and what is due; raises as `_steps`."""
+    saver.hear()
+    is_due = run.is_due(state.progress)
+    if is_due or state.progress.step >= run.last_step:
+        late.read()
+    if is_due:
+        serve(run, state, saver, stop)
 
 
 def _keep(state: TrainState, late: Late, saver: Saver) -> None:

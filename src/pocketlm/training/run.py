@@ -71,6 +71,13 @@ class Run:
         """Whether the validation loss is taken at a step boundary; so for the others."""
         return self._due(now.step, self.config.train.eval_every)
 
+    def stretches(self) -> list[int]:
+        """Where each stretch of steps ends: at an evaluation, and where this process stops."""
+        every, total = self.config.train.eval_every, self.config.train.total_steps
+        regular = range(every, self.last_step, every) if every else ()
+        at_ends = {end for end in ends(self.config.schedule, total) if 0 < end < self.last_step}
+        return sorted({*regular, *at_ends, self.last_step})
+
     def samples(self, now: Progress) -> bool:
         return self._due(now.step, self.config.sample.every)
 

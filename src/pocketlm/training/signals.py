@@ -32,6 +32,8 @@ class StopRequest:
     def __init__(self, most: Callable[[int], int] = int) -> None:
         """most: of several ranks, the largest of their numbers, by which one that got a signal stops all of them."""
         self.received: signal.Signals | None = None
+        self.watched: list[signal.Signals] = []
+        """Which it is asked by."""
         self._most = most
 
     def check(self) -> None:
@@ -47,16 +49,19 @@ class StopRequest:
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         self.received = signal.Signals(number)
-        for watched in WATCHED:
-            if signal.getsignal(watched) == self.note:
-                signal.signal(watched, signal.SIG_DFL)
+        self.take_signals()
+
+    def take_signals(self) -> None:
+        """Handles its signals from here on, also those that somebody else has taken meanwhile."""
+        for watched in self.watched:
+            signal.signal(watched, signal.SIG_DFL if self.received else self.note)
 
 
 @contextlib.contextmanager
 def stop_on_signal(most: Callable[[int], int] = int) -> Iterator[StopRequest]:
     """While entered, signals ask for a stop; the handlers from before come back at the end."""
     request = StopRequest(most)
-    with _second_ends(), _handled_by(request.note):
+    with _second_ends(), _handled_by(request.note) as request.watched:
         yield request
 
 
@@ -106,16 +111,18 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def _handled_by(handler: Handler) -> Iterator[None]:
+def _handled_by(handler: Handler) -> Iterator[list[signal.Signals]]:
+    """While entered, the handler has the signals, all but those that are ignored; which it has."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield []
         return
     before = {number: signal.getsignal(number) for number in WATCHED}
+    # nohup ignores SIGHUP; None is a handler of another language
+    handled = [number for number, earlier in before.items() if earlier not in (signal.SIG_IGN, None)]
     try:
-        for number, earlier in before.items():
-            if earlier not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP; None is a handler of another language
-                signal.signal(number, handler)
-        yield
+        for number in handled:
+            signal.signal(number, handler)
+        yield handled
     finally:
         for number, earlier in before.items():
             if earlier is not None:
