@@ -45,6 +45,7 @@ PHASES = {
     "record": "pocketlm.journal:Journal.append",
     "sync": "os:fsync",
     "rows": "pocketlm.files:write_beside",
+    "lightning": "pocketlm.training.lightning:Steps.train_dataloader",  # when it has taken SIGTERM
 }
 
 ERRORS: dict[str, Callable[[], Exception]] = {
@@ -151,6 +152,7 @@ def bring_up() -> None:
     import torch.distributed.fsdp  # noqa: F401
 
     import pocketlm.cli.train
+    import pocketlm.training.lightning
     import pocketlm.training.loop
     import pocketlm.training.panel  # noqa: F401
     from pocketlm.training import resolve

@@ -38,6 +38,8 @@ ALLOWED_MODULES = {
         "gigatoken",
         "huggingface_hub",
         "jinja2",
+        "lightning",
+        "logging",
         "markupsafe",
         "numpy",
         "psutil",
@@ -57,6 +59,7 @@ MODULES = {
     *("torch.serialization", "torch.hub", "torch.package", "torch.jit", "torch.multiprocessing"),
     *("torch.distributed.checkpoint", "torch.distributed.rpc", "torch.distributed.elastic"),
     *("torch.utils.cpp_extension", "torch.utils.data", "torch.utils.model_zoo", "torch.export", "torch.onnx"),
+    *("logging.config", "logging.handlers", "lightning.pytorch.cli", "lightning.fabric.utilities.cloud_io"),
     *("numpy.lib.format", "numpy.lib.npyio", "numpy.ctypeslib", "numpy.f2py", "importlib.util", "importlib.machinery"),
 }
 """Never, whatever the list above says."""
@@ -89,6 +92,7 @@ OS_READS = {
 WRITERS = {
     *("tempfile", "io.FileIO", "codecs.open", "pathlib.Path.replace", "torch.from_file", "np.DataSource"),
     *("readline.write_history_file", "readline.append_history_file", "mmap.mmap"),
+    *("logging.FileHandler", "logging.basicConfig"),
 }
 METHODS_THAT_WRITE = {
     *("write_text", "write_bytes", "rename", "unlink", "mkdir", "rmdir", "touch", "symlink_to", "hardlink_to", "chmod"),
@@ -239,6 +243,8 @@ def rules_of_last(name: str) -> Iterator[str]:
     before, dot, last = name.rpartition(".")
     if dot and last in METHODS_THAT_WRITE and not before.startswith("pocketlm."):
         yield "writes"
+    if last == "load_from_checkpoint":  # of a LightningModule: a pickle
+        yield "runs code"
     if last == "from_pretrained" and name != "torch.nn.Embedding.from_pretrained":
         yield "loads by name"
     if last in INSIDES or (before == "torch.distributed" and "object" in last):  # those messages are pickles

@@ -16,7 +16,12 @@ from pocketlm.training.signals import leave_on_signal
 if TYPE_CHECKING:
     from pocketlm.training.log import Listener
 
-SHORT_FLAGS = {"total_steps": "train.total_steps", "seed": "train.seed", "determinism": "train.determinism"}
+SHORT_FLAGS = {
+    "total_steps": "train.total_steps",
+    "seed": "train.seed",
+    "engine": "train.engine",
+    "determinism": "train.determinism",
+}
 
 
 def run(argv: list[str]) -> int:
@@ -74,6 +79,7 @@ def _parser() -> Parser:
     parser.add_argument("--total-steps", metavar="N", help="optimizer steps: train.total_steps")
     parser.add_argument("--additional-steps", type=int, metavar="N", help="go on for N steps after the run's end")
     parser.add_argument("--seed", metavar="N", help="train.seed")
+    parser.add_argument("--engine", metavar="NAME", help="torch, or lightning around the same steps: train.engine")
     parser.add_argument("--determinism", metavar="LEVEL", help="bitwise, same-data or off: train.determinism")
     parser.add_argument(
         "--resume",
@@ -95,11 +101,11 @@ def _help(parser: Parser, argv: list[str]) -> int:
 
 
 def _listener(config: Config, *, plain: bool) -> Listener:
-    """The live panel where stderr is a terminal that can show it; lines elsewhere."""
+    """The live panel where stderr is a terminal that can show it; lines elsewhere, and above Lightning's own bar."""
     from pocketlm.training.log import PlainLines
     from pocketlm.training.panel import Panel, terminal
 
-    console = None if plain else terminal(sys.stderr)
+    console = None if plain or config.train.engine == "lightning" else terminal(sys.stderr)
     return Panel(console) if console else PlainLines(say, config.train.log_every)
 
 

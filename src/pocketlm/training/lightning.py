@@ -133,7 +133,7 @@ class Steps(LightningModule):
         self._before_the_first()
 
     def training_step(self, step: int) -> dict[str, Any]:
-        """The figures of each step are given to `on_train_batch_end`; those of some are logged."""
+        """The figures of each step go to `on_train_batch_end`; those of some are logged."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         rate = optimizer.param_groups[0]["lr"]
@@ -141,14 +141,18 @@ class Steps(LightningModule):
         assert outcome.progress.step == step
         if step % self._run.config.train.log_every == 0 or self.trainer.is_last_batch:
             self.log_dict({"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": _number(rate)})
-            if (smoothed := self._state.progress.smoothed_loss) is not None:
-                self.log("smoothed_loss", _number(smoothed), prog_bar=True)
+        self._log_what_is_read()
         return {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": rate}
 
-    def on_train_epoch_end(self) -> None:
+    def _log_what_is_read(self) -> None:
+        """What the bar shows too: only what waits for no GPU."""
         now = self._state.progress
-        if now.evaluated_at == now.step and now.validation_loss is not None:
-            self.log("val_loss", _number(now.validation_loss), prog_bar=True)
+        if now.smoothed_loss is not None and now.step % self._run.config.train.log_every == 0:
+            self.log("smoothed_loss", _number(now.smoothed_loss), prog_bar=True)
+        if now.validation_loss is not None and now.evaluated_at == now.step:
+            self.log(
+                "val_loss", _number(now.validation_loss), prog_bar=True, on_step=False, on_epoch=True, batch_size=1
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Steps:
         """What `to`, `cpu`, `half` and their like come to: nothing."""

@@ -34,6 +34,7 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self.watched: list[signal.Signals] = []
         """Which it is asked by."""
+        self._came_here = False
         self._most = most
 
     def check(self) -> None:
@@ -48,13 +49,13 @@ class StopRequest:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
-        self.received = signal.Signals(number)
+        self.received, self._came_here = signal.Signals(number), True
         self.take_signals()
 
     def take_signals(self) -> None:
         """Handles its signals from here on, also those that somebody else has taken meanwhile."""
         for watched in self.watched:
-            signal.signal(watched, signal.SIG_DFL if self.received else self.note)
+            signal.signal(watched, signal.SIG_DFL if self._came_here else self.note)
 
 
 @contextlib.contextmanager
