@@ -28,14 +28,14 @@ from typing import Any, NoReturn
 
 import rich
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback as Callback
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import Logger as Logger
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from pocketlm.errors import FileError, UsageError
@@ -126,6 +126,9 @@ class Steps(LightningModule):
         done = self._state.progress.step
         return range(done + 1, next(end for end in self._run.stretches() if end > done) + 1)
 
+    def configure_model(self) -> None:
+        """Nothing, and `Shared` must hear it: the ranks share the model already."""
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return NextStep(self._run, self._state, self._steps)
 
@@ -199,12 +202,13 @@ def _trainer(run: Run, state: TrainState, callbacks: Sequence[Callback], loggers
     has_bar = any(isinstance(callback, theirs.ProgressBar) for callback in callbacks)
     bar = [] if has_bar or not terminal(sys.stderr) else [Bar()]
     ends = run.stretches()
-    device = run.runtime.device
     trainer = Trainer(
-        accelerator=device.type,
-        devices=1,
-        strategy=SingleDevice(device),
-        plugins=[LightningEnvironment()],  # else it would look for a scheduler, and take its signals
+        accelerator=run.runtime.device.type,
+        devices=run.ranks.local_size,
+        num_nodes=run.ranks.size // run.ranks.local_size,
+        strategy=_strategy(run),
+        # Named, for by itself it would find a scheduler's, and take the scheduler's signals.
+        plugins=[LightningEnvironment() if run.ranks.alone else TorchElasticEnvironment()],
         callbacks=[*callbacks, *bar],
         logger=[*loggers],
         enable_progress_bar=has_bar or bool(bar),
@@ -239,14 +243,27 @@ class Bar(theirs.RichProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        rich.get_console().show_cursor(True)  # a second Ctrl-C ends the process, and nobody would show it again
+        if self.is_enabled:
+            rich.get_console().show_cursor(True)  # a second Ctrl-C ends the process, and nobody would show it again
+
+
+# --- strategies: the run's devices and ranks, as they stand
+
+
+def _strategy(run: Run) -> SingleDevice | Whole | Shared:
+    device = run.runtime.device
+    if run.ranks.alone:
+        return SingleDevice(torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device)
+    if run.resolved.strategy == "ddp":
+        return Whole()
+    return Shared(data_parallel_size=run.ranks.size, tensor_parallel_size=1)
 
 
 class NoPickles:
-    """Of a strategy: the door to Lightning's checkpoints, closed."""
+    """The door to Lightning's checkpoints, closed."""
 
     def load_checkpoint(self, checkpoint_path: str | Path, *_: Any, **__: Any) -> NoReturn:
-        """Under a scheduler Lightning would load what lies under a certain name in the run's folder.
+        """In a scheduler's job Lightning would load what lies under a certain name in the run's folder.
 
         Raises:
             FileError: something does.
@@ -262,7 +279,19 @@ class NoPickles:
 
 
 class SingleDevice(NoPickles, SingleDeviceStrategy):
-    """The run's only device."""
+    """One device."""
+
+
+class Whole(NoPickles, DDPStrategy):
+    """Ranks that each hold the whole state."""
+
+    def configure_ddp(self) -> None:
+        """Nothing: the step sums the gradients. DDP's wrapper would sum them in buckets that it forms anew after the
+        first step of a process, so that a resumed run would not be the same; and hold each of them once more."""
+
+
+class Shared(NoPickles, ModelParallelStrategy):
+    """Ranks that share the state: `sharding.py` has applied `fully_shard`."""
 
 
 @contextlib.contextmanager
