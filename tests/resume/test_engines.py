@@ -23,7 +23,7 @@ from inside import poison
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from rig import Rig
+from rig import Rig, flags
 from world import STEPS, TRAIN, Whole
 from world import trained as trained_steps
 
@@ -215,10 +215,18 @@ def test_trouble_leads_back_and_a_new_trainer_goes_on(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("engine", "options", "said"),
     [
-        (T, {"callbacks": [StopAt(1)]}, 'callbacks and loggers are Lightning\'s: they need train.engine "lightning"'),
-        (L, {"callbacks": [ModelCheckpoint()]}, "ModelCheckpoint would save or change the training"),
-        (L, {"callbacks": [print]}, "given builtin_function_or_method, allowed is a lightning.pytorch Callback"),
-        (L, {"loggers": [StopAt(1)]}, "given StopAt, allowed is a lightning.pytorch Logger"),
+        (
+            T,
+            {"callbacks": [StopAt(1)]},
+            "callbacks and loggers are Lightning's: train.engine is torch, needed is lightning",
+        ),
+        (
+            L,
+            {"callbacks": [ModelCheckpoint()]},
+            "ModelCheckpoint would save, or change what is trained, which only the run does; leave it out",
+        ),
+        (L, {"callbacks": [print]}, "given builtin_function_or_method, allowed is a Callback of lightning.pytorch"),
+        (L, {"loggers": [StopAt(1)]}, "given StopAt, allowed is a Logger of lightning.pytorch"),
     ],
 )
 def test_what_has_no_place_is_refused(engine: str, options: dict[str, Any], said: str) -> None:
@@ -282,6 +290,23 @@ def test_its_bar_is_on_a_terminals_stderr(monkeypatch: pytest.MonkeyPatch, capsy
     shown.truncate()
     trained("own", "smallm", {}, [L], callbacks=[TQDMProgressBar()])
     assert b"Epoch" not in shown.getvalue(), "a bar of the user's own takes its place"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_ranks_make_the_same_run(strategy: str, rig: Rig) -> None:
+    """Under Lightning's own strategies, with the process group that is there already."""
+    fields = {
+        "train.total_steps": 12,
+        "train.tokens_per_step": 6 * 32,
+        "train.strategy": strategy,
+        "optim.kind": "muon",
+    }
+    words = ["train", "debug", *flags(fields)]
+    rig.run_ranks(2, [*words, "--out", "whole"])
+    for engine, stop in ((L, 4), (T, 7), (L, 12)):
+        ranks = rig.run_ranks(2, [*words, "--out", "run", "--engine", engine, "--train.stop-at-step", str(stop)])
+        assert "Traceback" not in ranks[0].stderr
+    oracle.assert_equal(rig.folder / "run", rig.folder / "whole")
 
 
 LIGHTNING = [*TRAIN, "--engine", "lightning"]

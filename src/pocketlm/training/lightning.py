@@ -61,12 +61,11 @@ def check(callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> None:
     """
     for kind, given in ((Callback, callbacks), (Logger, loggers)):
         for one in given:
+            name = type(one).__name__
             if not isinstance(one, kind):
-                raise UsageError(f"given {type(one).__name__}, allowed is a lightning.pytorch {kind.__name__}")
+                raise UsageError(f"given {name}, allowed is a {kind.__name__} of lightning.pytorch")
             if isinstance(one, THE_RUNS_OWN):
-                raise UsageError(
-                    f"{type(one).__name__} would save or change what is trained, which the run does itself"
-                )
+                raise UsageError(f"{name} would save, or change what is trained, which only the run does; leave it out")
 
 
 def fit(
@@ -78,23 +77,9 @@ def fit(
     loggers: Sequence[Logger] = (),
 ) -> None:
     """Drives the steps by a Trainer, until there are no more or a callback has set `should_stop`."""
-    if state.progress.step < run.last_step:
-        trainer = _fitted(run, state, stop, steps, callbacks, loggers)
-        if trainer.should_stop:
-            run.listener.note(f"stopped by a callback at step {state.progress.step}; the same command goes on")
-            return
-    for _ in steps:
-        pass  # where no step was left, what is due at the last boundary
-
-
-def _fitted(
-    run: Run,
-    state: TrainState,
-    stop: StopRequest,
-    steps: Iterator[Outcome],
-    callbacks: Sequence[Callback],
-    loggers: Sequence[Logger],
-) -> Trainer:
+    if state.progress.step >= run.last_step:
+        assert next(steps, None) is None  # what is due at the last boundary is done, and no step given
+        return
     with _without_its_warnings(), contextlib.ExitStack() as start_up:
         start_up.enter_context(_without_its_infos())
         start_up.callback(restore_random_states, random_states())
@@ -105,7 +90,8 @@ def _fitted(
             trainer.fit(Steps(run, state, steps, start_up.close))
         finally:
             stop.take_signals()  # Lightning has put back the handlers that it found
-    return trainer
+    if (step := state.progress.step) < run.last_step:
+        run.listener.note(f"stopped by a callback at step {step}; the same command goes on")
 
 
 class Steps(LightningModule):
