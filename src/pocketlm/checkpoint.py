@@ -52,8 +52,9 @@ INDEX = "training/optimizer.index.json"
 CONFIG, STATE = "training/config.toml", "training/state.json"
 SAVED = (
     *("config.json", "generation_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json"),
-    *(CONFIG, STATE),
+    *(CONFIG, OPTIMIZER, STATE),
 )
+"""What one process saves."""
 MAX_FILES = 1 << 14
 BLOCK_BYTES = 4096
 CLOCKS = ("elapsed_s", "journal_sha256", "resolved.peak_flops", "resolved.reasons")
@@ -308,9 +309,8 @@ def verify(path: Path) -> None:
         Unreadable: naming the one that cannot be read now.
     """
     files = read_manifest(path)
-    if missing := [name for name in SAVED if name not in files]:
-        raise FileError(f"{path / MANIFEST} is of no checkpoint: it does not name {missing[0]}")
-    if missing := [name for name in _optimizer_files(path, files) if name not in files]:
+    expected = [*(name for name in SAVED if name != OPTIMIZER), *_optimizer_files(path, files)]
+    if missing := [name for name in expected if name not in files]:
         raise FileError(f"{path / MANIFEST} is of no checkpoint: it does not name {missing[0]}")
     verify_folder(path)
     if STEP_FOLDER.fullmatch(path.name) and (step := read_state(path).get("step")) != step_of(path):

@@ -42,7 +42,7 @@ PLACE = re.compile(r"^\[[^]]*\] |\. This is typically caused.*")
 """What gloo says before and after what has happened."""
 
 PATIENCE = datetime.timedelta(days=30)
-"""For another that prepares data or writes a checkpoint. One that has ended is noticed at once."""
+"""For another that prepares data. One that has ended is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,8 @@ def sizes_at_once(rows: int, size: int, micro_batch: int) -> list[int]:
     shares = {len(share(rows, rank, size)) for rank in range(size)}
     count = turns(rows, size, micro_batch)
     nothing = {1 for own in shares if -(-own // micro_batch) < count}
-    return sorted(nothing | {min(own, micro_batch) for own in shares} | {own % micro_batch for own in shares} - {0})
+    each = {min(own, micro_batch) for own in shares} | {own % micro_batch for own in shares}
+    return sorted((nothing | each) - {0})
 
 
 @contextlib.contextmanager
@@ -251,11 +252,11 @@ def join(timeout_s: float) -> Iterator[Ranks]:
         refusals = Refusals(store, rank, size)
     try:
         with _another_may_be_gone():
-            limits: dict[Group, datetime.timedelta] = {"words": limit, "patient": PATIENCE, "saving": PATIENCE}
+            limits: dict[Group, datetime.timedelta] = {"words": limit, "patient": PATIENCE, "saving": limit}
             groups = {over: dist.new_group(backend="gloo", timeout=timeout) for over, timeout in limits.items()}
         local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, max(1, local_size), groups)
-        with refusals.heard():
+        with refusals.heard(), _another_may_be_gone():
             yield ranks
     finally:
         if began:

@@ -17,8 +17,6 @@ without a traceback and leaves with the code. Mistakes of our own stay `assert`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 LINE_CHARS = 10_000
 
 
@@ -93,18 +91,15 @@ class Interrupted(PocketError):
         self.exit_code = 128 + signal_number
 
 
+KINDS: tuple[type[PocketError], ...] = (
+    *(UsageError, ConfigError, DataError, Unfetched, FileError, Unreadable, Diverged, RankLost, Interrupted),
+)
+
+
 def again(kind: str, message: str, exit_code: int) -> PocketError:
-    """An error that another process of the run has said, to be raised here too. One of a kind that is not here is a
-    `PocketError`."""
-    kinds: list[type[PocketError]] = [PocketError, *_below(PocketError)]
-    of_that_name: type[PocketError] = next((each for each in kinds if each.__name__ == kind), PocketError)
+    """An error that another process of the run has raised, to be raised here too."""
+    of_that_name = next((each for each in KINDS if each.__name__ == kind), PocketError)
     error = of_that_name.__new__(of_that_name)
     PocketError.__init__(error, *message.split("\n"))
     error.exit_code = exit_code
     return error
-
-
-def _below(kind: type[PocketError]) -> Iterator[type[PocketError]]:
-    for below in kind.__subclasses__():
-        yield below
-        yield from _below(below)

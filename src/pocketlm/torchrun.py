@@ -13,7 +13,12 @@ AGENT = "POCKETLM_TORCHRUN_PID"
 
 def launched() -> bool:
     """Whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_rank() -> bool:
+    """Whether this process is one of a run's several, or torchrun's only one."""
+    return launched() or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def own_rank() -> int:

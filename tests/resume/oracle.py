@@ -9,8 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 CLOCKS = ("elapsed_s", "journal_sha256", "resolved.peak_flops", "resolved.reasons")
 """Of the state: seconds, a hash of lines with seconds in them, the measured speed of the machine, and text about it."""
@@ -50,6 +55,19 @@ def _scalars(value: Any, name: str) -> Leaves:
     return {name: json.dumps(value)}
 
 
+def moments(checkpoint: Path) -> dict[str, Tensor]:
+    """Each whole, however many ranks have written it."""
+    folder = checkpoint / "training"
+    if (folder / "optimizer.safetensors").exists():
+        return load_file(folder / "optimizer.safetensors")
+    index = json.loads((folder / "optimizer.index.json").read_bytes())
+    files = [load_file(path) for path in sorted(folder.glob("optimizer-*.safetensors"))]
+    assert len(files) == index["files"]
+    for name, cuts in index["cuts"].items():
+        assert [0, *accumulate(len(file[name]) for file in files)] == cuts, name
+    return files[0] | {name: torch.cat([file[name] for file in files]) for name in index["cuts"]}
+
+
 def state_hash(checkpoint: Path) -> str:
     """One SHA-256 over all of them."""
     return _sha256(json.dumps(sorted(state(checkpoint).items())).encode())
@@ -59,6 +77,11 @@ def journal(run: Path) -> list[dict[str, Any]]:
     """Every record, in order."""
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in JOURNAL_CLOCKS} for line in lines]
+
+
+def losses(run: Path) -> list[float]:
+    """Of each step, in order."""
+    return [record["loss"] for record in journal(run) if record["kind"] == "train"]
 
 
 def steps(run: Path) -> list[int]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import psutil
+import torch.distributed as dist
 
 LIMIT_S = 120.0
 """Of a whole run; one of the tiny world takes a second. What is still there then hangs."""
@@ -166,6 +167,35 @@ class Child:
             return b""
 
 
+class Ranks:
+    """The processes of one run, started as torchrun starts them; their store is here, and outlives each of them."""
+
+    def __init__(self, children: list[Child], store: dist.TCPStore | None = None) -> None:
+        self.children, self.store = children, store
+
+    def __getitem__(self, rank: int) -> Child:
+        return self.children[rank]
+
+    def wait(self, limit_s: float = LIMIT_S) -> list[int]:
+        """Their exit codes, in the order of the ranks, when all of them are gone.
+
+        Raises:
+            AssertionError: one was not gone in time. All are now, and the message has what each said last.
+        """
+        codes, late = [], []
+        for child in self.children:
+            try:
+                codes.append(child.wait(limit_s))
+            except AssertionError as error:
+                late.append(error)
+        assert not late, "\n".join([*map(str, late), self.said()])
+        return codes
+
+    def said(self) -> str:
+        """What each has said on stderr."""
+        return "\n".join(f"rank {rank}: {child.stderr}" for rank, child in enumerate(self.children))
+
+
 class Zygote:
     """The process that children are forked from; one for all tests."""
 
@@ -218,6 +248,7 @@ class Rig:
         folder: Path | None = None,
         phases: Iterable[str] = (),
         holds: Iterable[Hold] = (),
+        breaks: Iterable[Hold] = (),
         fresh: bool = False,
         python: Sequence[str] = (),
         shell: str = 'exec "$@"',
@@ -230,6 +261,7 @@ class Rig:
             folder: where; by default the rig's.
             phases: what it announces, in zygote.PHASES; what it is held in is announced anyway.
             holds: the (phase, occurrence) in which it waits.
+            breaks: the (phase, occurrence) that fails.
             fresh: a new Python instead of a fork. It announces nothing.
             python: flags of the new Python.
             shell: the line of a shell that starts the new Python.
@@ -239,20 +271,51 @@ class Rig:
         output = [self.output / f"{name}-{number}.txt" for name in ("stdout", "stderr")]
         for path in output:
             path.touch()
-        holds = list(holds)
+        holds, breaks = list(holds), list(breaks)
         request = {
             "words": list(words),
             "folder": str(folder or self.folder),
             "output": [str(path) for path in output],
             "environment": {"TMPDIR": str(self.temporary), **(environment or {})},
-            "phases": list(dict.fromkeys([*phases, *(phase for phase, _ in holds)])),
+            "phases": list(dict.fromkeys([*phases, *(phase for phase, _ in holds + breaks)])),
             "holds": holds,
+            "breaks": breaks,
         }
         ours, theirs = socket.socketpair()
         with theirs:
             start = _start_python(request, python, shell, theirs) if fresh else self._fork(request, theirs)
         self.children.append(Child(start[0], ours, output, start[1]))
         return self.children[-1]
+
+    def start_ranks(self, size: int, words: Sequence[str], **options: Any) -> Ranks:
+        """So many processes of one run. `options` as for `start`, those that begin with `only_` (a mapping by rank) of
+        one rank: `only_holds={1: [("step", 3)]}`."""
+        common = {name: value for name, value in options.items() if not name.startswith("only_")}
+        own = {name.removeprefix("only_"): by for name, by in options.items() if name.startswith("only_")}
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        world = {
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
+        }
+        children = []
+        for rank in range(size):
+            extra = {name: by[rank] for name, by in own.items() if rank in by}
+            environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | common.get("environment", {})
+            children.append(self.start(words, **(common | extra | {"environment": environment})))
+        return Ranks(children, store)
+
+    def run_ranks(self, size: int, words: Sequence[str], **options: Any) -> Ranks:
+        """`start_ranks` and `wait`; each must leave with 0. One rank is a run without any."""
+        if size == 1:
+            return Ranks([self.run(words, **options)])
+        ranks = self.start_ranks(size, words, **options)
+        codes = ranks.wait()
+        assert not any(codes), f"{' '.join(words)}: exit codes {codes}\n{ranks.said()}"
+        return ranks
 
     def run(self, words: Sequence[str], *, code: int = 0, limit_s: float = LIMIT_S, **options: Any) -> Child:
         """`start` and `wait`; it must leave with that exit code."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import oracle
 import psutil
 import pytest
-from rig import Rig, flags
+from rig import Rig, Zygote, flags
 
 # 96 rows a step of 1,812: an epoch ends inside step 19. Stopped at 4 and 13: five steps and more after each.
 BASE = {"train.total_steps": 20, "train.tokens_per_step": 96 * 32, "train.eval_every": 4, "sample.every": 10}
@@ -36,11 +38,11 @@ def words(out: str, *fields: dict[str, Any]) -> list[str]:
     return ["train", "debug", "--out", out, *(word for tree in fields for word in flags(tree))]
 
 
-def stopped_equals_whole(rig: Rig, *fields: dict[str, Any]) -> None:
-    rig.run(words("whole", *fields))
+def stopped_equals_whole(rig: Rig, *fields: dict[str, Any], ranks: int = 1) -> None:
+    rig.run_ranks(ranks, words("whole", *fields))
     for stop in STOPS:
-        rig.run(words("run", *fields, {"train.stop_at_step": stop}))
-    rig.run(words("run", *fields))
+        rig.run_ranks(ranks, words("run", *fields, {"train.stop_at_step": stop}))
+    rig.run_ranks(ranks, words("run", *fields))
     oracle.assert_equal(rig.folder / "run", rig.folder / "whole")
 
 
@@ -51,6 +53,31 @@ def test_stopped_and_resumed_equals_uninterrupted(kind: str, dtype: str, accumul
     stopped_equals_whole(rig, BASE, cell)
     assert f"{accumulation} micro-batch(es)" in rig.children[0].stderr
     assert (rig.children[0].stderr.count(f"computation: {dtype}"), rig.children[0].stderr.count(f"; {kind}")) == (1, 1)
+
+
+# What `make test` tries stands first: each engine on each world, and each of the other values with each of these.
+OTHERS: list[tuple[Any, ...]] = [
+    ("adamw", "bf16", 1, 2, "ddp", "torch"),
+    ("muon", "fp32", 3, 2, "fsdp", "torch"),
+]
+EVERY = list(product(["adamw", "muon"], ["fp32", "bf16"], [1, 3], [2], ["ddp", "fsdp"], ["torch"]))
+OTHERS += [cell for cell in EVERY if cell not in OTHERS]
+
+
+@pytest.mark.goal("R4")
+def test_stopped_and_resumed_on_ranks_and_with_the_other_engine(proof: Any, zygote: Zygote, tmp_path: Path) -> None:
+    for case in proof.cases(2, len(OTHERS)):
+        kind, dtype, accumulation, ranks, strategy, engine = OTHERS[case]
+        cell = {"optim.kind": kind, "train.dtype": dtype, "train.micro_batch": 96 // accumulation // ranks}
+        cell |= {"train.strategy": strategy, "train.engine": engine}
+        folder = tmp_path / str(case)
+        folder.mkdir()
+        with Rig(zygote, folder) as rig:
+            stopped_equals_whole(rig, BASE, cell, ranks=ranks)
+            said = rig.children[0].stderr
+            assert f"{accumulation} micro-batch(es)" in said
+            assert (said.count(f"ranks: {ranks} processes"), said.count(f"({strategy})")) == (1, 1)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.goal("R4")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pocketlm import checkpoint, machine
+from pocketlm import checkpoint
 from pocketlm.cli.main import main
 from pocketlm.config import Config
 from pocketlm.journal import Journal
@@ -297,20 +297,3 @@ def test_the_update_is_never_done_twice(run_with: Any, monkeypatch: pytest.Monke
         run_with("run")
     assert str(refused.value).endswith("or give a new --out with a smaller preset"), "fewer rows would not help"
     assert halvings(Path("run")) == []
-
-
-def test_where_another_rank_ran_out_all_of_them_halve(run_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[bool]()
-
-    def agree(mine: bool) -> bool:
-        asked.append(mine)
-        return mine and len(asked) != 3
-
-    fields = {"train.total_steps": 6}
-    smaller, _ = run_with("smaller", **fields)
-    monkeypatch.setattr(machine, "all_agree", agree)
-    run, faults = run_with("run", **fields)
-    assert asked == [True] * 7, "every rank is asked in every step, before anything is advanced"
-    assert faults.rows == [16] * 6 + [8] * 16
-    assert [(record["step"], record["reason"]) for record in halvings(run)] == [(2, "on another rank")]
-    assert losses(run)[:2] == losses(smaller)[:2]

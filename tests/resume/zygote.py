@@ -6,16 +6,18 @@ process of its own: leader of a session, with its output in files, killed from o
 Started as `python zygote.py DESCRIPTOR`, one end of a socket pair. A request is a line of JSON, so is its answer:
 
     {"words": ["train", "debug"], "folder": PATH, "output": [PATH, PATH], "environment": {NAME: VALUE},
-     "phases": [PHASE], "holds": [[PHASE, N]]}   with the child's own line beside it  ->  {"pid": N}
+     "phases": [PHASE], "holds": [[PHASE, N]], "breaks": [[PHASE, N]]}
+                                                 with the child's own line beside it  ->  {"pid": N}
     {"wait": N}                                  until that child is dead             ->  {"code": as of Popen}
 
 Over its own line a child says when it enters and leaves a phase for the nth time, `enter step 3 12.345678 main`, with
 the clock that all processes share, and whether that was its main thread or one `beside` it. At a hold it waits after
-that until it reads `.`, and answers each `?` with `held`.
+that until it reads `.`, and answers each `?` with `held`. A phase that breaks fails with its error in ERRORS.
 """
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import functools
 import gc
@@ -42,6 +44,12 @@ PHASES = {
     "forward": "pocketlm.model.transformer:Transformer.hidden",
     "record": "pocketlm.journal:Journal.append",
     "sync": "os:fsync",
+    "rows": "pocketlm.files:write_beside",
+}
+
+ERRORS: dict[str, Callable[[], Exception]] = {
+    "forward": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+    "rows": lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
 }
 
 PROBE_S = 0.001  # a new run measures the machine for a quarter of a second; nothing compared here rests on it
@@ -50,9 +58,9 @@ PROBE_S = 0.001  # a new run measures the machine for a quarter of a second; not
 class Line:
     """A child's end: says where it is, and waits where it is told to."""
 
-    def __init__(self, end: socket.socket, holds: Iterable[tuple[str, int]]) -> None:
+    def __init__(self, end: socket.socket, holds: Iterable[tuple[str, int]], breaks: Iterable[tuple[str, int]]) -> None:
         self.end = end
-        self.holds = set(holds)
+        self.holds, self.breaks = set(holds), set(breaks)
 
     def say(self, *words: object) -> None:
         self.end.sendall(" ".join(map(str, words)).encode() + b"\n")
@@ -79,6 +87,8 @@ class Line:
             self.say("enter", phase, occurrence, time.monotonic(), thread)
             self.wait_if_held(phase, occurrence)
             try:
+                if (phase, occurrence) in self.breaks:
+                    raise ERRORS[phase]()
                 return function(*arguments, **options)
             finally:
                 self.say("leave", phase, occurrence, time.monotonic(), thread)
@@ -122,7 +132,7 @@ def child(request: dict[str, Any], end: socket.socket) -> int:
         os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), stream)
     os.environ.update(request["environment"])
     faulthandler.enable()  # SIGABRT: every thread's stack goes to stderr
-    line = Line(end, map(tuple, request["holds"]))
+    line = Line(end, map(tuple, request["holds"]), map(tuple, request["breaks"]))
     for phase in request["phases"]:
         line.announce(phase)
     return main(request["words"])
@@ -137,7 +147,8 @@ def leave(code: int) -> NoReturn:
 
 def bring_up() -> None:
     """All that a run imports, what torch does at its first optimizer too. No arithmetic: OpenMP survives no fork."""
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.fsdp  # noqa: F401
 
     import pocketlm.cli.train
     import pocketlm.training.loop

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 ALLOWED_MODULES = {
     *("__future__", "argparse", "array", "base64", "bisect", "codecs", "collections", "contextlib", "ctypes"),
+    "datetime",
     *("dataclasses", "difflib", "errno", "fcntl", "functools", "glob", "hashlib", "html", "importlib", "io"),
     *("queue", "subprocess"),
     *("itertools", "json", "math", "os", "pathlib", "platform", "random", "re", "readline", "secrets", "shlex"),
@@ -53,7 +54,8 @@ MODULES = {
     *("pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "dbm", "jsonpickle"),
     *("yaml", "ruamel", "code", "codeop", "runpy", "imp", "zipimport", "pkgutil", "pandas", "h5py", "sqlite3"),
     *("subprocess", "multiprocessing", "asyncio", "concurrent", "pty", "cffi", "zipfile", "tarfile", "mmap"),
-    *("torch.serialization", "torch.hub", "torch.package", "torch.jit", "torch.multiprocessing", "torch.distributed"),
+    *("torch.serialization", "torch.hub", "torch.package", "torch.jit", "torch.multiprocessing"),
+    *("torch.distributed.checkpoint", "torch.distributed.rpc", "torch.distributed.elastic"),
     *("torch.utils.cpp_extension", "torch.utils.data", "torch.utils.model_zoo", "torch.export", "torch.onnx"),
     *("numpy.lib.format", "numpy.lib.npyio", "numpy.ctypeslib", "numpy.f2py", "importlib.util", "importlib.machinery"),
 }
@@ -239,7 +241,7 @@ def rules_of_last(name: str) -> Iterator[str]:
         yield "writes"
     if last == "from_pretrained" and name != "torch.nn.Embedding.from_pretrained":
         yield "loads by name"
-    if last in INSIDES:
+    if last in INSIDES or (before == "torch.distributed" and "object" in last):  # those messages are pickles
         yield "runs code"
     if last in ("DISK", "Disk"):
         yield "disk"

@@ -198,7 +198,8 @@ def test_a_bf16_copy_is_what_the_parameters_round_to(kind: str, skip: torch.Tens
     copies = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
     gradients = {name: g.bfloat16() for name, g in random_gradients(model, 0).items()}
     before = {name: gradient.clone() for name, gradient in gradients.items()}
-    Optimizer(dict(model.named_parameters()), config.optim, copies).step(gradients, 1.0, 0, 10, skip=skip, clip=torch.tensor(0.5))
+    optimizer = Optimizer(dict(model.named_parameters()), config.optim, copies)
+    optimizer.step(gradients, 1.0, 0, 10, skip=skip, clip=torch.tensor(0.5))
     assert all(torch.equal(copies[name], p.bfloat16()) for name, p in model.named_parameters())
     assert all(torch.equal(gradient, before[name]) for name, gradient in gradients.items())
 

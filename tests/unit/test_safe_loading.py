@@ -140,6 +140,7 @@ CAUGHT = {
         "torch.hub.load_state_dict_from_url(u)",
     ],
     "runs code": [
+        "import torch.distributed as dist\ndist.broadcast_object_list(values)",
         "np.load(p)",
         "import numpy\nnumpy.load(p)",
         "from numpy import load",
@@ -270,6 +271,7 @@ PASSED = [
     "from importlib import resources\nresources.files('pocketlm')",
     "getattr(config, name)",
     "import torch\ntorch.compile(model)",
+    "import torch.distributed as dist\ndist.all_reduce(tensor)",
     "import os\nos.path.exists(p)",
     "import os\nos.fstat(f)",
     "import fcntl\nhasattr(fcntl, n)",

@@ -1,4 +1,4 @@
-"""One rank of a run: how `pocketlm train` behaves where torchrun has started it.
+"""One rank of a run: how `pocketlm train` behaves where torchrun has started it, or another program as torchrun does.
 
 The first rank speaks to the person, and its stdout is that of the command. The others say only why they end, and not
 even that where the launcher stands above, which reads it from the run's folder (training/reasons.py).
@@ -29,7 +29,8 @@ def begin(devices: int | None) -> None:
     Raises:
         UsageError: torchrun was given something else.
     """
-    end_with_parent(torchrun.agent())
+    if torchrun.launched():
+        end_with_parent(torchrun.agent())
     if torchrun.own_rank() > 0:
         silence(sys.stdout)
     if devices not in (None, torchrun.ranks_here()):
@@ -45,14 +46,15 @@ def begin(devices: int | None) -> None:
 
 
 def end(folder: Path, work: Callable[[], None]) -> int:
-    """Does a rank's work in the run's folder, leaves there why it ended, and says what to end with towards torchrun."""
+    """Does a rank's work in the run's folder; what to end with. Towards torchrun the reason is left in the folder."""
     rank = torchrun.own_rank()
-    reasons.forget(folder, rank)
+    if torchrun.launched():
+        reasons.forget(folder, rank)
     done, most = torchrun.restarts()
     if done and rank == 0:
         say(f"a rank has crashed (details: {folder / RANKS}); all go on from the newest checkpoint: {done} of {most}")
     try:
-        with leave_on_signal(says=False):
+        with leave_on_signal(says=rank == 0 and not torchrun.agent()):
             work()
     except BrokenPipeError:  # of stdout: nobody reads the result
         raise
@@ -65,7 +67,7 @@ def end(folder: Path, work: Callable[[], None]) -> int:
         _say(rank, reason, traceback.format_exc())
     else:
         return 0
-    return _code(folder, rank, reason)
+    return _code(folder, rank, reason) if torchrun.launched() else reason.exit_code
 
 
 def _say(rank: int, reason: Reason, text: str) -> None:

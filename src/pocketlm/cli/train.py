@@ -31,11 +31,11 @@ def run(argv: list[str]) -> int:
     overrides |= {
         field: value for flag, field in SHORT_FLAGS.items() if (value := getattr(arguments, flag)) is not None
     }
-    if torchrun.launched():
+    if torchrun.is_rank():
         rank.begin(launch.number_of(arguments.devices))
     config = load_config(arguments.preset, overrides)
     folder = run_folder(config, Path(arguments.out) if arguments.out else None)
-    if torchrun.launched():
+    if torchrun.is_rank():
         return rank.end(folder, lambda: _train(config, folder, arguments))
     plan = launch.plan(arguments)
     if not plan.alone:

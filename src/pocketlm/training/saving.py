@@ -139,7 +139,7 @@ class Saver:
         self._under_way = None
         if saving.failed and not self.ranks.is_first:
             raise saving.failed
-        if self.ranks.from_first(lambda: self._take_in(saving), over="patient"):
+        if self.ranks.from_first(lambda: self._take_in(saving)):
             self.state.saved = saving.progress.mark
 
     def __enter__(self) -> Self:

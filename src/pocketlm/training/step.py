@@ -159,8 +159,10 @@ def _parts(batch: Tensor, micro_batch: int, count: int) -> list[tuple[Tensor, Te
     Where another rank has more of them, this one goes with it: through a row of which no target counts.
     """
     parts = [(part[:, :-1], part[:, 1:]) for part in torch.split(batch, micro_batch)] if len(batch) else []
-    nothing = batch.new_zeros(1, batch.shape[1] - 1)
-    return parts + [(nothing, torch.full_like(nothing, IGNORED))] * (count - len(parts))
+    if more := count - len(parts):
+        nothing = batch.new_zeros(1, batch.shape[1] - 1)
+        parts += [(nothing, torch.full_like(nothing, IGNORED))] * more
+    return parts
 
 
 def _multiplier(norm: Tensor, limit: float | None, scaler: LossScaler | None) -> Tensor | None:

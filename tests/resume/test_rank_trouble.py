@@ -1,0 +1,112 @@
+"""What happens to one rank happens to the run: all leave together, in time, with one reason and nothing lost."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import oracle
+import pytest
+from rig import Rig, flags
+
+FIELDS = {"train.total_steps": 20, "train.micro_batch": 4, "train.threads": 1, "sample.max_new_tokens": 1}
+
+
+def words(out: str, strategy: str, *fields: dict[str, Any]) -> list[str]:
+    given = [word for tree in (FIELDS, *fields) for word in flags(tree)]
+    return ["train", "debug", "--out", out, *given, "--train.strategy", strategy]
+
+
+@pytest.mark.goal("R13")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_memory_that_one_rank_has_not(strategy: str, rig: Rig) -> None:
+    """All of them do the step again with half of the rows at once; ranks that share each block cannot, and say so."""
+    ranks = rig.start_ranks(2, words("run", strategy), only_breaks={1: [("forward", 3)]})
+    codes = ranks.wait()
+    if strategy == "fsdp":
+        assert "a step of rank 1 does not fit into memory" in ranks[1].stderr
+        assert_refused(ranks, codes, 2)
+        return
+    assert codes == [0, 0], ranks.said()
+    halved = [record for record in oracle.journal(rig.folder / "run") if record["kind"] == "micro_batch"]
+    assert [(record["step"], record["micro_batch"], record["reason"]) for record in halved] == [
+        (2, 2, "on another rank")
+    ]
+    rig.run_ranks(2, words("whole", strategy))
+    assert oracle.losses(rig.folder / "run") == pytest.approx(oracle.losses(rig.folder / "whole"), abs=1e-3)
+
+
+@pytest.mark.goal("R19")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_bit_for_bit(strategy: str, rig: Rig) -> None:
+    rig.run_ranks(2, words("whole", strategy))
+    ranks = rig.start_ranks(2, words("run", strategy), only_holds={1: [("step", 7)]})
+    ranks[1].reach("step", 7)
+    ranks[1].kill(signal.SIGTERM)
+    ranks[1].ping()
+    ranks[1].release()
+    assert_refused(ranks, ranks.wait(20), 143)
+    assert "stopped by SIGTERM at step 6, saved" in ranks[0].stderr
+    assert oracle.steps(rig.folder / "run")[-1] == 6
+    rig.run_ranks(2, words("run", strategy))
+    oracle.assert_equal(rig.folder / "run", rig.folder / "whole")
+
+
+@pytest.mark.goal("R20")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_goes_on(strategy: str, rig: Rig) -> None:
+    rig.run_ranks(2, words("whole", strategy))
+    for rank in (1, 0):
+        ranks = rig.start_ranks(2, words("run", strategy), only_holds={rank: [("step", 8)]})
+        ranks[rank].reach("step", 8)
+        ranks[rank].kill()
+        codes = ranks.wait(20)
+        assert codes[rank] == -9
+        assert codes[1 - rank] == 1, "a crash: torchrun is to start all anew"
+        assert "another rank has ended" in ranks[1 - rank].stderr
+    rig.run_ranks(2, words("run", strategy))
+    oracle.assert_equal(rig.folder / "run", rig.folder / "whole")
+
+
+@pytest.mark.goal("R20")
+def test_a_rank_that_stalls_is_waited_for_and_given_up_after_the_stated_time(rig: Rig) -> None:
+    rig.run_ranks(2, words("whole", "ddp"))
+    ranks = rig.start_ranks(2, words("run", "ddp"), only_holds={1: [("step", 7)]})
+    ranks[1].reach("step", 7)
+    ranks[1].release()
+    assert ranks.wait() == [0, 0], "it was only late"
+    oracle.assert_equal(rig.folder / "run", rig.folder / "whole")
+
+    limit = {"train.rank_timeout_s": 3}
+    ranks = rig.start_ranks(2, words("stalled", "ddp", limit), only_holds={1: [("step", 7)]})
+    ranks[1].reach("step", 7)
+    assert ranks[0].wait(30) == 1
+    assert "another rank has said nothing for train.rank_timeout_s" in ranks[0].stderr
+    ranks[1].release()
+    assert ranks[1].wait(30) == 1
+    rig.run_ranks(2, words("stalled", "ddp", limit))
+    oracle.assert_equal(rig.folder / "stalled", rig.folder / "whole")
+
+
+@pytest.mark.goal("R11", "R20")
+def test_a_disk_that_refuses_the_rows_of_one_rank(rig: Rig) -> None:
+    """Never a checkpoint that lacks them; every rank leaves at the same step, or all go on."""
+    rig.run_ranks(2, words("whole", "fsdp"))
+    ranks = rig.start_ranks(2, words("run", "fsdp"), only_breaks={1: [("rows", 2)]})
+    assert_refused(ranks, ranks.wait(30), 3)
+    assert "cannot save step 5" in ranks[0].stderr
+    assert "No space left on device (rank 1)" in ranks[0].stderr
+    assert oracle.steps(rig.folder / "run") == [0]
+    oracle.assert_whole(rig.folder / "run")
+    rig.run_ranks(2, words("run", "fsdp"))
+    oracle.assert_equal(rig.folder / "run", rig.folder / "whole")
+
+    going_on = {"train.on_save_error": "go-on"}
+    ranks = rig.run_ranks(2, words("on", "fsdp", going_on), only_breaks={1: [("rows", 2)]})
+    assert "cannot save step 5" in ranks[0].stderr
+    oracle.assert_equal(rig.folder / "on", rig.folder / "whole")
+
+
+def assert_refused(ranks: Any, codes: list[int], code: int) -> None:
+    """For a reason, which is not said twice."""
+    assert codes == [code, code], ranks.said()
