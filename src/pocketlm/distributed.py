@@ -8,7 +8,8 @@ method here answers at once, and nothing is sent. What they say is of two kinds:
 
 Every rank must say the same things in the same order. A rank that has ended, or that says nothing for
 `train.rank_timeout_s`, makes all others raise `RankLost`. What only one rank learns - a signal, a full disk - is made
-known to all at the next word, so that they leave the same step together.
+known to all at the next word, so that they leave the same step together. A rank that must leave without such a word
+writes why into the store over which the ranks have met, before it goes; who misses it then looks there.
 """
 
 from __future__ import annotations
@@ -42,11 +43,6 @@ PLACE = re.compile(r"^\[[^]]*\] |\. This is typically caused.*")
 
 PATIENCE = datetime.timedelta(days=30)
 """For another that prepares data. One that has ended is noticed at once."""
-
-
-def launched() -> bool:
-    """Whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @dataclass(frozen=True)
@@ -245,20 +241,73 @@ def join(timeout_s: float) -> Iterator[Ranks]:
         yield ALONE
         return
     began, limit = not dist.is_initialized(), datetime.timedelta(seconds=timeout_s)
+    refusals = Refusals()
     if began:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with _another_may_be_gone():
-            dist.init_process_group(backend, timeout=limit)
+            store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+            dist.init_process_group(
+                backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=limit
+            )
+        refusals = Refusals(store, rank, size)
     try:
         with _another_may_be_gone():
             limits: dict[Group, datetime.timedelta] = {"words": limit, "patient": PATIENCE, "saving": limit}
             groups = {over: dist.new_group(backend="gloo", timeout=timeout) for over, timeout in limits.items()}
         local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
-        with _another_may_be_gone():
-            yield Ranks(dist.get_rank(), dist.get_world_size(), local_rank, max(1, local_size), groups)
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, max(1, local_size), groups)
+        with refusals.heard(), _another_may_be_gone():
+            yield ranks
     finally:
         if began:
             dist.destroy_process_group()
+            refusals.stay()
+
+
+class Refusals:
+    """Why a rank leaves the others, in the store where they have met. The first rank has that store, as a rule."""
+
+    WHY, READ = "refusal", "read by"
+    STAYS_S = 10.0
+
+    def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1) -> None:
+        self._store, self._rank = store, rank
+        self._all_read = [f"{self.READ} {one}" for one in range(size)]
+        self._must_stay = False
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """While entered, a refusal is left for the others, and who only misses another raises what that one has left.
+
+        Without a word that has been left, it is `RankLost`.
+        """
+        try:
+            yield
+        except (PocketError, OSError) as error:
+            refusal = error
+            word = "" if isinstance(refusal, RankLost) else _said(lambda: _raise(refusal))[0]
+            word = self._agreed(word) if self._store else ""
+            if isinstance(error, RankLost) and word:
+                _heard(word)
+            raise
+
+    def _agreed(self, own: str) -> str:
+        """The first refusal that was left, this one if there was none before; nothing if there is none."""
+        assert self._store
+        with contextlib.suppress(RuntimeError):  # whoever has the store is gone
+            if own:
+                self._store.compare_set(self.WHY, "", own)
+            word = self._store.get(self.WHY).decode() if self._store.check([self.WHY]) else ""
+            self._store.set(self._all_read[self._rank], "")
+            self._must_stay = bool(word) and self._rank == 0
+            return word
+        return ""
+
+    def stay(self) -> None:
+        """The store goes with the first rank, which stays until the others have read; not for long: one may be dead."""
+        if self._store and self._must_stay:
+            with contextlib.suppress(RuntimeError):
+                self._store.wait(self._all_read, datetime.timedelta(seconds=self.STAYS_S))
 
 
 @contextlib.contextmanager

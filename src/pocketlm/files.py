@@ -182,6 +182,13 @@ def write_beside(folder: Path, name: str, data: Chunk | Iterable[Chunk]) -> Entr
     return _write_synced(folder / name, data)
 
 
+def open_log(path: Path) -> int:
+    """A descriptor of a new, empty file for lines that come as they come: no sync, no promise."""
+    make_folder(path.parent)
+    remove_file(path)
+    return DISK.create(path)
+
+
 def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
     """Marks a folder whose files were written one by one as whole."""
     write_file(folder / MANIFEST, manifest_bytes(files))

@@ -6,14 +6,17 @@ stdout is for results, stderr for the person. A person who has gone away stops n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import errno
 import json
 import os
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from pocketlm.errors import UsageError
+from pocketlm.errors import FileError, PocketError, UsageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +77,27 @@ def say(text: str) -> None:
 def silence(stream: TextIO) -> None:
     """Lets all that is still written to a stream go nowhere, also at the end of the process."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def refusal(error: PocketError | OSError) -> tuple[str, int]:
+    """What to say of an error that a user can act on, and the exit code."""
+    if isinstance(error, PocketError):
+        return str(error), error.exit_code
+    place = f"{error.filename}: " if error.filename else ""  # a full disk, a missing right: what was committed stands
+    return f"{place}{error.strerror or error}{_room(error)}", FileError.exit_code
+
+
+def _room(error: OSError) -> str:
+    """Of a full disk: what is free where the file was to be, and what to do."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    from pocketlm.files import free_bytes
+
+    place, room = Path(os.fsdecode(error.filename or ".")).absolute(), ""
+    with contextlib.suppress(OSError, StopIteration):
+        folder = next(path for path in (place, *place.parents) if path.is_dir())
+        room = f"{free_bytes(folder):,} bytes are free there; "
+    return f"; {room}make room and run the command again"
 
 
 def shown(text: str) -> str:

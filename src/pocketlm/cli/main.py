@@ -5,18 +5,15 @@ Exit codes: 0 done, 2 usage or configuration, 3 data or file refused, 4 training
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import errno
 import io
 import os
 import sys
 from importlib import import_module
-from pathlib import Path
 
 from pocketlm import __version__
-from pocketlm.cli.arguments import say, silence
-from pocketlm.errors import FileError, PocketError, UsageError
+from pocketlm.cli.arguments import refusal, say, silence
+from pocketlm.errors import PocketError, UsageError
 
 VERBS = {
     "train": "train a model from a preset or a .toml file",
@@ -55,18 +52,15 @@ def main(argv: list[str] | None = None) -> int:
         code = run(words)
         print(end="", flush=True)  # here, where a reader that has gone is known for one
         return code
-    except PocketError as error:
-        say(f"pocketlm: {error}")
-        return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # of stdout, as `say` survives that of stderr: who reads the result has had enough of it
         silence(sys.stdout)
         return 0
-    except OSError as error:  # a full disk, a missing right: what was committed before stands
-        place = f"{error.filename}: " if error.filename else ""
-        say(f"pocketlm: {place}{error.strerror or error}{_room(error)}")
-        return FileError.exit_code
+    except (PocketError, OSError) as error:
+        message, code = refusal(error)
+        say(f"pocketlm: {message}")
+        return code
 
 
 def run(words: list[str]) -> int:
@@ -88,19 +82,6 @@ def run(words: list[str]) -> int:
         raise UsageError(f"no verb {verb!r}; {hint}verbs: {', '.join(VERBS)}")
     code: int = import_module(f"pocketlm.cli.{verb}").run(rest)
     return code
-
-
-def _room(error: OSError) -> str:
-    """Of a full disk: what is free where the file was to be, and what to do."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return ""
-    from pocketlm.files import free_bytes
-
-    place, room = Path(os.fsdecode(error.filename or ".")).absolute(), ""
-    with contextlib.suppress(OSError, StopIteration):
-        folder = next(path for path in (place, *place.parents) if path.is_dir())
-        room = f"{free_bytes(folder):,} bytes are free there; "
-    return f"; {room}make room and run the command again"
 
 
 def _open_what_is_closed() -> None:

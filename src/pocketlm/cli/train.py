@@ -1,4 +1,4 @@
-"""`pocketlm train`: the flags, and what is shown; the run itself is in training/loop.py."""
+"""`pocketlm train`: the flags, and what is shown; the run itself is in training/loop.py, its processes in launch.py."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocketlm import torchrun
+from pocketlm.cli import launch, rank
 from pocketlm.cli.arguments import Parser, print_json, say
 from pocketlm.cli.fields import parse_overrides
 from pocketlm.config import Config
 from pocketlm.toml_trees import preset_names
+from pocketlm.training.runs import run_folder
 from pocketlm.training.signals import leave_on_signal
 
 if TYPE_CHECKING:
@@ -33,29 +36,43 @@ def run(argv: list[str]) -> int:
     overrides |= {
         field: value for flag, field in SHORT_FLAGS.items() if (value := getattr(arguments, flag)) is not None
     }
+    if torchrun.is_rank():
+        rank.begin(launch.number_of(arguments.devices))
     config = load_config(arguments.preset, overrides)
+    folder = run_folder(config, Path(arguments.out) if arguments.out else None)
+    if torchrun.is_rank():
+        return rank.end(folder, lambda: _train(config, folder, arguments))
+    plan = launch.plan(arguments)
+    if not plan.alone:
+        return launch.launch(plan, config.name, folder, argv)
     with leave_on_signal():
-        folder = _train(config, arguments)
+        _train(config, folder, arguments)
+    return 0
+
+
+def _train(config: Config, folder: Path, arguments: argparse.Namespace) -> None:
+    """Trains, and says on the first rank what came of it."""
+    from pocketlm.training.loop import train
+
+    is_first = torchrun.own_rank() == 0
+    train(
+        config,
+        out=folder,
+        resume=arguments.resume,
+        additional_steps=arguments.additional_steps,
+        listener=_listener(config, plain=arguments.json) if is_first else None,
+    )
+    if is_first:
+        _tell(folder, as_json=arguments.json)
+
+
+def _tell(folder: Path, *, as_json: bool) -> None:
     summary = _summary(folder)
-    if arguments.json:
+    if as_json:
         print_json(summary)
     else:
         total_steps = Config.from_toml(folder / "config.toml").train.total_steps  # with what a continuation added
         say(_next_line(folder, summary, total_steps))
-    return 0
-
-
-def _train(config: Config, arguments: argparse.Namespace) -> Path:
-    from pocketlm.training.loop import train
-
-    out = Path(arguments.out) if arguments.out else None
-    return train(
-        config,
-        out=out,
-        resume=arguments.resume,
-        additional_steps=arguments.additional_steps,
-        listener=_listener(config, plain=arguments.json),
-    )
 
 
 def load_config(name: str, overrides: dict[str, Any]) -> Config:
@@ -87,6 +104,12 @@ def _parser() -> Parser:
         metavar="auto|PATH|weights-only",
         help="from the newest valid checkpoint, or one by name, or anew with nothing but the newest weights",
     )
+    parser.add_argument(
+        "--devices", default="auto", metavar="N|auto", help="GPUs or processes of this host (auto: GPUs)"
+    )
+    parser.add_argument("--nodes", type=int, default=1, metavar="M", help="hosts, on each of which the command is run")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="where the hosts meet: one of them, and a free port")
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="K", help="begin again after a crash, K times")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pocketlm import checkpoint, distributed
+from pocketlm import checkpoint, distributed, torchrun
 from pocketlm.config import Config
 from pocketlm.distributed import Ranks
 from pocketlm.errors import ConfigError, DataError, Diverged, FileError, Interrupted, PocketError
@@ -32,6 +32,7 @@ from pocketlm.training.more_steps import Standing, going_on
 from pocketlm.training.progress import Progress
 from pocketlm.training.report import write_report
 from pocketlm.training.run import Run, begin, info, set_aside_later
+from pocketlm.training.runs import run_folder
 from pocketlm.training.saving import Saver, prune, regular_steps
 from pocketlm.training.signals import Stopped, StopRequest, exit_signal, stop_on_signal
 from pocketlm.training.state import Scalars, TrainState, read_state
@@ -42,7 +43,7 @@ from pocketlm.training.watch import Watch
 if TYPE_CHECKING:
     from pocketlm.training.lightning import Callback, Logger
 
-RUN_FILES = re.compile(rf"config\.toml|resolved\.toml|metrics(-\d{{8}})?\.jsonl|report\.html|{re.escape(IDS)}")
+RUN_FILES = re.compile(rf"config\.toml|resolved\.toml|metrics(-\d{{8}})?\.jsonl|report\.html|ranks|{re.escape(IDS)}")
 WEIGHTS_ONLY = "weights-only"
 
 
@@ -77,10 +78,8 @@ def train(
         Interrupted: a signal came; the last whole step is saved.
         OSError: the disk refuses what a run must write.
     """
-    if out is None and (Path(config.name).name != config.name or not config.name):
-        raise ConfigError(f"name: given {config.name!r}, allowed is the name of a folder in runs/; or give --out")
     engine = open_engine(config.train.engine, callbacks, loggers)
-    folder = out or Path("runs") / config.name
+    folder = run_folder(config, out)
     with distributed.join(config.train.rank_timeout_s) as ranks:
         _refuse_streams(config, ranks)
         listener = _hearing(listener or Silent(), config, folder) if ranks.is_first else Silent()
@@ -122,7 +121,7 @@ def _train(config: Config, folder: Path, asked: Asked, listener: Listener, ranks
                 _replace(run, state, weights)
             run.order_rows(state.progress)
             compile_that_fits(run, state)
-            with stop_on_signal(ranks.most) as stop:
+            with stop_on_signal(ranks.most, second_ends=not torchrun.launched()) as stop:
                 _loop(run, state, stop, engine)
         finally:
             listener.finished()
@@ -156,8 +155,6 @@ class Beginning:
 
 def _find(held: contextlib.ExitStack, config: Config, folder: Path, asked: Asked, listener: Listener) -> Beginning:
     """Locks the folder, and looks at what stands there."""
-    if folder.exists() and not folder.is_dir():
-        raise FileError(f"{folder} is a file; give a folder as --out")
     make_folder(folder)
     held.enter_context(Lock(folder))
     for path in (*sweep(folder, RUN_FILES), *sweep(folder / "checkpoints", checkpoint.HALF_WRITTEN)):

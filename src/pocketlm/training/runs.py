@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pocketlm.config import Config
-from pocketlm.errors import FileError, PocketError
+from pocketlm.errors import ConfigError, FileError, PocketError
 from pocketlm.files import lock_holder
 from pocketlm.journal import Journal
 from pocketlm.model import sizes
@@ -79,6 +79,21 @@ class Glimpse:
             "elapsed_s": self.measured("train", "elapsed_s"),
             "written_at": self.written_at,
         }
+
+
+def run_folder(config: Config, out: Path | None) -> Path:
+    """Where a run lies, or is to lie.
+
+    Raises:
+        ConfigError: its name is none of a folder.
+        FileError: a file lies there.
+    """
+    if out is None and (Path(config.name).name != config.name or not config.name):
+        raise ConfigError(f"name: given {config.name!r}, allowed is the name of a folder in runs/; or give --out")
+    folder = out or Path("runs") / config.name
+    if folder.exists() and not folder.is_dir():
+        raise FileError(f"{folder} is a file; give a folder as --out")
+    return folder
 
 
 def find_runs(folder: Path) -> list[Glimpse]:

@@ -29,12 +29,18 @@ class Stopped(Exception):
 class StopRequest:
     """The first signal only notes itself here, a second one ends the process."""
 
-    def __init__(self, most: Callable[[int], int] = int) -> None:
-        """most: of several ranks, the largest of their numbers, by which one that got a signal stops all of them."""
+    def __init__(self, most: Callable[[int], int] = int, *, second_ends: bool = True) -> None:
+        """
+        Args:
+            most: of several ranks, the largest of their numbers, by which one that got a signal stops all of them.
+            second_ends: a rank may get one and the same stop twice, from the launcher and from a scheduler that sends
+                it to every process; if it is to end at once, the launcher kills it.
+        """
         self.received: signal.Signals | None = None
         self.watched: list[signal.Signals] = []
         """Which it is asked by."""
         self._came_here = False
+        self.second_ends = second_ends
         self._most = most
 
     def check(self) -> None:
@@ -49,20 +55,20 @@ class StopRequest:
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
-        self.received, self._came_here = signal.Signals(number), True
+        self.received, self._came_here = self.received or signal.Signals(number), True
         self.take_signals()
 
     def take_signals(self) -> None:
         """Handles its signals from here on, also those that somebody else has taken meanwhile."""
         for watched in self.watched:
-            signal.signal(watched, signal.SIG_DFL if self._came_here else self.note)
+            signal.signal(watched, signal.SIG_DFL if self._came_here and self.second_ends else self.note)
 
 
 @contextlib.contextmanager
-def stop_on_signal(most: Callable[[int], int] = int) -> Iterator[StopRequest]:
-    """While entered, signals ask for a stop; the handlers from before come back at the end."""
-    request = StopRequest(most)
-    with _second_ends(), _handled_by(request.note) as request.watched:
+def stop_on_signal(most: Callable[[int], int] = int, *, second_ends: bool = True) -> Iterator[StopRequest]:
+    """While entered, signals ask for a stop, as `StopRequest` says; the handlers from before come back at the end."""
+    request = StopRequest(most, second_ends=second_ends)
+    with _second_ends() if second_ends else contextlib.nullcontext(), handled_by(request.note) as request.watched:
         yield request
 
 
@@ -95,12 +101,15 @@ def _leave_at_second(reader: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def leave_on_signal() -> Iterator[None]:
+def leave_on_signal(*, says: bool = True) -> Iterator[None]:
     """While entered, a signal ends the process at once, with its exit code: there is nothing yet that could be lost.
 
     It does not raise: an exception in the middle of an import may be caught by whoever is importing.
+
+    Args:
+        says: whether a line tells of it.
     """
-    with _handled_by(_leave):
+    with handled_by(_leave if says else _leave_silently):
         yield
 
 
@@ -108,11 +117,15 @@ def _leave(number: int, frame: FrameType | None) -> None:
     received = signal.Signals(number)
     with contextlib.suppress(OSError):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"pocketlm: stopped by {received.name}\n".encode())
-    os._exit(128 + exit_signal(received))
+    _leave_silently(number, frame)
+
+
+def _leave_silently(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + exit_signal(signal.Signals(number)))
 
 
 @contextlib.contextmanager
-def _handled_by(handler: Handler) -> Iterator[list[signal.Signals]]:
+def handled_by(handler: Handler) -> Iterator[list[signal.Signals]]:
     """While entered, the handler has the signals, all but those that are ignored; which it has."""
     if threading.current_thread() is not threading.main_thread():
         yield []

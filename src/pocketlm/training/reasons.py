@@ -1,0 +1,67 @@
+"""How the ranks of a run ended: RUN/ranks/rank-00003.json, written by each, read by the launcher.
+
+torchrun turns every failure into 1 and starts all ranks anew. So a rank that has a reason to end - it was asked to, or
+refused what it was given - leaves that here and ends with 0; only a crash is a failure to torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pocketlm.files import remove_file, write_file
+
+RANKS = "ranks"
+FINAL = frozenset({2, 3, 4, 130, 143})
+"""Exit codes after which starting anew would lead to the same end, or was not asked for."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """How a rank ended."""
+
+    exit_code: int
+    message: str
+    is_lost: bool = False
+    """Only because another one has ended."""
+
+
+def towards_torchrun(exit_code: int) -> int:
+    """What a rank ends with that has left its reason."""
+    return 0 if exit_code in FINAL else exit_code
+
+
+def leave(run: Path, rank: int, reason: Reason) -> None:
+    """
+    Raises:
+        OSError: the disk refuses it.
+    """
+    write_file(_path(run, rank), json.dumps(asdict(reason)).encode())
+
+
+def forget(run: Path, rank: int) -> None:
+    """A rank that begins has none yet."""
+    remove_file(_path(run, rank))
+
+
+def forget_all(run: Path) -> None:
+    for path in (run / RANKS).glob("rank-*"):
+        remove_file(path)
+
+
+def left(run: Path) -> dict[int, Reason]:
+    """By rank, in their order."""
+    found = {}
+    for path in sorted((run / RANKS).glob("rank-*.json")):
+        found[int(path.stem.removeprefix("rank-"))] = Reason(**json.loads(path.read_bytes()))
+    return found
+
+
+def final(reasons: dict[int, Reason]) -> int | None:
+    """The rank whose reason is that of the run: the first one that has any but a crash."""
+    return next((rank for rank, reason in reasons.items() if reason.exit_code in FINAL), None)
+
+
+def _path(run: Path, rank: int) -> Path:
+    return run / RANKS / f"rank-{rank:05d}.json"

@@ -1,0 +1,121 @@
+"""A launcher and its ranks without training: each rank does what a word says.
+
+    python rank_program.py launch PLAN FOLDER ATTEMPT...     the launcher of ranks that run the next line
+    python rank_program.py FOLDER ATTEMPT...                 a rank; an attempt is a word for each: done,die,refuse
+
+    done      ends well
+    refuse    is refused (exit code 3)
+    raise     raises what nobody expects
+    die       is killed
+    wait      says that it is there, and that a signal has come, and leaves as a run does that has saved
+    deaf      the same, but it does not leave
+    fresh     the same, but a signal ends it as it ends a Python that has just come up
+    miss      is there until torchrun ends it, and then says that another one has ended
+
+What a rank says is a line of JSON on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from pocketlm import torchrun
+from pocketlm.cli import launch, rank
+from pocketlm.errors import DataError, Interrupted, RankLost
+from pocketlm.training.signals import StopRequest, exit_signal, handled_by, stop_on_signal
+
+PROGRAM = (sys.executable, __file__)
+
+
+def say(what: str) -> None:
+    tree = {"what": what, "pid": os.getpid(), "rank": torchrun.own_rank(), "attempt": torchrun.restarts()[0]}
+    os.write(2, f"{json.dumps(tree)}\n".encode())
+
+
+def wait() -> None:
+    with stop_on_signal(second_ends=False) as stop:
+        hear(stop)
+    assert stop.received
+    raise Interrupted(f"stopped by {stop.received.name}, nothing lost", exit_signal(stop.received))
+
+
+def hear(stop: StopRequest) -> None:
+    def heard(number: int, frame: FrameType | None) -> None:
+        say("signal")
+        stop.note(number, frame)
+
+    with handled_by(heard):
+        say("there")
+        while stop.received is None:
+            time.sleep(0.01)
+
+
+def deaf() -> None:
+    while True:
+        hear(StopRequest())
+
+
+def fresh() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    say("there")
+    signal.pause()
+
+
+def miss() -> None:
+    with stop_on_signal(second_ends=False) as stop:
+        while stop.received is None:
+            time.sleep(0.01)
+    raise RankLost("another rank has ended")
+
+
+def refuse() -> None:
+    raise DataError(f"rank {torchrun.own_rank()} is refused")
+
+
+def be_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise ZeroDivisionError("nobody expects it")
+
+
+def done() -> None:
+    say("done")
+    sys.stdout.write(json.dumps({"argv": sys.argv[2:]}))
+
+
+WORDS: dict[str, Callable[[], None]] = {
+    "done": done,
+    "refuse": refuse,
+    "raise": fail,
+    "die": be_killed,
+    "wait": wait,
+    "deaf": deaf,
+    "fresh": fresh,
+    "miss": miss,
+}
+
+
+def be_rank(folder: str, *attempts: str) -> int:
+    rank.begin(None)
+    words = attempts[torchrun.restarts()[0]].split(",")
+    return rank.end(Path(folder), WORDS[words[torchrun.own_rank()]])
+
+
+def be_launcher(plan: str, folder: str, *attempts: str) -> int:
+    words = [folder, *attempts]
+    return launch.launch(launch.Plan(**json.loads(plan)), "debug", Path(folder), words, PROGRAM)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "launch":
+        sys.exit(be_launcher(*sys.argv[2:]))
+    sys.exit(be_rank(*sys.argv[1:]))
