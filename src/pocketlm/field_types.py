@@ -1,10 +1,10 @@
-"""Types of the fields of a configuration, with what they allow."""
+"""Types of the fields of a configuration, with what they allow, and what its sections have in common."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_SIZE = 2**24
 STREAM_VAL_TOKENS = 2**16
@@ -21,6 +21,12 @@ AttentionKernel = Literal["sdpa", "folded"]
 Strategy = Literal["ddp", "fsdp"]
 FP32Matmul = Literal["highest", "medium"]
 Tracking = Literal["tensorboard", "trackio", "wandb"]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def _checked_regex(pattern: str, what: str = "a regular expression") -> str:
