@@ -20,6 +20,7 @@ from pocketlm import __version__
 from pocketlm.config import TrainConfig
 from pocketlm.distributed import ALONE, Ranks
 from pocketlm.field_types import Determinism
+from pocketlm.limits import available_cores
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -94,11 +95,6 @@ def keep_threads(runtime: Runtime, threads: int) -> Runtime:
 def default_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ from pocketlm.errors import ConfigError, DataError, one_line
 from pocketlm.field_types import Strategy
 from pocketlm.files import set_aside, write_file
 from pocketlm.journal import Journal
+from pocketlm.limits import available_cores
 from pocketlm.model import sizes
 from pocketlm.model.arithmetic import usable
 from pocketlm.model.transformer import Transformer, allocate
@@ -249,7 +250,7 @@ def _as_before(stored: Scalars, config: Config, runtime: machine.Runtime, listen
         if resolved.determinism == "bitwise":
             reasons = resolved.reasons | {"determinism": f"bitwise until {'; '.join(changes)}"}
             resolved = resolved.model_copy(update={"determinism": "same-data", "reasons": reasons})
-    if resolved.threads > (cores := machine.available_cores()) and resolved.determinism != "off":
+    if resolved.threads > (cores := available_cores()) and resolved.determinism != "off":
         listener.note(f"the run began with {resolved.threads} threads and keeps them; only {cores} cores are here")
     return resolved
 
