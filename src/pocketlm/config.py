@@ -32,6 +32,7 @@ from pocketlm.field_types import (
     AttentionKernel,
     Count,
     Decay,
+    Device,
     FP32Matmul,
     Fraction,
     Natural,
@@ -198,6 +199,8 @@ class TrainConfig(Section):
     """Weights, order and samples follow from it."""
     determinism: Literal["auto", "bitwise", "same-data", "off"] = "auto"
     """What is promised of a second run and of a resume; `auto` is bitwise on a CPU, same-data on a GPU."""
+    device: Literal["auto"] | Device = "auto"
+    """What computes: `auto` takes the first of these that is here. Until now only cpu was run (docs/train.md)."""
     threads: Literal["auto"] | Annotated[int, Field(ge=1, le=1024)] = "auto"
     """CPU threads."""
     engine: Literal["torch", "lightning"] = "torch"
@@ -256,6 +259,7 @@ FREE_FIELDS = frozenset(
     {"train.log_every", "train.eval_every", "train.eval_tokens", "train.checkpoint_every", "schedule.continue_lr"}
     | {"train.keep_last", "train.keep_best", "train.best_metric", "train.stop_at_step", "train.on_save_error"}
     | {
+        "train.device",
         "train.engine",
         "train.strategy",
         "train.rank_timeout_s",

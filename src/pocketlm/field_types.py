@@ -20,6 +20,8 @@ Determinism = Literal["bitwise", "same-data", "off"]
 AttentionKernel = Literal["sdpa", "folded"]
 Strategy = Literal["ddp", "fsdp"]
 FP32Matmul = Literal["highest", "medium"]
+Device = Literal["cuda", "xpu", "mps", "cpu"]
+"""Kinds of them, in the order in which `auto` looks for one."""
 Tracking = Literal["tensorboard", "trackio", "wandb"]
 
 

@@ -158,7 +158,7 @@ def test_auto_takes_fp16_where_a_gpu_has_no_bf16(has_bf16: bool, half: str, monk
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     candidates = resolve._candidates(config_of("auto"), torch.device("cuda"))
     assert candidates == ("fp32", half)
-    assert resolve._dtype(candidates, {"fp32": 1e12, half: 4e12}) == (  # type: ignore[dict-item]
+    assert resolve._dtype(config_of("auto"), candidates, {"fp32": 1e12, half: 4e12}) == (  # type: ignore[dict-item]
         half,
         f"{half} products run at 4.0 times the rate of fp32 here",
     )

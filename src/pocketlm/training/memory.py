@@ -19,22 +19,30 @@ import torch
 
 from pocketlm.limits import ROOT, group_folders, text_of
 
+COUNTED = ("cuda", "xpu")
+"""Devices with memory of their own, whose peak PyTorch counts."""
 V2_LIMITS = ("memory.max", "memory.high")
 V1_LIMITS = ("memory.limit_in_bytes",)
 
 
 def available_bytes(device: torch.device) -> int:
     """Bytes that this process can still take on a device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return available_here(ROOT)
+    if device.type in COUNTED:
+        gpu = torch.get_device_module(device)
+        free, _ = gpu.mem_get_info(device)
+        return int(free + gpu.memory_reserved(device) - gpu.memory_allocated(device))
+    here = available_here(ROOT)
+    if device.type == "mps":  # the machine's memory, of which Metal recommends to take no more than a share
+        return max(0, min(here, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()))
+    return here
 
 
 def peak_bytes(device: torch.device) -> int:
     """The most that this process has held so far: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type in COUNTED:
+        return int(torch.get_device_module(device).max_memory_allocated(device))
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()  # what it has cached counts, so it seldom shrinks
     if peak := _kilobytes(ROOT / "proc/self/status", "VmHWM:"):
         return peak
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2) of each
@@ -42,9 +50,9 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Begins the count anew, where that can be done: on a GPU. A process's own peak stays."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    """Begins the count anew, where that can be done: on a GPU that counts. A process's own peak stays."""
+    if device.type in COUNTED:
+        torch.get_device_module(device).reset_peak_memory_stats(device)
 
 
 def available_here(root: Path) -> int:
