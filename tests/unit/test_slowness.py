@@ -107,6 +107,7 @@ def test_a_run_says_it_once_before_its_first_step(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(machine, "has_nvidia", lambda: True)
     monkeypatch.setattr("pocketlm.devices.present", lambda: ["cpu"])
     heard = Heard()
-    train(Config.preset("debug", {"train.total_steps": 2, "sample.prompts": []}), out=Path("run"), listener=heard)
+    fields = {"train.device": "auto", "train.total_steps": 2, "sample.prompts": []}
+    train(Config.preset("debug", fields), out=Path("run"), listener=heard)
     [place] = [place for place, line in enumerate(heard.lines) if "NVIDIA GPU is here" in line]
     assert place < heard.lines.index("started")
