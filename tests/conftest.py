@@ -20,6 +20,18 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes `device` runs on the CPU, and on each kind of GPU that is here."""
+    if "device" in metafunc.fixturenames:
+        import torch
+
+        from pocketlm.devices import present
+
+        marks = {kind: [] if kind == "cpu" else [pytest.mark.gpu] for kind in reversed(present())}
+        devices = [pytest.param(torch.device(kind), id=kind, marks=marks[kind]) for kind in marks]
+        metafunc.parametrize("device", devices)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real texts and tokenizers that may lie beside the repository."""

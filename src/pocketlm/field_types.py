@@ -1,10 +1,10 @@
-"""Types of the fields of a configuration, with what they allow."""
+"""Types of the fields of a configuration, with what they allow, and what its sections have in common."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_SIZE = 2**24
 STREAM_VAL_TOKENS = 2**16
@@ -20,7 +20,15 @@ Determinism = Literal["bitwise", "same-data", "off"]
 AttentionKernel = Literal["sdpa", "folded"]
 Strategy = Literal["ddp", "fsdp"]
 FP32Matmul = Literal["highest", "medium"]
+Device = Literal["cuda", "xpu", "mps", "cpu"]
+"""Kinds of them, in the order in which `auto` looks for one."""
 Tracking = Literal["tensorboard", "trackio", "wandb"]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def _checked_regex(pattern: str, what: str = "a regular expression") -> str:

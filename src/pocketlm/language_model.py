@@ -27,6 +27,7 @@ from pocketlm.generate import engine
 from pocketlm.generate.engine import Window
 from pocketlm.generate.sampling import Sampling, SamplingOptions
 from pocketlm.machine import default_device
+from pocketlm.model.arithmetic import ATTENTION_ON
 from pocketlm.model.transformer import Transformer
 from pocketlm.reading import read_json
 from pocketlm.text.tokenizer import TextStream, Tokenizer
@@ -47,24 +48,32 @@ class CompletionOptions(SamplingOptions, total=False):
 
 
 def load(
-    model: str | os.PathLike[str] | None = None, *, dtype: LoadDtype = "auto", warn: Warn = warnings.warn
+    model: str | os.PathLike[str] | None = None,
+    *,
+    dtype: LoadDtype = "auto",
+    device: str = "auto",
+    warn: Warn = warnings.warn,
 ) -> LanguageModel:
-    """The model of a run (its newest valid checkpoint), of a checkpoint or of a Hugging Face folder, on the GPU if any.
+    """The model of a run (its newest valid checkpoint), of a checkpoint or of a Hugging Face folder.
 
     Args:
         model: the folder; by default the newest run under `runs/`.
         dtype: the precision it computes in; `auto` is fp32, as stored.
+        device: cuda, xpu, mps or cpu; `auto` is a GPU if there is one.
         warn: told of each damaged checkpoint that was passed over.
 
     Raises:
         FileError: nothing there, or nothing whole.
-        UsageError: no such dtype.
+        UsageError: no such dtype, or device.
     """
     if dtype not in get_args(LoadDtype):
         raise UsageError(f"dtype {dtype!r}: allowed is {', '.join(get_args(LoadDtype))}")
+    here = default_device(device)
     folder = find_checkpoint(newest_run() if model is None else Path(model), warn)
     transformer, tokenizer, sample = load_model(folder)
-    transformer = transformer.to(default_device(), torch.bfloat16 if dtype == "bf16" else None)
+    transformer = transformer.to(here, torch.bfloat16 if dtype == "bf16" else None)
+    if here.type in ATTENTION_ON:
+        transformer.use_attention(ATTENTION_ON[here.type][0])
     sampling = Sampling(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
     return LanguageModel(transformer, tokenizer, sampling, folder, _has_chat_template(folder))
 

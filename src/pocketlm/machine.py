@@ -16,11 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pocketlm import __version__
+from pocketlm import __version__, devices
 from pocketlm.config import TrainConfig
 from pocketlm.distributed import ALONE, Ranks
+from pocketlm.errors import UsageError
 from pocketlm.field_types import Determinism
+from pocketlm.limits import ROOT, available_cores
 
+NVIDIA_FILES = ("dev/nvidia0", "usr/lib/wsl/lib/libcuda.so.1")  # the driver's, on Linux and in WSL2
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 PROMISES: dict[Determinism, str] = {
@@ -28,6 +31,12 @@ PROMISES: dict[Determinism, str] = {
     "same-data": "the same data in the same order; a second run may differ in the last bits",
     "off": "the same data in the same order; threads and kernels as they are fastest at each start",
 }
+
+
+BITWISE_ON = ("cpu", "cuda")
+"""On no other device was PyTorch's deterministic mode held against the promise."""
+RANKS_ON = ("cpu", "cuda")
+"""What the backends of `distributed.join` reach."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,16 @@ def start(train: TrainConfig, begun_with: Determinism | None = None, ranks: Rank
         ranks: each takes the device of its number here, and its share of the cores.
     """
     keep_freed_memory()
-    device = default_device()
+    device = default_device(train.device)
+    if not ranks.alone and device.type not in RANKS_ON:
+        raise UsageError(f"several ranks compute on {' or '.join(RANKS_ON)}, not on {device.type}: add --device cpu")
     if device.type == "cuda" and not ranks.alone:
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
     auto: Determinism = "bitwise" if device.type == "cpu" else "same-data"
     determinism = begun_with or (auto if train.determinism == "auto" else train.determinism)
+    if device.type not in BITWISE_ON:  # of a run that was begun elsewhere; a new one that asks for it is refused
+        determinism = auto if determinism == "bitwise" else determinism
     if determinism == "bitwise":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace
     threads = max(1, available_cores() // ranks.local_size) if train.threads == "auto" else train.threads
@@ -91,14 +104,35 @@ def keep_threads(runtime: Runtime, threads: int) -> Runtime:
     return replace(runtime, threads=threads)
 
 
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def default_device(wanted: str = "auto") -> torch.device:
+    """The device that is asked for; by default a GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: it is not here.
+    """
+    here = devices.present()
+    if wanted != "auto" and wanted not in here:
+        raise UsageError(f"device: given {wanted}, which is not here; allowed is auto, {', '.join(here)}")
+    device = torch.device(here[0] if wanted == "auto" else wanted)
+    devices.claim(device)
+    return device
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def hold_threads() -> None:
+    """For what no configuration says the threads of: PyTorch counts cores, and not the CPU time that a group gives."""
+    torch.set_num_threads(min(torch.get_num_threads(), available_cores()))
+
+
+def omp_threads() -> int | None:
+    """What OMP_NUM_THREADS asks for; None where it does not, or where torchrun has set it for each of its processes."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and "WORLD_SIZE" not in os.environ else None
+
+
+def has_nvidia(root: Path = ROOT) -> bool:
+    """Whether a GPU of NVIDIA is in the machine, usable or not, that CUDA_VISIBLE_DEVICES does not hide."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any((root / file).exists() for file in NVIDIA_FILES)
 
 
 def versions() -> dict[str, str]:
@@ -109,7 +143,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "cpu": f"{cpu_name()}, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "gpu": _gpu() if torch.cuda.is_available() else "none",
+        "gpu": _gpu(),
     }
 
 
@@ -135,6 +169,12 @@ def cpu_name() -> str:
 
 
 def _gpu() -> str:
-    """The first one, and the libraries that compute on it."""
+    """The one that is in use, and the libraries that compute on it."""
+    kind = next(iter(devices.in_use()), None)
+    if kind is None:
+        return "none"
+    name = devices.gpu_name(torch.device(kind))
+    if kind != "cuda":
+        return f"{name}, {platform.platform() if kind == 'mps' else torch.version.xpu}"
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, cuDNN {cudnn}"
+    return f"{name}, CUDA {torch.version.cuda}, cuDNN {cudnn}"

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pocketlm.devices import COPIES_BESIDE
 from pocketlm.errors import FileError
 
 NAMES = {
@@ -72,8 +73,8 @@ def bytes_of(tensor: Tensor) -> memoryview:
 class Copies:
     """Private copies of tensors in the host's memory, in buffers that are kept for the next copies.
 
-    They take as many bytes as the tensors. Those of a GPU's tensors are pinned, so that it writes them itself; PyTorch
-    rounds each of these up to a power of two.
+    They take as many bytes as the tensors. Where a GPU can write them beside its work they are pinned; PyTorch rounds
+    each of these up to a power of two.
     """
 
     def __init__(self) -> None:
@@ -93,9 +94,10 @@ class Copies:
             self._buffers = dict(zip(tensors, map(_buffer, originals), strict=True))
         buffers = [self._buffers[name] for name in tensors]
         assert [buffer.shape for buffer in buffers] == [tensor.shape for tensor in originals]
-        torch._foreach_copy_(buffers, originals, non_blocking=True)
-        for device in {tensor.device for tensor in originals if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
+        beside = {tensor.device for tensor in originals if tensor.device.type in COPIES_BESIDE}
+        torch._foreach_copy_(buffers, originals, non_blocking=bool(beside))
+        for device in beside:
+            torch.get_device_module(device).current_stream(device).synchronize()
         return dict(self._buffers)
 
     def one(self, name: str, tensor: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class Copies:
 
 
 def _buffer(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type in COPIES_BESIDE)
 
 
 def read_tensors(

@@ -152,7 +152,7 @@ def test_eval_finds_what_was_held_out_of_its_own_data() -> None:
 
 
 def test_eval_computes_where_training_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pocketlm.machine.default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr("pocketlm.machine.default_device", lambda wanted: torch.device("meta"))
     monkeypatch.setattr(
         "pocketlm.evaluate.loss.evaluate_stream",
         lambda model, *_, **__: pytest.fail("the model was not moved") if model.head.device.type != "meta" else FIGURES,

@@ -120,7 +120,7 @@ def test_help_names_every_choice_of_a_field(capsys: pytest.CaptureFixture[str]) 
 def test_help_has_only_flags_that_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     flags = set(re.findall(r"^  (--[a-z][a-z0-9_.-]*)", help_of(capsys, "train"), flags=re.MULTILINE))
     assert flags > {f"--{name}".replace("_", "-") for name in FIELDS}
-    own = {"--out", "--total-steps", "--additional-steps", "--seed", "--determinism", "--resume", "--json"}
+    own = {"--out", "--total-steps", "--additional-steps", "--seed", "--determinism", "--device", "--resume", "--json"}
     assert flags - own == {f"--{name}".replace("_", "-") for name in FIELDS}
 
 

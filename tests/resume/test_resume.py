@@ -61,6 +61,26 @@ def test_where_fp32_would_be_rounded_a_resume_and_an_eval_take_the_exact_one(
     assert [after[f"resolved.{name}"] for name in names] == ['"highest"', '"folded"', '"same-data"']
 
 
+def test_a_run_taken_up_again_is_the_one_that_was_never_stopped(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process, for what has no other: bit for bit where that is promised."""
+    monkeypatch.chdir(tmp_path)
+    bitwise, (kernel, _) = device.type in machine.BITWISE_ON, arithmetic.ATTENTION_ON.get(device.type, ("sdpa", ""))
+    fields = {"train.device": device.type, "train.attention": kernel, "optim.kind": "muon", "train.total_steps": 6}
+    fields |= {"train.determinism": "bitwise" if bitwise else "same-data", "sample.prompts": []}
+    whole = train(Config.preset("debug", fields), out=Path("whole"))
+    for stop in (2, 6):
+        parts = train(Config.preset("debug", fields | {"train.stop_at_step": stop}), out=Path("parts"))
+    ours, theirs = (oracle.moments(oracle.newest(run)) for run in (parts, whole))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        if bitwise:
+            assert torch.equal(ours[name], tensor), name
+        else:
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
 class Notes(Silent):
     def __init__(self) -> None:
         self.notes: list[str] = []

@@ -213,7 +213,7 @@ def test_the_verb_reads_from_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     model = Model([[" there was."]])
     model.sampling = Sampling()  # type: ignore[attr-defined]
-    monkeypatch.setattr(language_model, "load", lambda path, warn: model)
+    monkeypatch.setattr(language_model, "load", lambda path, device, warn: model)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Once \xff\n/help\n/exit\n"), encoding="utf-8"))
     assert chat.run([]) == 0
     out, err = capsys.readouterr()

@@ -18,12 +18,16 @@ LOSS, GRADIENT, LEAP = (
 )
 
 
-def guard_of(window: int = 8, sigma: float = 6.0) -> Guard:
-    return Guard(GuardConfig(window=window, spike_sigma=sigma), torch.device("cpu"))
+CPU = torch.device("cpu")
+
+
+def guard_of(window: int = 8, sigma: float = 6.0, device: torch.device = CPU) -> Guard:
+    return Guard(GuardConfig(window=window, spike_sigma=sigma), device)
 
 
 def verdict(guard: Guard, loss: float, norm: float = 1.0) -> int:
-    return int(guard.verdict(torch.tensor(loss), torch.tensor(norm)))
+    there = guard.losses.device
+    return int(guard.verdict(torch.tensor(loss, device=there), torch.tensor(norm, device=there)))
 
 
 def expected(history: list[float], loss: float, norm: float, window: int, sigma: float) -> int:
@@ -41,8 +45,8 @@ def expected(history: list[float], loss: float, norm: float, window: int, sigma:
 
 @pytest.mark.goal("R13")
 @pytest.mark.parametrize("broken", [NAN, INF, -INF])
-def test_what_is_not_finite_is_skipped_from_the_first_step_on(broken: float) -> None:
-    guard = guard_of()
+def test_what_is_not_finite_is_skipped_from_the_first_step_on(broken: float, device: torch.device) -> None:
+    guard = guard_of(device=device)
     assert verdict(guard, broken) == LOSS
     assert verdict(guard, 3.0, broken) == GRADIENT
     assert verdict(guard, broken, broken) == LOSS
@@ -52,8 +56,8 @@ def test_what_is_not_finite_is_skipped_from_the_first_step_on(broken: float) -> 
 
 @pytest.mark.goal("R14")
 @pytest.mark.parametrize(("window", "sigma"), [(8, 6.0), (9, 3.0), (32, 6.0), (2, 6.0), (16, 0.0)])
-def test_verdicts_are_those_of_the_rule(window: int, sigma: float) -> None:
-    rng, guard, history = random.Random(f"{window} {sigma}"), guard_of(window, sigma), list[float]()
+def test_verdicts_are_those_of_the_rule(window: int, sigma: float, device: torch.device) -> None:
+    rng, guard, history = random.Random(f"{window} {sigma}"), guard_of(window, sigma, device), list[float]()
     seen = set()
     for step in range(400):
         loss = 3.0 + rng.gauss(0, 0.3) + (rng.choice([0, 1, 4, 9]) if rng.random() < 0.1 else 0)

@@ -238,7 +238,7 @@ def test_load_in_bf16(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_load_takes_the_device_there_is(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(module, "default_device", lambda wanted: torch.device("meta"))
     loaded = load(folder, dtype=dtype)  # type: ignore[arg-type]
     assert loaded.device.type == "meta"
     assert loaded.model.head.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]

@@ -17,13 +17,19 @@ IGNORE = -100
 OPTIONS: list[dict[str, Any]] = [{}, {"softcap": 1.5}, {"num_ids": 8}, {"softcap": 0.7, "num_ids": 9}]
 
 
-def rows(dtype: torch.dtype = torch.float64, num_ids: int = V) -> tuple[Tensor, Tensor, Tensor]:
+CPU = torch.device("cpu")
+
+
+def rows(
+    dtype: torch.dtype = torch.float64, num_ids: int = V, device: torch.device = CPU
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, head and targets, two of the targets ignored; logits of order one."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(N, C, generator=generator, dtype=torch.float64).to(dtype)
     head = torch.randn(V, C, generator=generator, dtype=torch.float64).to(dtype)
     targets = torch.randint(num_ids, (N,), generator=generator)
     targets[[2, 6]] = IGNORE
+    x, head, targets = (made.to(device) for made in (x, head, targets))
     return x.requires_grad_(), head.requires_grad_(), targets
 
 
@@ -100,8 +106,10 @@ def test_padded_rows_of_the_head_get_no_gradient_and_no_probability() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_num_ids_of_the_whole_head_changes_no_bit(dtype: torch.dtype, softcap: float | None) -> None:
-    x, head, targets = rows(dtype)
+def test_num_ids_of_the_whole_head_changes_no_bit(
+    dtype: torch.dtype, softcap: float | None, device: torch.device
+) -> None:
+    x, head, targets = rows(dtype, device=device)
     results = []
     for num_ids in (None, V):
         loss = linear_cross_entropy(x, head, targets, scale=0.3, chunk=3, softcap=softcap, num_ids=num_ids)
@@ -116,8 +124,8 @@ def test_equal_logits_cost_ln_v() -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_token_losses_sum_to_the_loss_bit_for_bit(options: dict[str, Any]) -> None:
-    x, head, targets = rows(torch.float32, num_ids=options.get("num_ids", V))
+def test_token_losses_sum_to_the_loss_bit_for_bit(options: dict[str, Any], device: torch.device) -> None:
+    x, head, targets = rows(torch.float32, options.get("num_ids", V), device)
     losses = token_losses(x, head, targets, chunk=3, **options)
     assert losses.shape == (N,)
     assert not losses.requires_grad
@@ -153,21 +161,21 @@ def test_a_second_derivative_is_refused() -> None:
         dx.sum().backward()
 
 
-def test_bf16_stays_near_fp32_at_the_size_of_a_vocabulary() -> None:
+def test_bf16_stays_near_fp32_at_the_size_of_a_vocabulary(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(64, 32, generator=generator).bfloat16()
     head = (0.3 * torch.randn(5000, 32, generator=generator)).bfloat16()
     targets = torch.randint(5000, (64,), generator=generator)
     exact = [t.float().requires_grad_() for t in (x, head)]
-    half = [t.clone().requires_grad_() for t in (x, head)]
+    half = [t.clone().to(device).requires_grad_() for t in (x, head)]
     expected = plain(exact[0], exact[1], targets) / 64
-    loss = linear_cross_entropy(half[0], half[1], targets, scale=1 / 64, chunk=10)
+    loss = linear_cross_entropy(half[0], half[1], targets.to(device), scale=1 / 64, chunk=10)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
     pairs = zip(torch.autograd.grad(loss, half), torch.autograd.grad(expected, exact), strict=True)
     for ours, theirs in pairs:
         assert ours.dtype == torch.bfloat16
-        assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()
+        assert (ours.cpu().float() - theirs).norm() < 0.01 * theirs.norm()
 
 
 def sure_rows(margins: Tensor) -> tuple[Tensor, Tensor, Tensor]:

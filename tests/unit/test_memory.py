@@ -1,4 +1,4 @@
-"""Available memory on invented machines, each a folder with a /proc and a /sys; and the real one's figures."""
+"""Available memory and cores on invented machines, each a folder with a /proc and a /sys; and the real one's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pocketlm.limits import available_cores
 from pocketlm.training.memory import available_bytes, available_here, peak_bytes
 
 GB = 10**9
@@ -141,6 +142,38 @@ def test_more_taken_than_allowed_is_nothing_left(tmp_path: Path) -> None:
     groups = {"sys/fs/cgroup/job": v2(GB, 2 * GB)}
     root = machine(tmp_path, mounts=V2.format(within="/"), cgroup="0::/job\n", groups=groups)
     assert available_here(root) == 0
+
+
+def cpu(quota: object) -> dict[str, object]:
+    return {"cpu.max": f"{quota} 100000"}
+
+
+def cpu_v1(quota: int) -> dict[str, object]:
+    return {"cpu.cfs_quota_us": quota, "cpu.cfs_period_us": 50_000}
+
+
+@pytest.mark.parametrize(
+    ("groups", "cores"),
+    [
+        ({}, 64),
+        ({"sys/fs/cgroup/a/b": cpu("max")}, 64),
+        ({"sys/fs/cgroup/a/b": cpu(200_000)}, 2),
+        ({"sys/fs/cgroup/a/b": cpu(150_000)}, 2),
+        ({"sys/fs/cgroup/a/b": cpu(10_000)}, 1),
+        ({"sys/fs/cgroup/a/b": cpu(9_900_000)}, 64),
+        ({"sys/fs/cgroup/a/b": cpu("max"), "sys/fs/cgroup/a": cpu(300_000), "sys/fs/cgroup/c": cpu(100_000)}, 3),
+        ({"sys/fs/cgroup/cpu,cpuacct/b": cpu_v1(-1)}, 64),
+        ({"sys/fs/cgroup/cpu,cpuacct/b": cpu_v1(250_000)}, 5),
+        ({"sys/fs/cgroup/cpu,cpuacct/b": cpu_v1(250_000), "sys/fs/cgroup": cpu(400_000)}, 4),
+    ],
+)
+def test_threads_are_no_more_than_the_cpu_time_that_groups_give(
+    groups: Mapping[str, Mapping[str, object]], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)  # macOS has none
+    mounts = V1.format(within="/") + V2.format(within="/")
+    cgroup = "9:cpu,cpuacct:/b\n4:memory:/m\n0::/a/b\n"
+    assert available_cores(machine(tmp_path, mounts=mounts, cgroup=cgroup, groups=groups)) == cores
 
 
 def test_of_the_real_machine_something_is_left() -> None:

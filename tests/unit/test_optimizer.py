@@ -18,16 +18,19 @@ from pocketlm.optim.optimizer import Optimizer
 GO, SKIP = torch.tensor(False), torch.tensor(True)
 
 
-def small_model(**fields: object) -> tuple[Transformer, Config]:
+CPU = torch.device("cpu")
+
+
+def small_model(device: torch.device = CPU, **fields: object) -> tuple[Transformer, Config]:
     config = Config.preset("debug", {f"optim.{name}": value for name, value in fields.items()})
     model = allocate(config.model)
     init_weights(model, config.init, seed=0)
-    return model, config
+    return model.to(device), config
 
 
 def random_gradients(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(p.shape, generator=generator) for name, p in model.named_parameters()}
+    return {name: torch.randn(p.shape, generator=generator).to(p.device) for name, p in model.named_parameters()}
 
 
 def test_groups_cover_the_model_once() -> None:
@@ -61,19 +64,21 @@ def adamw_in_float64(
 
 
 @pytest.mark.parametrize("decay", ["matrices", "all"])
-def test_adamw_is_the_papers(decay: str) -> None:
-    model, config = small_model(weight_decay=0.3, decay=decay)
+def test_adamw_is_the_papers(decay: str, device: torch.device) -> None:
+    go = GO.to(device)
+    model, config = small_model(device, weight_decay=0.3, decay=decay)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     factors = [1.0, 0.5, 0.8, 0.1, 0.3]
     gradients = [random_gradients(model, step) for step in range(len(factors))]
     ours = Optimizer(dict(model.named_parameters()), config.optim)
     for step, factor in enumerate(factors):
-        ours.step(gradients[step], factor, step, 10, skip=GO)
+        ours.step(gradients[step], factor, step, 10, skip=go)
     rates = [config.optim.lr * factor for factor in factors]
     for name, parameter in model.named_parameters():
         rate = 0.3 if decay == "all" or "norm" not in name else 0.0
-        truth = adamw_in_float64(start[name], [g[name] for g in gradients], rates, rate, config.optim)
-        torch.testing.assert_close(parameter.double(), truth, rtol=1e-6, atol=1e-8)
+        there = [g[name].cpu() for g in gradients]
+        truth = adamw_in_float64(start[name].cpu(), there, rates, rate, config.optim)
+        torch.testing.assert_close(parameter.cpu().double(), truth, rtol=1e-6, atol=1e-8)
 
 
 def muon_in_float64(
@@ -145,17 +150,20 @@ def test_an_optimizer_taken_up_again_goes_on_bit_for_bit(kind: str) -> None:
 @pytest.mark.goal("R13")
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_a_skipped_update_changes_nothing_whatever_the_gradients_are(kind: str, value: float) -> None:
-    model, config = small_model(kind=kind)
+def test_a_skipped_update_changes_nothing_whatever_the_gradients_are(
+    kind: str, value: float, device: torch.device
+) -> None:
+    model, config = small_model(device, kind=kind)
+    go, skip = GO.to(device), SKIP.to(device)
     optimizer = Optimizer(dict(model.named_parameters()), config.optim)
-    optimizer.step(random_gradients(model, 0), 1.0, 0, 10, skip=GO)
+    optimizer.step(random_gradients(model, 0), 1.0, 0, 10, skip=go)
     everything = dict(model.named_parameters()) | optimizer.tensors()
     before = {name: tensor.detach().clone() for name, tensor in everything.items()}
     broken = {name: torch.full_like(p, value) for name, p in model.named_parameters()}
-    optimizer.step(broken, 1.0, 1, 10, skip=SKIP)
+    optimizer.step(broken, 1.0, 1, 10, skip=skip)
     assert optimizer.updates == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in everything.items())
-    optimizer.step(random_gradients(model, 1), 1.0, 2, 10, skip=GO)
+    optimizer.step(random_gradients(model, 1), 1.0, 2, 10, skip=go)
     assert optimizer.updates == 2
     assert all(not torch.equal(tensor, before[name]) for name, tensor in model.named_parameters())
 
@@ -193,13 +201,13 @@ def test_what_is_clipped_is_what_pytorch_clips() -> None:
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("skip", [GO, SKIP])
-def test_a_bf16_copy_is_what_the_parameters_round_to(kind: str, skip: torch.Tensor) -> None:
-    model, config = small_model(kind=kind)
+def test_a_bf16_copy_is_what_the_parameters_round_to(kind: str, skip: torch.Tensor, device: torch.device) -> None:
+    model, config = small_model(device, kind=kind)
     copies = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
     gradients = {name: g.bfloat16() for name, g in random_gradients(model, 0).items()}
     before = {name: gradient.clone() for name, gradient in gradients.items()}
     optimizer = Optimizer(dict(model.named_parameters()), config.optim, copies)
-    optimizer.step(gradients, 1.0, 0, 10, skip=skip, clip=torch.tensor(0.5))
+    optimizer.step(gradients, 1.0, 0, 10, skip=skip.to(device), clip=torch.tensor(0.5, device=device))
     assert all(torch.equal(copies[name], p.bfloat16()) for name, p in model.named_parameters())
     assert all(torch.equal(gradient, before[name]) for name, gradient in gradients.items())
 

@@ -1,6 +1,6 @@
 """The loss scale of fp16: its rule, what an overflow leaves alone, and that a step is the fp32 step but for rounding.
 
-Computed on a CPU, which the engine can do and users are refused.
+Computed on a CPU, too, which the engine can do and users are refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from pocketlm import machine
 from pocketlm.config import Config
 from pocketlm.errors import UsageError
+from pocketlm.model.arithmetic import ATTENTION_ON
 from pocketlm.training import resolve, scaler
 from pocketlm.training.guard import APPLIED, LEAP, NO_GRADIENT, NO_LOSS
 from pocketlm.training.loop import train
@@ -37,6 +38,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def config_of(dtype: str = "fp16", **fields: Any) -> Config:
     named = {name.replace("__", "."): value for name, value in fields.items()}
     return Config.preset("debug", {"train.dtype": dtype, "optim.kind": "muon"} | named)
+
+
+def on(device: torch.device) -> dict[str, str]:
+    kernel, _ = ATTENTION_ON.get(device.type, ("sdpa", ""))
+    return {"train__device": device.type, "train__attention": kernel}
 
 
 def state_of(config: Config) -> TrainState:
@@ -67,15 +73,17 @@ def ruled(scale: float, good_steps: int, verdict: int, interval: int) -> tuple[i
 
 @pytest.mark.goal("R13")
 @pytest.mark.parametrize("first", [1.0, 2.0**16, 2.0**24])
-def test_scale_and_verdicts_are_those_of_the_rule(first: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scale_and_verdicts_are_those_of_the_rule(
+    first: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(scaler, "GOOD_STEPS", 3)
-    rng, ours, want = random.Random(f"{first}"), LossScaler(CPU), (APPLIED, first, 0)
+    rng, ours, want = random.Random(f"{first}"), LossScaler(device), (APPLIED, first, 0)
     ours.scale.fill_(first)
     seen = set()
     for _ in range(400):
         verdict = rng.choice([APPLIED] * 6 + [NO_LOSS, LEAP] + [NO_GRADIENT] * 3)
         want = ruled(want[1], want[2], verdict, 3)
-        got = int(ours.judge(torch.tensor(verdict)))
+        got = int(ours.judge(torch.tensor(verdict, device=device)))
         assert (got, float(ours.scale), int(ours.good_steps)) == want
         seen.add(got)
     assert seen >= {APPLIED, OVERFLOW, NO_LOSS, LEAP}
@@ -98,8 +106,8 @@ def test_at_the_smallest_scale_the_guards_verdict_stands() -> None:
 @pytest.mark.goal("R13")
 @pytest.mark.parametrize("micro_batch", [8, 3])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_an_overflow_changes_nothing_but_the_scale(kind: str, micro_batch: int) -> None:
-    config = config_of(optim__kind=kind)
+def test_an_overflow_changes_nothing_but_the_scale(kind: str, micro_batch: int, device: torch.device) -> None:
+    config = config_of(optim__kind=kind, **on(device))
     state = state_of(config)
     assert state.scaler is not None
     assert int(step(state, config, micro_batch).verdict) == APPLIED
@@ -118,12 +126,13 @@ def test_an_overflow_changes_nothing_but_the_scale(kind: str, micro_batch: int) 
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
-def test_the_scale_enters_no_figure_and_no_update(clip: float | None) -> None:
+def test_the_scale_enters_no_figure_and_no_update(clip: float | None, device: torch.device) -> None:
     """Whatever it is, the step is that of fp32 but for rounding; with micro-batches summed, too."""
-    exact = state_of(config_of("fp32", optim__clip=clip))
-    truth = step(exact, config_of("fp32", optim__clip=clip))
+    there = on(device)
+    exact = state_of(config_of("fp32", optim__clip=clip, **there))
+    truth = step(exact, config_of("fp32", optim__clip=clip, **there))
     for scale, micro_batch in ((2.0**4, 8), (2.0**12, 8), (2.0**12, 3)):
-        config = config_of(optim__clip=clip)
+        config = config_of(optim__clip=clip, **there)
         state = state_of(config)
         assert state.scaler is not None
         state.scaler.scale.fill_(scale)
@@ -158,7 +167,7 @@ def test_auto_takes_fp16_where_a_gpu_has_no_bf16(has_bf16: bool, half: str, monk
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
     candidates = resolve._candidates(config_of("auto"), torch.device("cuda"))
     assert candidates == ("fp32", half)
-    assert resolve._dtype(candidates, {"fp32": 1e12, half: 4e12}) == (  # type: ignore[dict-item]
+    assert resolve._dtype(config_of("auto"), candidates, {"fp32": 1e12, half: 4e12}) == (  # type: ignore[dict-item]
         half,
         f"{half} products run at 4.0 times the rate of fp32 here",
     )

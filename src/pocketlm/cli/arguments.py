@@ -66,6 +66,11 @@ class Parser(argparse.ArgumentParser):
         return known, extra + fields
 
 
+def add_device(parser: Parser, default: str = "a GPU if there is one") -> None:
+    """The flag of the verbs that compute without a configuration."""
+    parser.add_argument("--device", metavar="KIND", default="auto", help=f"cuda, xpu, mps or cpu (default: {default})")
+
+
 def say(text: str) -> None:
     """A line for the person, on stderr; nothing more once its reader has gone."""
     try:

@@ -74,11 +74,13 @@ def _configs(preset: str | None, overrides: dict[str, Any]) -> list[Config]:
 def measured(config: Config, steps: int) -> dict[str, Any]:
     """One result: what `--json` prints of a preset."""
     from pocketlm import machine
+    from pocketlm.training import slowness
     from pocketlm.training.probe import device_name, probe
     from pocketlm.training.resolve import resolve
 
     runtime = machine.start(config.train)
     resolved = resolve(config, runtime)
+    slowness.warn(say, config, resolved, runtime)
     rows = f"{resolved.micro_batch} row(s) of {config.data.context} at once"
     say(f"{config.name}: {resolved.dtype}, {runtime.threads} thread(s), {rows}, {steps} steps")
     probed = probe(config, resolved, runtime, seconds=SECONDS, steps=steps)

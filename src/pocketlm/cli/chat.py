@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pocketlm.cli.arguments import Parser, say, shown
+from pocketlm.cli.arguments import Parser, add_device, say, shown
 from pocketlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -191,11 +191,14 @@ def introduction(language_model: LanguageModel) -> str:
 def run(argv: list[str]) -> int:
     parser = Parser("chat", HELP)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="run or model folder (default: newest run)")
+    add_device(parser)
     arguments = parser.parse_args(argv)
 
     from pocketlm.language_model import load
+    from pocketlm.machine import hold_threads
 
-    language_model = load(arguments.model, warn=say)
+    hold_threads()
+    language_model = load(arguments.model, device=arguments.device, warn=say)
     say(introduction(language_model))
     talk(language_model, Session(language_model.sampling), _reader(), _show)
     return 0

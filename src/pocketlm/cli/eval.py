@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pocketlm.cli.arguments import Parser, print_json, print_table, say
+from pocketlm.cli.arguments import Parser, add_device, print_json, print_table, say
 from pocketlm.errors import UsageError
 from pocketlm.field_types import Dtype
 
@@ -37,8 +37,8 @@ def run(argv: list[str]) -> int:
     if arguments.document_masks != "auto":
         model.document_end = tokenizer.end_id if arguments.document_masks == "on" else None
     context, stride = _windows(arguments, model.config.max_position_embeddings)
-    device = machine.default_device()
     state = checkpoint.read_state(folder) if (folder / checkpoint.STATE).is_file() else {}
+    device = machine.default_device(_device(arguments.device, state))
     arithmetic = _arithmetic(folder, state, device)
     if arguments.dtype != "auto":
         arithmetic = replace(arithmetic, dtype=arguments.dtype)
@@ -46,6 +46,8 @@ def run(argv: list[str]) -> int:
     arithmetic.use()
     if threads := _threads(state):
         torch.set_num_threads(threads)  # sums are split by it: as in training, to the last bit
+    else:
+        machine.hold_threads()
     model = computing(model.to(device), arithmetic)
     report = evaluate_stream(model, stream, tokenizer, context=context, stride=stride, limit=arguments.limit)
     masks = model.document_end is not None
@@ -73,6 +75,7 @@ def _parser() -> Parser:
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows (default: the context)")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="score only this many first tokens")
     parser.add_argument("--dtype", choices=["auto", *get_args(Dtype)], default="auto", help="auto: as it was trained")
+    add_device(parser, "where it was trained, if that is here")
     parser.add_argument(
         "--document-masks",
         choices=["auto", "on", "off"],
@@ -132,12 +135,20 @@ def _arithmetic(folder: Path, state: Mapping[str, Any], device: torch.device) ->
 
     arithmetic = checkpoint.trained_with(state)
     then = _tree(state.get("versions")) | {"device": _tree(state.get("resolved")).get("device")}
-    if not state or not machine.changes(then, device):
+    if state and not machine.changes(then, device):
         return arithmetic
     arithmetic, why = usable(arithmetic, device)
     if why:
         say(f"{folder} was trained elsewhere: {why}")
     return arithmetic
+
+
+def _device(asked: str, state: Mapping[str, Any]) -> str:
+    """The kind that is asked for, else the one that it was trained on, if that is here."""
+    from pocketlm import devices
+
+    trained_on = _tree(state.get("resolved")).get("device")
+    return str(trained_on) if asked == "auto" and trained_on in devices.present() else asked
 
 
 def _threads(state: Mapping[str, Any]) -> int | None:

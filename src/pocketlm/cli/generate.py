@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from pocketlm.cli.arguments import Parser, print_json, say, shown
+from pocketlm.cli.arguments import Parser, add_device, print_json, say, shown
 
 if TYPE_CHECKING:
     from pocketlm.language_model import Completion
@@ -17,11 +17,13 @@ HELP = "Complete a prompt: the completion goes to stdout, everything else to std
 
 def run(argv: list[str]) -> int:
     options = vars(_parser().parse_args(argv))
-    path, prompt, as_json = options.pop("model"), options.pop("prompt"), options.pop("json")
+    path, prompt, device, as_json = (options.pop(name) for name in ("model", "prompt", "device", "json"))
 
     from pocketlm.language_model import load
+    from pocketlm.machine import hold_threads
 
-    language_model = load(path, warn=say)
+    hold_threads()
+    language_model = load(path, device=device, warn=say)
     completion = language_model.stream(prompt, **options)
     started_at = time.perf_counter()
     text = "".join(completion) if as_json else _print_pieces(completion)
@@ -80,5 +82,6 @@ def _parser() -> Parser:
     parser.add_argument("--stop", metavar="TEXT", action="append", help="end before TEXT; may be given several times")
     parser.add_argument("--window", choices=("halves", "exact"), help="what is kept when the context is full")
     parser.add_argument("--seed", metavar="N", type=int, help="repeats a completion (default: another each time)")
+    add_device(parser)
     parser.add_argument("--json", action="store_true", default=False, help="print one JSON object at the end")
     return parser

@@ -5,15 +5,17 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from pocketlm.cli.arguments import Parser, print_json, print_table, say
 from pocketlm.cli.fields import parse_overrides
+from pocketlm.field_types import Device
 
 if TYPE_CHECKING:
     from pocketlm.training.plan import Plan
 
 Row = tuple[str, ...]
+KINDS = ("auto", *get_args(Device))
 DEVICES = "H200, H100, A100-80GB, A100-40GB, L40S, L4, A10G, T4, RTX-5090, RTX-4090, RTX-3090"
 
 
@@ -24,18 +26,25 @@ def run(argv: list[str]) -> int:
         usage="pocketlm plan PRESET|FILE.toml [--device NAME] [--section.field VALUE ...] [--json]",
     )
     parser.add_argument("preset", metavar="PRESET|FILE.toml", help="what would be trained")
-    parser.add_argument("--device", metavar="NAME", help=f"a GPU that is not here, as an estimate: {DEVICES}")
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help=f"{', '.join(KINDS)}: train.device; or a GPU that is not here, as an estimate: {DEVICES}",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes, seconds and FLOPs")
     arguments, fields = parser.parse_with_fields(argv)
 
     from pocketlm.cli.train import load_config
 
+    if arguments.device in KINDS:
+        fields.append(f"--train.device={arguments.device}")
     config = load_config(arguments.preset, parse_overrides(fields))
 
     from pocketlm.training.gpus import find_gpu
     from pocketlm.training.plan import plan_for, plan_here
 
-    plan = plan_for(config, find_gpu(arguments.device)) if arguments.device else plan_here(config, say)
+    here = arguments.device in (None, *KINDS)
+    plan = plan_here(config, say) if here else plan_for(config, find_gpu(arguments.device))
     if arguments.json:
         print_json(plan.tree())
     else:

@@ -19,12 +19,7 @@ from pocketlm.training.signals import leave_on_signal
 if TYPE_CHECKING:
     from pocketlm.training.log import Listener
 
-SHORT_FLAGS = {
-    "total_steps": "train.total_steps",
-    "seed": "train.seed",
-    "engine": "train.engine",
-    "determinism": "train.determinism",
-}
+SHORT_FLAGS = {flag: f"train.{flag}" for flag in ("total_steps", "seed", "engine", "device", "determinism")}
 
 
 def run(argv: list[str]) -> int:
@@ -97,6 +92,7 @@ def _parser() -> Parser:
     parser.add_argument("--additional-steps", type=int, metavar="N", help="go on for N steps after the run's end")
     parser.add_argument("--seed", metavar="N", help="train.seed")
     parser.add_argument("--engine", metavar="NAME", help="torch, or lightning around the same steps: train.engine")
+    parser.add_argument("--device", metavar="KIND", help="auto, cuda, xpu, mps or cpu: train.device")
     parser.add_argument("--determinism", metavar="LEVEL", help="bitwise, same-data or off: train.determinism")
     parser.add_argument(
         "--resume",

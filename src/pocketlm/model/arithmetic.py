@@ -22,6 +22,14 @@ FP32_ERROR = 1e-5
 """Relative; fp32 products are below 1e-6, those of TF32 or bf16 above 1e-4."""
 
 
+ATTENTION_ON: dict[str, tuple[AttentionKernel, str]] = {
+    "cuda": ("sdpa", "PyTorch's kernel is made for a cuda"),
+    "xpu": ("sdpa", "PyTorch's kernel is made for an xpu"),
+    "mps": ("folded", "PyTorch's kernel lets tokens see later ones in 16 bits on an mps, up to 2.12"),
+}
+"""What computes attention on a GPU, and why; on a CPU a probe chooses. For mps see PyTorch's issue 195910."""
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """What of a model's rounding is chosen and stored.
@@ -42,12 +50,13 @@ class Arithmetic:
 def usable(arithmetic: Arithmetic, device: torch.device) -> tuple[Arithmetic, str]:
     """What of an arithmetic that was chosen on another machine can be kept on a device here, and why not all of it.
 
-    The folded kernel is made for CPUs, and fp32 stays fp32. Changes the precision of the process while it looks.
+    Each GPU has its kernel of attention, and fp32 stays fp32. Changes the precision of the process while it looks.
     """
     kept, reasons = arithmetic, list[str]()
-    if device.type != "cpu" and kept.attention == "folded":
-        kept = replace(kept, attention="sdpa")
-        reasons.append(f"attention is sdpa, not folded: PyTorch's kernel is made for a {device.type}")
+    kernel, why = ATTENTION_ON.get(device.type, (kept.attention, ""))
+    if kept.attention != kernel:
+        reasons.append(f"attention is {kernel}, not {kept.attention}: {why}")
+        kept = replace(kept, attention=kernel)
     if kept.fp32_matmul == "medium":
         kept.use()
         where = f"on a {device.type}" if device.type != "cpu" else "here"

@@ -26,6 +26,9 @@ from pocketlm.optim.clip import clipped
 CACHED_VALUES = 2**19
 """Parameters updated at once on a CPU; each takes 18 bytes."""
 VECTOR = 64
+SKIPS_ITSELF = ("cpu", "cuda", "xpu")
+"""Where the kernel heeds that it shall leave all as it is. That of an mps does so from PyTorch 2.13 on (its change
+186360); before, NaN would go into the weights. So there the verdict is waited for."""
 
 
 class AdamW:
@@ -73,6 +76,8 @@ class AdamW:
             gradients: in any float dtype, contiguous; left as they are.
             clip: () fp32, multiplies them all.
         """
+        if self.updates.device.type not in SKIPS_ITSELF and skip:
+            return
         found_inf = skip.float()  # by which a GradScaler tells the kernel to leave all as it is
         self.updates += 1 - found_inf
         for part in self._passes:

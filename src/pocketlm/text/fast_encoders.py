@@ -16,7 +16,6 @@ does.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from itertools import chain, pairwise
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 
+from pocketlm.limits import available_cores
 from pocketlm.text.tokenizer import Ids, Tokenizer
 from pocketlm.text.tokenizer_json import byte_alphabet, merges_alone
 
@@ -107,7 +107,7 @@ def tiktoken_encoder(tokenizer: Tokenizer) -> Encode:
     table: NDArray[np.uint32] = np.array(ids, dtype=np.uint32)
     pattern = PATTERNS[str(tokenizer.pre_tokenizer_name)]
     engine = tiktoken.Encoding("pocketlm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
 
     def encode(data: list[bytes]) -> list[Ids]:
         batch = engine.encode_ordinary_batch(list(map(bytes.decode, data)), num_threads=cores)

@@ -68,8 +68,8 @@ def _halve(run: Run, state: TrainState, reason: str) -> None:
     if now.micro_batch == 1:
         hint = f"--train.gradient-checkpointing true, a --data.context below {run.config.data.context} or {SMALLER}"
         raise ConfigError(_line(run, state, "one row at once", reason, hint))
-    if run.runtime.device.type == "cuda":
-        torch.cuda.empty_cache()  # what is cached in blocks of the old sizes
+    if run.runtime.device.type != "cpu":
+        torch.get_device_module(run.runtime.device).empty_cache()  # what is cached in blocks of the old sizes
     if run.resolved.compile:
         torch.compiler.reset()  # it gives up on what it has compiled for too many sizes, and says nothing
     before, now.micro_batch = now.micro_batch, evenly(run.config.rows_per_step, now.micro_batch // 2)

@@ -2,7 +2,8 @@
 
 The tokens of a step stay; fewer rows at once only change the rounding of a sum. Closed-form memory (`model/sizes.py`)
 against what is available bounds the choice. Within the bound a GPU takes all that fits. A CPU gains nothing above some
-thousand tokens at once, so it takes the fewest that reach full speed, and leaves the memory to others.
+thousand tokens at once, so it takes the fewest that reach full speed, and leaves the memory to others; so does an mps,
+whose memory is the machine's.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from pocketlm.config import Config
 from pocketlm.errors import ConfigError
 from pocketlm.field_types import AttentionKernel, Dtype
 from pocketlm.model import sizes
-from pocketlm.training.memory import available_bytes
+from pocketlm.training.memory import COUNTED, available_bytes
 
 FULL_SPEED_TOKENS = 4096
 """At once on a CPU: within 2 % of the best tokens/s for every preset, while half of it is not (docs/plan.md)."""
-USABLE = {"cpu": 0.85, "cuda": 0.92}
+USABLE = {"cpu": 0.85, "cuda": 0.92, "xpu": 0.85, "mps": 0.85}
 """Share of what is available that the closed form may fill: it is an estimate, and others live on the machine."""
 
 
@@ -64,7 +65,7 @@ def chosen(config: Config, device: str, dtype: Dtype, attention: AttentionKernel
     fits = largest_that_fits(config, dtype, attention, int(available * USABLE[device]), device)
     if fits == 0 and not largest_that_fits(config, dtype, attention, available, device):
         raise ConfigError(refusal(config, 1, dtype, attention, available, device))
-    wanted = rows if device == "cuda" else max(1, FULL_SPEED_TOKENS // config.data.context)
+    wanted = rows if device in COUNTED else max(1, FULL_SPEED_TOKENS // config.data.context)
     micro_batch = evenly(rows, max(1, min(rows, wanted, fits)))
     bounded = f", all that fits in {_gb(available)}" if fits < min(rows, wanted) else ""
     tokens = micro_batch * config.data.context
@@ -95,9 +96,9 @@ def _as_given(
 def needs(
     config: Config, micro_batch: int, dtype: Dtype, attention: AttentionKernel, device: str
 ) -> sizes.TrainingMemory:
-    """Bytes on a device of this type. Folded attention keeps probabilities; on a CPU a save copies."""
+    """Bytes on a device of this type. Folded attention keeps probabilities; a save copies to the host's memory."""
     folded = attention == "folded"
-    return sizes.training_memory(config, micro_batch, dtype, folded=folded, snapshot=device == "cpu")
+    return sizes.training_memory(config, micro_batch, dtype, folded=folded, snapshot=device not in COUNTED)
 
 
 def largest_that_fits(config: Config, dtype: Dtype, attention: AttentionKernel, room: int, device: str) -> int:

@@ -30,9 +30,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pocketlm.devices import in_use
 from pocketlm.journal import Journal
 from pocketlm.training import curve
 from pocketlm.training.log import Record, RunInfo, describe, duration, figure, inert
+from pocketlm.training.memory import peak_bytes
 
 REFRESH_S = 0.5
 MOST_OF_TIME = 0.01
@@ -187,8 +189,7 @@ def terminal(stream: TextIO) -> Console | None:
 def memory() -> Pairs:
     """What this process holds: of the machine's memory, and the peak on a GPU where one is in use."""
     held = [("memory", psutil.Process().memory_info().rss)]
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        held.append(("GPU memory", torch.cuda.max_memory_allocated()))
+    held += [("GPU memory", peak_bytes(torch.device(kind))) for kind in in_use()]
     return [(name, f"{size / 2**30:.2f} GiB") for name, size in held]
 
 

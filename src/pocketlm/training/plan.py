@@ -29,6 +29,7 @@ from pocketlm.model.transformer import Transformer
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.optim.schedule import ends, rests_on
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
+from pocketlm.training import slowness
 from pocketlm.training.gpus import ASSUMED_MFU, Gpu
 from pocketlm.training.guard import Guard
 from pocketlm.training.memory import available_bytes
@@ -44,7 +45,7 @@ LONGEST_S = 4.0
 SHORTEST_CONTEXT = 64
 KERNELS_BYTES = 100 << 20
 """What a CPU's libraries take once they have computed: code and buffers, as measured."""
-HASHED_PER_SAVE = {"cpu": 2, "cuda": 0}
+HASHED_PER_SAVE = {"cpu": 2}
 """Times that a checkpoint's bytes go through SHA-256 in the training's time, by device: while it is written, and when
 it is checked before old ones go. That is beside the training: it takes time of a CPU that trains, not of a GPU."""
 
@@ -243,6 +244,7 @@ def plan_here(config: Config, hear: Hear) -> Plan:
     dataset, left_out = _dataset(config)
     hear("measuring what this machine does")
     resolved = resolve(config, runtime)
+    slowness.warn(hear, config, resolved, runtime)
     work = work_of(config, dataset)
     process = psutil.Process().memory_info().rss
     begun_s = time.time() - psutil.Process().create_time()
@@ -263,7 +265,7 @@ def plan_here(config: Config, hear: Hear) -> Plan:
         start_up=begun_s + (_data_bytes(dataset) or 0) * hash_s + probed.state_s + probed.extra_first_s,
         steps=work.steps * step_s,
         evaluations=work.evaluations * (work.evaluated_tokens or 0) * evaluation_s,
-        checkpoints=work.checkpoints * HASHED_PER_SAVE[runtime.device.type] * size * hash_s,
+        checkpoints=work.checkpoints * HASHED_PER_SAVE.get(runtime.device.type, 0) * size * hash_s,
     )
     watts = probed.joules / probed.metered_s if probed.joules and on_cpu else None
     return Plan(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.config import Config
+from pocketlm.devices import gpu_name
 from pocketlm.errors import ConfigError
 from pocketlm.evaluate.loss import BATCH_TOKENS, target_losses
 from pocketlm.machine import Runtime, cpu_name
@@ -207,9 +208,7 @@ class RandomRows:
 
 def device_name(device: torch.device) -> str:
     """What a GPU or a CPU calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return cpu_name()
+    return cpu_name() if device.type == "cpu" else gpu_name(device)
 
 
 def _median(values: list[float]) -> float:

@@ -29,6 +29,7 @@ from pocketlm.data.shards import Dataset, unigram_entropy
 from pocketlm.errors import FileError
 from pocketlm.evaluate import source
 from pocketlm.files import write_file
+from pocketlm.limits import available_cores
 from pocketlm.model import sizes
 from pocketlm.training import curve, page, watch
 from pocketlm.training.log import Record, describe, duration, figure
@@ -286,18 +287,10 @@ def _counts(split: Mapping[str, Any]) -> Rows:
 def machine_rows() -> Rows:
     """The machine that this process runs on."""
     return [
-        ("processor", _processor()),
-        ("cores", str(machine.available_cores())),
+        ("processor", machine.cpu_name()),
+        ("cores", str(available_cores())),
         ("platform", platform.platform()),
     ]
-
-
-def _processor() -> str:
-    """The name on the chip where the system tells it (Linux), else the kind."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
 
 
 def _rows(values: Mapping[str, Any]) -> Rows:

@@ -20,8 +20,8 @@ from torch import Tensor
 from pocketlm.config import Config
 from pocketlm.errors import UsageError
 from pocketlm.field_types import AttentionKernel, Determinism, Dtype, FP32Matmul, Strategy
-from pocketlm.machine import Runtime, versions
-from pocketlm.model.arithmetic import FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
+from pocketlm.machine import BITWISE_ON, Runtime, versions
+from pocketlm.model.arithmetic import ATTENTION_ON, FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
 from pocketlm.model.attention import folded_attention
 from pocketlm.model.documents import documents_in
 from pocketlm.model.sizes import flops_per_token, training_memory
@@ -33,6 +33,7 @@ MUST_GAIN = 1.2
 COMPILE_S, COMPILE_GAIN, RATE = 30.0, 0.05, 0.5
 """What compiling costs once, what it saves of a run, and the share of the matmul rate that a run reaches: measured in
 docs/performance-log.md, and good enough to tell minutes from hours."""
+NOTHING_COMPILES = "nothing compiles here: "
 SLOW_ON_A_CPU: tuple[Dtype, ...] = ("fp16",)
 """On a Zen 4 core products in fp16 run at a hundredth of the rate of bf16, and PyTorch's attention at a sixth."""
 WHOLE = 0.5
@@ -79,18 +80,18 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     """Probes what is left to `auto`. The probe takes about a second, and some more where compiling may pay.
 
     Raises:
-        UsageError: `train.compile = "on"`, and nothing compiles here; fp16 on a CPU.
+        UsageError: `train.compile = "on"`, and nothing compiles here; what the device cannot (`check_asked`).
         ConfigError: training would not fit into memory; nothing was allocated.
     """
     device = runtime.device
-    check_dtype(config, device)
+    check_asked(config, device)
     candidates = _candidates(config, device)
     fp32_matmul, fp32_reason, rates = _fp32_matmul(config, device)
     torch.set_float32_matmul_precision(fp32_matmul)
     for candidate in candidates:
         if candidate not in rates:
             rates[candidate] = matmul_rate(config, device, TORCH_DTYPES[candidate])
-    dtype, dtype_reason = _dtype(candidates, rates)
+    dtype, dtype_reason = _dtype(config, candidates, rates)
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
     strategy, strategy_reason = choose_strategy(config, runtime)
@@ -160,27 +161,42 @@ def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str,
     return chosen, reason, {"fp32": rates[chosen]}
 
 
-def check_dtype(config: Config, device: torch.device) -> None:
-    """What a new run asks for; one that was begun elsewhere keeps its precision.
+def check_asked(config: Config, device: torch.device) -> None:
+    """What a new run asks for; one that was begun elsewhere keeps what it had, as far as it can.
 
     Raises:
-        UsageError: fp16 on a CPU.
+        UsageError: fp16 on a CPU; bitwise where it is not promised; PyTorch's attention in 16 bits on an mps.
     """
-    if device.type == "cpu" and config.train.dtype in SLOW_ON_A_CPU:
+    train, kind = config.train, device.type
+    if kind == "cpu" and train.dtype in SLOW_ON_A_CPU:
         raise UsageError("train.dtype: given fp16, which is for GPUs without bf16; on a CPU take auto, bf16 or fp32")
+    if train.determinism == "bitwise" and kind not in BITWISE_ON:
+        raise UsageError(f"train.determinism: given bitwise, not promised on {kind}; take same-data, or --device cpu")
+    kernel, why = ATTENTION_ON.get(kind, (train.attention, ""))
+    if kind == "mps" and train.dtype in ("bf16", "fp16") and train.attention not in (kernel, "auto"):
+        raise UsageError(f"train.attention: given {train.attention}: {why}; take auto or {kernel}")
 
 
 def _candidates(config: Config, device: torch.device) -> tuple[Dtype, ...]:
     """The precisions that `auto` chooses from, fp32 first; or the one that is given."""
     if config.train.dtype != "auto":
         return (config.train.dtype,)
-    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return ("fp32", "fp16" if emulated else "bf16")
+    if device.type == "mps":
+        return ("fp32",)
+    return ("fp32", "bf16" if device.type == "cpu" or has_bf16(device) else "fp16")
 
 
-def _dtype(candidates: tuple[Dtype, ...], rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device has units for it; a CPU without them computes it all the same, slower than fp32."""
+    if device.type in ("cuda", "xpu"):
+        return bool(torch.get_device_module(device).is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return device.type != "cpu" or any(able.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _dtype(config: Config, candidates: tuple[Dtype, ...], rates: Mapping[Dtype, float]) -> tuple[Dtype, str]:
     if len(candidates) == 1:
-        return candidates[0], "as given"
+        return candidates[0], "as given" if config.train.dtype != "auto" else "16 bits only where they are asked for"
     fp32, half = candidates
     gain = rates[half] / rates[fp32]
     reason = f"{half} products run at {gain:.1f} times the rate of fp32 here"
@@ -190,8 +206,8 @@ def _dtype(candidates: tuple[Dtype, ...], rates: Mapping[Dtype, float]) -> tuple
 def _attention(config: Config, device: torch.device, dtype: Dtype) -> tuple[AttentionKernel, str]:
     if config.train.attention != "auto":
         return config.train.attention, "as given"
-    if device.type != "cpu":
-        return "sdpa", f"PyTorch's kernel is made for a {device.type}"
+    if device.type in ATTENTION_ON:
+        return ATTENTION_ON[device.type]
     seconds = {kernel: _attention_s(config, TORCH_DTYPES[dtype], kernel) for kernel in get_args(AttentionKernel)}
     gain = seconds["sdpa"] / seconds["folded"]
     reason = f"the folded kernel runs at {gain:.1f} times the rate of PyTorch's here"
@@ -229,14 +245,16 @@ def _compile(config: Config, device: torch.device, peak_flops: float) -> tuple[b
     """Whether to compile; tried on a small function first, as it takes a compiler and much else."""
     if config.train.compile == "off":
         return False, "as given"
+    if config.train.compile == "auto" and device.type == "mps":
+        return False, "PyTorch's compiler for an mps is a prototype"
     flops = flops_per_token(config.model, config.data.context)
     run_s = config.train.total_steps * config.train.tokens_per_step * flops / (RATE * peak_flops)
     if config.train.compile == "auto" and run_s * COMPILE_GAIN < 2 * COMPILE_S:
         return False, f"about {run_s / 60:.0f} min of training do not pay for compiling"
     if refusal := why_not_compile(device):
         if config.train.compile == "on":
-            raise UsageError(f"train.compile: given on, but nothing compiles here: {refusal}; take auto or off")
-        return False, f"nothing compiles here: {refusal}"
+            raise UsageError(f"train.compile: given on, but {NOTHING_COMPILES}{refusal}; take auto or off")
+        return False, NOTHING_COMPILES + refusal
     return True, "as given" if config.train.compile == "on" else f"about {run_s / 3600:.1f} h of training pay for it"
 
 

@@ -28,12 +28,12 @@ from pocketlm.model.arithmetic import usable
 from pocketlm.model.transformer import Transformer, allocate
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.optim.schedule import described, ends, rests_on
-from pocketlm.training import micro_batch
+from pocketlm.training import micro_batch, slowness
 from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
 from pocketlm.training.progress import Progress
-from pocketlm.training.resolve import Resolved, check_dtype, choose_strategy, resolve, why_not_compile
+from pocketlm.training.resolve import Resolved, check_asked, choose_strategy, resolve, why_not_compile
 from pocketlm.training.scaler import LossScaler
 from pocketlm.training.state import Scalars, TrainState, read_state
 
@@ -134,8 +134,13 @@ def begin(
         start: the checkpoint to go on from; None begins at step 0.
         weights: at step 0, the checkpoint whose weights it begins with. It alone of the old ones is not set aside.
     """
-    if start is None:
-        ranks.each(lambda: check_dtype(config, machine.default_device()))  # preparing the data may take hours
+
+    def check_device() -> None:  # preparing the data may take hours
+        device = machine.default_device(config.train.device)
+        if start is None:
+            check_asked(config, device)
+
+    ranks.each(check_device)
     data = RunData(config.data, listener.note)
     try:
         return _begin(folder, config, start, listener, weights, data, ranks)
@@ -164,6 +169,7 @@ def _begin(
         ranks, Resolved, lambda: _as_before(stored, config, runtime, listener) if stored else resolve(config, runtime)
     )
     runtime = replace(machine.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
+    slowness.warn(listener.note, config, resolved, runtime, goes_on=stored is not None)
     if stored and (
         line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, resolved.attention, runtime.device)
     ):
@@ -256,8 +262,6 @@ def _as_before(stored: Scalars, config: Config, runtime: machine.Runtime, listen
         if resolved.determinism == "bitwise":
             reasons = resolved.reasons | {"determinism": f"bitwise until {'; '.join(changes)}"}
             resolved = resolved.model_copy(update={"determinism": "same-data", "reasons": reasons})
-    if resolved.threads > (cores := machine.available_cores()) and resolved.determinism != "off":
-        listener.note(f"the run began with {resolved.threads} threads and keeps them; only {cores} cores are here")
     return resolved
 
 

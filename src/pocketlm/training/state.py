@@ -22,6 +22,7 @@ from pocketlm import checkpoint
 from pocketlm.checkpoint import STATE
 from pocketlm.config import Config
 from pocketlm.data import order
+from pocketlm.devices import in_use
 from pocketlm.distributed import Ranks
 from pocketlm.errors import FileError
 from pocketlm.machine import versions
@@ -228,8 +229,8 @@ def random_states() -> dict[str, str]:
     """The states of the global generators as text."""
     kind, words, gauss = random.getstate()[0], random.getstate()[1], random.getstate()[2]
     name, keys, index, has_gauss, cached = np.random.get_state(legacy=True)
-    gpu = {"cuda": bytes(torch.cuda.get_rng_state().numpy()).hex()} if torch.cuda.is_available() else {}
-    return gpu | {
+    gpus = {kind: bytes(torch.get_device_module(kind).get_rng_state().numpy()).hex() for kind in in_use()}
+    return gpus | {
         "torch": bytes(torch.get_rng_state().numpy()).hex(),
         "numpy": f"{name} {np.asarray(keys).tobytes().hex()} {index} {has_gauss} {float(cached).hex()}",
         "python": f"{kind} {' '.join(map(str, words))} {gauss}",
@@ -244,8 +245,8 @@ def restore_random_states(states: dict[str, str]) -> None:
     """
     try:
         torch.set_rng_state(_bytes(states["torch"]))
-        if torch.cuda.is_available() and "cuda" in states:
-            torch.cuda.set_rng_state(_bytes(states["cuda"]))
+        for gpu in set(in_use()) & states.keys():
+            torch.get_device_module(gpu).set_rng_state(_bytes(states[gpu]))
         name, keys, index, has_gauss, cached = states["numpy"].split()
         words = np.frombuffer(bytes.fromhex(keys), dtype=np.uint32)
         np.random.set_state((name, words, int(index), int(has_gauss), float.fromhex(cached)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.config import Config
+from pocketlm.devices import COPIES_BESIDE
 from pocketlm.distributed import turns
 from pocketlm.errors import one_line
 from pocketlm.model.loss import IGNORED, linear_cross_entropy
@@ -118,7 +119,7 @@ def _gradients_or_nothing(
 
 def _moved(rows: Tensor, device: torch.device) -> Tensor:
     """Rows on the device; from pinned memory, for a copy from any other would wait for the GPU's last step."""
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+    return rows.pin_memory().to(device, non_blocking=True) if device.type in COPIES_BESIDE else rows.to(device)
 
 
 def _gradients(state: TrainState, loader: Rows, config: Config, micro_batch: int, check: Callable[[], None]) -> Tensor:
