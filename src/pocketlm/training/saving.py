@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
-from pocketlm.errors import FileError, RankLost
+from pocketlm.errors import FileError
 from pocketlm.files import free_bytes
 from pocketlm.optim.schedule import rests_on
 from pocketlm.tensors import Copies
@@ -148,10 +148,17 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """However the run ends, a save that was begun is ended first. What it ends with is said by its own error."""
+        """However the run ends, a save that was begun is ended first. What it ends with is said by its own error.
+
+        Of several ranks perhaps only this one ends here: it waits for its own part, and asks no other.
+        """
+        if not self.ranks.alone:
+            if self._under_way and self._under_way[1]:
+                self._under_way[1].join()
+            return
         try:
             self.wait()
-        except (FileError, RankLost) as error:
+        except FileError as error:
             self.run.listener.note(str(error))
 
     def _take_in(self, saving: Saving) -> bool:
