@@ -272,8 +272,8 @@ class Whole(NoPickles, DDPStrategy):
     """Ranks that each hold the whole state."""
 
     def configure_ddp(self) -> None:
-        """Nothing: the step sums the gradients. DDP's wrapper would sum them in buckets that it forms anew after the
-        first step of a process, so that a resumed run would not be the same; and hold each of them once more."""
+        """Nothing: the step sums the gradients itself. DDP sums by buckets, which it forms anew after a process's first
+        step: a resumed run would not be the same. Its wrapper, left idle, would still hold every gradient twice."""
 
 
 class Shared(NoPickles, ModelParallelStrategy):
