@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 import rich
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback as Callback
 from lightning.pytorch import LightningModule, Trainer
