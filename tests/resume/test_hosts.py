@@ -1,0 +1,165 @@
+"""Two hosts that reach one another by a network alone, and what becomes of their run when one of them is killed.
+
+A host is a network namespace of its own with its own launcher, torchrun and ranks. The store over which they meet runs
+in a third one, and is never killed. To make them takes root on Linux.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import oracle
+import psutil
+import pytest
+from rig import flags
+from world import trained
+
+STORE = "10.77.0.1"
+HOSTS = {"a": "10.77.0.2", "b": "10.77.0.3"}
+SERVE = """
+import sys, torch.distributed as dist
+store = dist.TCPStore(sys.argv[1], 29400, is_master=True, wait_for_workers=False)
+print("up", flush=True)
+sys.stdin.read()
+"""
+STEPS, EVERY = 400, 10
+FIELDS = {"train.total_steps": STEPS, "train.checkpoint_every": EVERY, "train.eval_every": 0, "train.threads": 1}
+LIMIT_S = 180.0
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+class Network:
+    """Three namespaces on one switch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.prefix = folder, f"plt{os.getpid()}"
+        self.launchers: dict[str, subprocess.Popen[bytes]] = {}
+        for host in ("s", *HOSTS):
+            ip("netns", "add", self.space(host))
+            ip("-n", self.space(host), "link", "set", "lo", "up")
+        ip("-n", self.space("s"), "link", "add", "name", "hub", "type", "bridge")
+        ip("-n", self.space("s"), "addr", "add", f"{STORE}/24", "dev", "hub")
+        ip("-n", self.space("s"), "link", "set", "hub", "up")
+        for host, address in HOSTS.items():
+            ip(*f"-n {self.space('s')} link add port-{host} type veth peer name eth netns {self.space(host)}".split())
+            ip("-n", self.space("s"), "link", "set", f"port-{host}", "master", "hub", "up")
+            ip("-n", self.space(host), "addr", "add", f"{address}/24", "dev", "eth")
+            ip("-n", self.space(host), "link", "set", "eth", "up")
+        self.store = subprocess.Popen(
+            self.inside("s", sys.executable, "-c", SERVE, STORE),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert self.store.stdout
+        assert self.store.stdout.readline() == b"up\n"
+
+    def space(self, host: str) -> str:
+        return f"{self.prefix}-{host}"
+
+    def inside(self, host: str, *words: str) -> list[str]:
+        return ["ip", "netns", "exec", self.space(host), *words]
+
+    def start(self, host: str, out: str) -> None:
+        """What a person types on each host."""
+        words = ["train", "debug", "--out", out, "--name", out, *flags(FIELDS), "--train.strategy", "fsdp"]
+        words += ["--devices", "1", "--nodes", "2", "--rendezvous", f"{STORE}:29400", "--max-restarts", "99"]
+        with (self.folder / f"{host}.txt").open("ab") as output:
+            self.launchers[host] = subprocess.Popen(
+                self.inside(host, sys.executable, "-m", "pocketlm", *words),
+                cwd=self.folder,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+            )
+
+    def processes(self, host: str) -> list[psutil.Process]:
+        pids = subprocess.run(["ip", "netns", "pids", self.space(host)], check=True, capture_output=True).stdout
+        return [psutil.Process(int(pid)) for pid in pids.split() if psutil.pid_exists(int(pid))]
+
+    def kill(self, host: str) -> None:
+        """As if its power went: all of its processes at once, as far as that can be."""
+        for process in self.processes(host):
+            try:
+                process.send_signal(signal.SIGSTOP)
+            except psutil.NoSuchProcess:
+                continue
+        while processes := self.processes(host):
+            for process in processes:
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            psutil.wait_procs(processes, timeout=10)
+            if host in self.launchers:
+                self.launchers.pop(host).wait()
+
+    def wait(self) -> dict[str, int]:
+        return {host: launcher.wait(LIMIT_S) for host, launcher in self.launchers.items()}
+
+    def said(self) -> str:
+        return "\n".join(f"{host}: {(self.folder / f'{host}.txt').read_text()[-4000:]}" for host in HOSTS)
+
+    def close(self) -> None:
+        for host in HOSTS:
+            self.kill(host)
+        assert self.store.stdin
+        self.store.stdin.close()
+        self.store.wait()
+        for host in ("s", *HOSTS):
+            ip("netns", "del", self.space(host))
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    if not sys.platform.startswith("linux") or os.geteuid() or not shutil.which("ip"):
+        pytest.skip("network namespaces take root and iproute2 on Linux")
+    try:
+        ip("netns", "add", f"plt{os.getpid()}-try")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    ip("netns", "del", f"plt{os.getpid()}-try")
+    network = Network(tmp_path)
+    yield network
+    network.close()
+
+
+def wait_for_step(network: Network, run: Path, step: int) -> None:
+    """Returns when so many steps are in the journal; a file has no end that one could wait at."""
+    deadline = time.monotonic() + LIMIT_S
+    while trained(run) < step:
+        assert time.monotonic() < deadline, network.said()
+        time.sleep(0.01)
+
+
+@pytest.mark.goal("R20", "R30")
+def test_a_host_that_is_killed_comes_back_and_the_run_ends_as_if_it_had_not(
+    proof: Any, network: Network, tmp_path: Path
+) -> None:
+    for host in HOSTS:
+        network.start(host, "whole")
+    assert network.wait() == {"a": 0, "b": 0}, network.said()
+
+    for host in HOSTS:
+        network.start(host, "run")
+    for case in proof.cases(1, 10):
+        luck = proof.random(case)
+        target = round(STEPS * (case + luck.random()) / proof.size(1, 10) * 0.9)
+        wait_for_step(network, tmp_path / "run", target)
+        victim = luck.choice(list(HOSTS))
+        network.kill(victim)
+        network.start(victim, "run")
+    assert network.wait() == {"a": 0, "b": 0}, network.said()
+    assert trained(tmp_path / "run") == STEPS
+    oracle.assert_equal(tmp_path / "run", tmp_path / "whole")
