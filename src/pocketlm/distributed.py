@@ -277,31 +277,38 @@ class Refusals:
 
     @contextlib.contextmanager
     def heard(self) -> Iterator[None]:
-        """While entered, a refusal is left for the others, and who only misses another raises what that one has left.
+        """While entered, a refusal is left for the others, and who misses another raises what that one has left.
 
-        Without a word that has been left, it is `RankLost`.
+        Where none has left anything it stays `RankLost`.
         """
         try:
             yield
+        except RankLost:
+            self._look()
+            raise
         except (PocketError, OSError) as error:
-            refusal = error
-            word = "" if isinstance(refusal, RankLost) else _said(lambda: _raise(refusal))[0]
-            word = self._agreed(word) if self._store else ""
-            if isinstance(error, RankLost) and word:
-                _heard(word)
+            self._leave(error)
             raise
 
-    def _agreed(self, own: str) -> str:
-        """The first refusal that was left, this one if there was none before; nothing if there is none."""
-        assert self._store
-        with contextlib.suppress(RuntimeError):  # whoever has the store is gone
-            if own:
-                self._store.compare_set(self.WHY, "", own)
-            word = self._store.get(self.WHY).decode() if self._store.check([self.WHY]) else ""
-            self._store.set(self._all_read[self._rank], "")
-            self._must_stay = bool(word) and self._rank == 0
-            return word
-        return ""
+    def _leave(self, error: Exception) -> None:
+        if self._store:
+            with contextlib.suppress(RuntimeError):  # whoever has the store is gone
+                self._store.compare_set(self.WHY, "", _said(lambda: _raise(error))[0])
+                self._say_read(self._store)
+
+    def _look(self) -> None:
+        word = b""
+        if self._store:
+            with contextlib.suppress(RuntimeError):
+                if self._store.check([self.WHY]):
+                    word = self._store.get(self.WHY)
+                    self._say_read(self._store)
+        if word:
+            _heard(word.decode())
+
+    def _say_read(self, store: dist.Store) -> None:
+        store.set(self._all_read[self._rank], "")
+        self._must_stay = self._rank == 0
 
     def stay(self) -> None:
         """The store goes with the first rank, which stays until the others have read; not for long: one may be dead."""

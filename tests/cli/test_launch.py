@@ -18,13 +18,17 @@ from typing import Any, Self
 import psutil
 import pytest
 
-from pocketlm.cli.launch import Plan
+from pocketlm import checkpoint
+from pocketlm.cli import launch, rank, train
+from pocketlm.cli.launch import Plan, outcome
+from pocketlm.cli.main import main
+from pocketlm.errors import UsageError
+from pocketlm.training.reasons import Reason
 
 PROGRAM = Path(__file__).parent / "rank_program.py"
 GONE_S = 60.0
 """What is still there then was left behind."""
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
-PLAN = Plan(2)
 
 
 class Launched:
@@ -68,10 +72,6 @@ class Launched:
         if self.process.poll() is None:
             below = psutil.Process(self.process.pid).children(recursive=True)
             self.seen |= {process.pid: process for process in below}
-
-    def ranks(self) -> list[int]:
-        """Pids, by rank, as far as they have said something."""
-        return [tree["pid"] for tree in sorted(self.trees(), key=lambda tree: tree["rank"]) if tree["what"] == "there"]
 
     def trees(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.said if line.startswith("{")]
@@ -126,12 +126,11 @@ def test_a_crash_starts_all_ranks_anew_and_as_often_as_it_may(tmp_path: Path) ->
 # --- ranks that are ended
 
 
-@pytest.mark.parametrize(("number", "code"), [(TERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 143)])
-def test_a_signal_is_passed_on_once(number: signal.Signals, code: int, tmp_path: Path) -> None:
+def test_a_signal_is_passed_on_once(tmp_path: Path) -> None:
     it = Launched.program(tmp_path / "run", "wait,wait", max_restarts=1)
     it.until(is_there, times=2)
-    it.process.send_signal(number)
-    assert it.end()[::2] == (code, f"pocketlm: stopped by {number.name}, nothing lost\n")
+    it.process.send_signal(signal.SIGINT)
+    assert it.end()[::2] == (130, "pocketlm: stopped by SIGINT, nothing lost\n")
     assert [tree["what"] for tree in it.trees()].count("signal") == 2
 
 
@@ -154,23 +153,165 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
 
 
 def test_a_signal_before_the_ranks_can_hear_it_starts_nothing_anew(tmp_path: Path) -> None:
-    """The first rank dies of it, as a Python does that is just coming up."""
-    it = Launched.program(tmp_path / "run", "fresh,wait", "wait,wait", max_restarts=1)
+    """They die of it, as a Python does that is just coming up, and torchrun takes that for a crash."""
+    it = Launched.program(tmp_path / "run", "fresh,fresh", "wait,wait", max_restarts=1)
     it.until(is_there, times=2)
     it.process.send_signal(TERM)
-    assert it.end()[::2] == (143, "pocketlm: stopped by SIGTERM, nothing lost\n")
+    assert it.end()[::2] == (143, "pocketlm: stopped by SIGTERM\n")
 
 
-@pytest.mark.parametrize("whom", ["launcher", "torchrun", "rank"])
-def test_kill_9_leaves_nothing_behind(whom: str, tmp_path: Path) -> None:
-    it = Launched.program(tmp_path / "run", "wait,miss")
-    it.until(is_there)
+@pytest.mark.parametrize(("whom", "code"), [("launcher", -KILL), ("torchrun", 1)])
+def test_kill_9_leaves_nothing_behind(whom: str, code: int, tmp_path: Path) -> None:
+    it = Launched.program(tmp_path / "run", "deaf,deaf")
+    it.until(is_there, times=2)
     it.look()
-    rank = psutil.Process(it.trees()[0]["pid"])
-    victim = {"launcher": it.process.pid, "torchrun": rank.ppid(), "rank": rank.pid}[whom]
-    os.kill(victim, KILL)
-    code, _, said = it.end()
-    assert code == {"launcher": -9, "torchrun": 1, "rank": 1}[whom]
-    who = {"launcher": "", "torchrun": "torchrun was ended by SIGKILL", "rank": "rank 0 was ended by SIGKILL"}[whom]
-    assert who in said
-    assert said.count("\n") == (whom != "launcher")
+    torchrun = psutil.Process(it.trees()[0]["pid"]).ppid()
+    os.kill(torchrun if whom == "torchrun" else it.process.pid, KILL)
+    ended, _, said = it.end()
+    assert ended == code
+    assert ("torchrun was ended by SIGKILL" in said) == (whom == "torchrun")
+
+
+# --- what is asked for, and what is answered
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--devices 0", "--devices: given 0, allowed is auto or a whole number >= 1"),
+        ("--devices 3", "--devices: given 3, this machine has 2; take 2 or fewer, or add --device cpu"),
+        ("--nodes 0", "--nodes: given 0, allowed is a whole number >= 1"),
+        ("--max-restarts -1", "--max-restarts: given -1, allowed is a whole number >= 0"),
+        ("--nodes 2", "several hosts meet somewhere: give --nodes M and --rendezvous HOST:PORT"),
+        ("--rendezvous a:1", "several hosts meet somewhere: give --nodes M and --rendezvous HOST:PORT"),
+        ("--nodes 2 --rendezvous a", "--rendezvous: given a, allowed is HOST:PORT"),
+        ("--nodes 2 --rendezvous localhost:70000", "--rendezvous: given localhost:70000, allowed is HOST:PORT"),
+        ("--max-restarts 1 --resume run/checkpoints/step-1", "--resume PATH goes back, --max-restarts goes on"),
+        ("--devices 2 --optim.lrr 1", "no field 'optim.lrr'; did you mean --optim.lr?"),
+    ],
+)
+def test_a_command_that_cannot_be_run_starts_nothing(
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "_num_gpus", lambda at_least: 2)
+    monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("it was started"))
+    assert main(["train", "debug", *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"pocketlm: {message}")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "expected"),
+    [
+        (0, "", None),
+        (1, "", None),
+        (8, "", Plan(8)),
+        (8, "--devices 1", None),
+        (0, "--devices 5", Plan(5)),
+        (4, "--devices 5 --device cpu", Plan(5)),
+        (4, "--device cpu", None),
+        (8, "--devices 4 --max-restarts 3", Plan(4, max_restarts=3)),
+        (0, "--max-restarts 3", Plan(1, max_restarts=3)),
+        (2, "--nodes 2 --rendezvous localhost:9", Plan(2, 2, "localhost:9")),
+    ],
+)
+def test_how_many_processes_there_are(
+    gpus: int, words: str, expected: Plan | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is: this one."""
+    plans: list[Plan] = []
+    monkeypatch.setattr(launch, "_num_gpus", lambda at_least: gpus if gpus >= at_least else 0)
+    monkeypatch.setattr(launch, "launch", lambda plan, *_: plans.append(plan) or 0)
+    monkeypatch.setattr(train, "_train", lambda *_: None)
+    assert main(["train", "debug", *words.split()]) == 0
+    assert plans == ([expected] if expected else [])
+
+
+LOST = Reason(1, "another rank has ended", is_lost=True)
+STOPPED, REFUSED = Reason(143, "stopped"), Reason(3, "refused")
+LOG = Path("run/ranks/host.log")
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "left", "failures", "expected"),
+    [
+        (0, [], {}, {}, (0, "")),
+        (0, [], {0: STOPPED, 1: STOPPED}, {}, (143, "")),
+        (0, [TERM], {}, {}, (0, "")),  # it came when all was done
+        (1, [], {0: LOST, 1: REFUSED}, {0: 1}, (3, "refused")),
+        (0, [], {8: REFUSED, 9: REFUSED}, {}, (3, "refused")),  # the first rank is on another host
+        (1, [TERM], {0: LOST}, {0: 1, 1: -15}, (143, "stopped by SIGTERM")),
+        (-9, [TERM], {}, {}, (143, "stopped by SIGTERM")),
+        (1, [], {}, {2: 3}, (3, "")),  # a disk so full that no reason could be left
+        (1, [], {0: LOST, 1: LOST}, {0: 1, 1: -15, 2: -9}, (1, "rank 2 was ended by SIGKILL")),
+        (1, [], {0: LOST, 1: Reason(1, "X: y")}, {0: 1, 1: 1}, (1, "rank 1 has ended: X: y")),
+        (1, [], {0: LOST, 1: LOST}, {0: 1, 1: 1}, (1, "rank 0 has ended: another rank has ended")),
+        (1, [], {}, {3: 77}, (1, "rank 3 has ended with 77")),
+        (1, [], {}, {}, (1, "torchrun has failed")),
+        (-11, [], {}, {}, (1, "torchrun was ended by SIGSEGV")),
+    ],
+)
+def test_the_most_telling_end_is_that_of_the_command(
+    code: int,
+    asked: list[signal.Signals],
+    left: dict[int, Reason],
+    failures: dict[int, int],
+    expected: tuple[int, str],
+) -> None:
+    ended, line = outcome(code, asked, left, failures, LOG)
+    crashed = f"; the same command goes on from the newest checkpoint (details: {LOG})"
+    assert (ended, line.removesuffix(crashed)) == expected
+    assert line.endswith(crashed) == (ended == 1)
+
+
+def test_torchrun_by_itself_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restarts over its own store would hang; and a number of devices that is not its own is no number to ignore."""
+    world = {"RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in (world | {"TORCHELASTIC_MAX_RESTARTS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        rank.begin(None)
+    with pytest.raises(UsageError, match="--devices 3, and torchrun has started 2 ranks here"):
+        rank.begin(3)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    rank.begin(2)
+
+
+# --- with training
+
+FIELDS = "--train.total-steps 100000 --train.checkpoint-every 20 --train.eval-every 0 --train.log-every 1"
+
+
+def test_a_run_goes_on_after_a_crash_and_after_a_signal_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("-m", "pocketlm", "train", "debug", "--devices", "2", *FIELDS.split())
+    it = Launched(*words, "--out", "run", "--max-restarts", "1")
+    it.until(lambda line: "step-00000020" in line)
+    it.look()
+    ranks = [
+        process for process in it.seen.values() if "debug" in process.cmdline() and "--log-dir" not in process.cmdline()
+    ]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    it.until(lambda line: "going on from step" in line)
+    it.until(lambda line: "saved" in line)
+    it.process.send_signal(TERM)
+    code, printed, said = it.end()
+    assert (code, printed) == (143, "")
+    assert "all go on from the newest checkpoint: 1 of 1\n" in said
+    last = checkpoint.list_checkpoints(Path("run"))[-1]
+    assert f"stopped by SIGTERM at step {checkpoint.step_of(last)}, saved" in said.splitlines()[-1]
+
+    stop_at = ("--train.stop-at-step", str(checkpoint.step_of(last) + 2))
+    states = []
+    for out in ("run", "whole"):
+        code, printed, said = Launched(*words, *stop_at, "--out", out, "--json").end()
+        assert (code, json.loads(printed)["step"]) == (0, checkpoint.step_of(last) + 2), said
+        states.append(checkpoint.state_hash(checkpoint.list_checkpoints(Path(out))[-1]))
+    assert states[0] == states[1]
+    assert not Path("run/ranks").exists()

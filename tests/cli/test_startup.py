@@ -121,6 +121,7 @@ def test_help_has_only_flags_that_are_read(capsys: pytest.CaptureFixture[str]) -
     flags = set(re.findall(r"^  (--[a-z][a-z0-9_.-]*)", help_of(capsys, "train"), flags=re.MULTILINE))
     assert flags > {f"--{name}".replace("_", "-") for name in FIELDS}
     own = {"--out", "--total-steps", "--additional-steps", "--seed", "--determinism", "--device", "--resume", "--json"}
+    own |= {"--engine", "--devices", "--nodes", "--rendezvous", "--max-restarts"}
     assert flags - own == {f"--{name}".replace("_", "-") for name in FIELDS}
 
 

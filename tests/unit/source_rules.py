@@ -30,6 +30,7 @@ ALLOWED_MODULES = {
         "time",
         "tokenize",
         "tomllib",
+        "traceback",
     ),
     *("types", "typing", "warnings", "zlib"),
     *(
@@ -57,7 +58,7 @@ MODULES = {
     *("yaml", "ruamel", "code", "codeop", "runpy", "imp", "zipimport", "pkgutil", "pandas", "h5py", "sqlite3"),
     *("subprocess", "multiprocessing", "asyncio", "concurrent", "pty", "cffi", "zipfile", "tarfile", "mmap"),
     *("torch.serialization", "torch.hub", "torch.package", "torch.jit", "torch.multiprocessing"),
-    *("torch.distributed.checkpoint", "torch.distributed.rpc", "torch.distributed.elastic"),
+    *("torch.distributed.checkpoint", "torch.distributed.rpc", "torch.distributed.elastic", "torch.distributed.run"),
     *("torch.utils.cpp_extension", "torch.utils.data", "torch.utils.model_zoo", "torch.export", "torch.onnx"),
     *("logging.config", "logging.handlers", "lightning.pytorch.cli", "lightning.fabric.utilities.cloud_io"),
     *("numpy.lib.format", "numpy.lib.npyio", "numpy.ctypeslib", "numpy.f2py", "importlib.util", "importlib.machinery"),
@@ -75,7 +76,20 @@ FROM_JINJA2 = {
     *("jinja2.StrictUndefined", "jinja2.sandbox.SandboxedEnvironment", "jinja2.sandbox.ImmutableSandboxedEnvironment"),
 }
 OS_READS = {
-    *("PathLike", "close", "cpu_count", "devnull", "environ", "fsdecode", "fstat", "getpid", "name", "open", "path"),
+    *(
+        "PathLike",
+        "close",
+        "cpu_count",
+        "devnull",
+        "environ",
+        "fsdecode",
+        "fstat",
+        "getpid",
+        "getppid",
+        "name",
+        "open",
+        "path",
+    ),
     *(
         "pread",
         "sched_getaffinity",

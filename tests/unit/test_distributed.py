@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from pocketlm import errors
-from pocketlm.distributed import ALONE, Ranks, Shared, share, sizes_at_once, turns
-from pocketlm.errors import ConfigError, DataError, Diverged, FileError, Interrupted, PocketError
+from pocketlm.distributed import ALONE, Ranks, Refusals, Shared, share, sizes_at_once, turns
+from pocketlm.errors import ConfigError, DataError, Diverged, FileError, Interrupted, PocketError, RankLost
 from pocketlm.optim.muon import Muon
 from pocketlm.training.step import _parts
 
@@ -122,6 +123,25 @@ def test_muon_of_shared_matrices_is_that_of_whole_ones(size: int) -> None:
 def test_a_refusal_is_the_same_on_another_rank(error: PocketError) -> None:
     again = errors.again(type(error).__name__, str(error), error.exit_code)
     assert (type(again), str(again), again.exit_code) == (type(error), str(error), error.exit_code)
+
+
+@pytest.mark.parametrize("error", [DataError("no text"), Interrupted("stopped", 2), OSError(28, "full", "a")])
+def test_a_refusal_of_one_rank_is_that_of_those_who_miss_it(error: Exception) -> None:
+    """The first one that was left; and the first rank, whose store it is, stays until all have read."""
+    store = dist.HashStore()
+    refusals = [Refusals(store, rank, 4) for rank in range(4)]
+    for rank, own in enumerate((RankLost("gone"), error, RankLost("gone"), FileError("later"))):
+        with pytest.raises(type(own if rank in (0, 3) else error)) as raised, refusals[rank].heard():
+            raise own
+        assert str(raised.value) == str(own if rank in (0, 3) else error), "before it, or its own"
+    with pytest.raises(type(error)) as raised, refusals[0].heard():
+        raise RankLost("gone")
+    assert getattr(raised.value, "exit_code", 3) == getattr(error, "exit_code", 3)
+    assert store.check([Refusals.READ + f" {rank}" for rank in range(4)])
+    refusals[0].stay()
+
+    with pytest.raises(RankLost, match="gone"), Refusals().heard():
+        raise RankLost("gone")
 
 
 def test_one_that_is_alone_is_answered_at_once() -> None:

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -27,6 +26,7 @@ from types import FrameType
 
 import psutil  # type: ignore[import-untyped]
 
+from pocketlm.cli.addresses import LOOPBACK, interface_of, own_address
 from pocketlm.cli.arguments import say
 from pocketlm.errors import UsageError
 from pocketlm.files import Lock, make_folder, remove_file, remove_folder
@@ -38,7 +38,6 @@ CHECK_EVERY_S = 0.1
 LOOK_EVERY_S = 10.0
 GRACE_S = 300.0
 """Between the first rank that has ended for a reason, and the end of those that do not notice. They do, as a rule."""
-ENDPOINT = re.compile(r"(\[[^\]]+\]|[^\s:]+):\d{1,5}")
 SHOW_CURSOR = "\x1b[?25h"
 COUNT_GPUS = (sys.executable, "-P", "-c", "import torch; print(torch.cuda.device_count())")
 
@@ -51,7 +50,10 @@ class Plan:
     """On each host."""
     nodes: int = 1
     rendezvous: str | None = None
+    """HOST:PORT, where there are several."""
     max_restarts: int = 0
+    address: str | None = LOOPBACK
+    """Under which other hosts reach this one."""
 
     @property
     def alone(self) -> bool:
@@ -59,8 +61,11 @@ class Plan:
         return self.devices == self.nodes == 1 and not self.max_restarts
 
 
-def plan(arguments: argparse.Namespace) -> Plan:
+def plan(arguments: argparse.Namespace, device: str) -> Plan:
     """
+    Args:
+        device: `train.device`.
+
     Raises:
         UsageError: the flags do not fit one another, or this machine.
     """
@@ -70,11 +75,9 @@ def plan(arguments: argparse.Namespace) -> Plan:
         raise UsageError(f"{flag}: given {given}, allowed is a whole number >= {least}")
     if (nodes > 1) != (rendezvous is not None):
         raise UsageError("several hosts meet somewhere: give --nodes M and --rendezvous HOST:PORT, the same on all")
-    if rendezvous is not None and not ENDPOINT.fullmatch(rendezvous):
-        raise UsageError(f"--rendezvous: given {rendezvous}, allowed is HOST:PORT, HOST being one of the hosts")
     if max_restarts and arguments.resume not in ("auto", "weights-only"):
         raise UsageError("--resume PATH goes back, --max-restarts goes on after a crash; give one of them")
-    return Plan(_devices(arguments.devices), nodes, rendezvous, max_restarts)
+    return Plan(_devices(arguments.devices, device), nodes, rendezvous, max_restarts, own_address(rendezvous))
 
 
 def number_of(devices: str) -> int | None:
@@ -90,15 +93,14 @@ def number_of(devices: str) -> int | None:
     return int(devices)
 
 
-def _devices(given: str) -> int:
+def _devices(given: str, device: str) -> int:
     number = number_of(given)
-    if number == 1:
-        return 1
+    if number == 1 or device not in ("auto", "cuda"):
+        return number or 1
     most = _num_gpus(at_least=2 if number is None else 1)
     if number is not None and 0 < most < number:
         raise UsageError(
-            f"--devices: given {number}, this machine has {most}; allowed is {most} or fewer "
-            f'(CUDA_VISIBLE_DEVICES="" trains on the CPU)'
+            f"--devices: given {number}, this machine has {most}; take {most} or fewer, or add --device cpu"
         )
     return number or max(1, most)
 
@@ -134,7 +136,7 @@ def launch(plan: Plan, name: str, folder: Path, argv: list[str], program: tuple[
         remove_file(host.failures)
     program = program or (sys.executable, "-P", "-u", "-m", "pocketlm", "train")
     command = _command(plan, name, host, (*program, *argv))
-    agent = Agent(command, _environment(), lambda: reasons.final(reasons.left(folder)) is not None)
+    agent = Agent(command, _environment(plan), lambda: reasons.final(reasons.left(folder)) is not None)
     code = agent.wait()
     if sys.stderr.isatty():
         print(end=SHOW_CURSOR, file=sys.stderr, flush=True)  # the panel of a rank that was killed has hidden it
@@ -142,7 +144,7 @@ def launch(plan: Plan, name: str, folder: Path, argv: list[str], program: tuple[
     if line:
         say(f"pocketlm: {line}")
     if code == 0 and plan.nodes == 1 and not host.log.read_bytes():
-        remove_folder(host.folder)
+        remove_folder(host.folder)  # there is nothing to be told by it
     return code
 
 
@@ -176,9 +178,11 @@ class Host:
 
 def _command(plan: Plan, name: str, host: Host, program: tuple[str, ...]) -> list[str]:
     """torchrun's words. It puts its own values for ${...} into the program's, and a single $ for two."""
-    where = ["--standalone", "--local-addr", "127.0.0.1"]  # else it asks a name server for this machine's name
+    where = ["--standalone"]
     if plan.rendezvous:
         where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", plan.rendezvous, "--rdzv-id", name]
+    if plan.address:
+        where += ["--local-addr", plan.address]
     return [
         *(sys.executable, "-P", "-m", "pocketlm.cli.agent", str(os.getpid()), str(host.stem)),
         *(
@@ -195,13 +199,17 @@ def _command(plan: Plan, name: str, host: Host, program: tuple[str, ...]) -> lis
     ]
 
 
-def _environment() -> dict[str, str]:
-    """Threads are the ranks' to choose (machine.py); without a number here torchrun sets the same one, and warns.
+def _environment(plan: Plan) -> dict[str, str]:
+    """Of torchrun and the ranks. What a person has set stays.
 
-    The store over which ranks meet is made anew with them: torchrun's own still has the addresses of those that crashed
-    (torchrun.py).
+    Threads are the ranks' to choose (machine.py); without a number here torchrun sets the same one, and warns. The
+    store over which ranks meet is made anew with them: torchrun's own still has the addresses of those that crashed
+    (torchrun.py). When another rank is gone torch warns of it with the stack of its own functions; we say it.
     """
-    return {"OMP_NUM_THREADS": "1"} | os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    ours = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if interface := interface_of(plan.address):
+        ours["GLOO_SOCKET_IFNAME"] = interface
+    return ours | os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
 # --- while it runs

@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
     folder = run_folder(config, Path(arguments.out) if arguments.out else None)
     if torchrun.is_rank():
         return rank.end(folder, lambda: _train(config, folder, arguments))
-    plan = launch.plan(arguments)
+    plan = launch.plan(arguments, config.train.device)
     if not plan.alone:
         return launch.launch(plan, config.name, folder, argv)
     with leave_on_signal():
