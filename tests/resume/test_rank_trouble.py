@@ -17,7 +17,6 @@ def words(out: str, strategy: str, *fields: dict[str, Any]) -> list[str]:
     return ["train", "debug", "--out", out, *given, "--train.strategy", strategy]
 
 
-@pytest.mark.goal("R13")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_memory_that_one_rank_has_not(strategy: str, rig: Rig) -> None:
     """All of them do the step again with half of the rows at once; ranks that share each block cannot, and say so."""
