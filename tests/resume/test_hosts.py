@@ -114,9 +114,7 @@ class Network:
     def close(self) -> None:
         for host in HOSTS:
             self.kill(host)
-        assert self.store.stdin
-        self.store.stdin.close()
-        self.store.wait()
+        self.store.communicate()
         for host in ("s", *HOSTS):
             ip("netns", "del", self.space(host))
 
