@@ -196,7 +196,7 @@ def test_a_command_that_cannot_be_run_starts_nothing(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(launch, "_num_gpus", lambda at_least: 2)
     monkeypatch.setattr(launch, "launch", lambda *_: pytest.fail("it was started"))
-    assert main(["train", "debug", *words.split()]) == 2
+    assert main(["train", "debug", "--device", "auto", *words.split()]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"pocketlm: {message}")
     assert said.count("\n") == 1
@@ -226,7 +226,7 @@ def test_how_many_processes_there_are(
     monkeypatch.setattr(launch, "_num_gpus", lambda at_least: gpus if gpus >= at_least else 0)
     monkeypatch.setattr(launch, "launch", lambda plan, *_: plans.append(plan) or 0)
     monkeypatch.setattr(train, "_train", lambda *_: None)
-    assert main(["train", "debug", *words.split()]) == 0
+    assert main(["train", "debug", "--device", "auto", *words.split()]) == 0
     assert plans == ([expected] if expected else [])
 
 

@@ -36,6 +36,8 @@ from pocketlm.training.signals import exit_signal, handled_by
 
 CHECK_EVERY_S = 0.1
 LOOK_EVERY_S = 10.0
+MEET_S = 900
+"""For hosts that come up at different times."""
 GRACE_S = 300.0
 """Between the first rank that has ended for a reason, and the end of those that do not notice. They do, as a rule."""
 SHOW_CURSOR = "\x1b[?25h"
@@ -137,6 +139,8 @@ def launch(plan: Plan, name: str, folder: Path, argv: list[str], program: tuple[
     program = program or (sys.executable, "-P", "-u", "-m", "pocketlm", "train")
     command = _command(plan, name, host, (*program, *argv))
     agent = Agent(command, _environment(plan), lambda: reasons.final(reasons.left(folder)) is not None)
+    if plan.rendezvous:
+        say(f"meets {plan.nodes - 1} other host(s) at {plan.rendezvous}, within {MEET_S // 60} minutes")
     code = agent.wait()
     if sys.stderr.isatty():
         print(end=SHOW_CURSOR, file=sys.stderr, flush=True)  # the panel of a rank that was killed has hidden it
@@ -181,6 +185,7 @@ def _command(plan: Plan, name: str, host: Host, program: tuple[str, ...]) -> lis
     where = ["--standalone"]
     if plan.rendezvous:
         where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", plan.rendezvous, "--rdzv-id", name]
+        where += ["--rdzv-conf", f"join_timeout={MEET_S},read_timeout={MEET_S}"]
     if plan.address:
         where += ["--local-addr", plan.address]
     return [
