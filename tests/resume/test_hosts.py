@@ -141,7 +141,7 @@ def wait_for_step(network: Network, run: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.goal("R20", "R30")
+@pytest.mark.goal("R20")
 def test_a_host_that_is_killed_comes_back_and_the_run_ends_as_if_it_had_not(
     proof: Any, network: Network, tmp_path: Path
 ) -> None:
