@@ -14,7 +14,7 @@ ALLOWED_MODULES = {
     *("__future__", "argparse", "array", "base64", "bisect", "codecs", "collections", "contextlib", "ctypes"),
     "datetime",
     *("dataclasses", "difflib", "errno", "fcntl", "functools", "glob", "hashlib", "html", "importlib", "io"),
-    *("queue", "subprocess"),
+    *("enum", "queue", "subprocess"),
     *("itertools", "json", "math", "os", "pathlib", "platform", "random", "re", "readline", "secrets", "shlex"),
     *(
         "shutil",
@@ -35,6 +35,7 @@ ALLOWED_MODULES = {
     *(
         "awkward",
         "datasketch",
+        "gguf",
         "gigatoken",
         "huggingface_hub",
         "jinja2",

@@ -58,20 +58,19 @@ def run(argv: list[str]) -> int:
 
 
 def _config(what: str, fields: list[str]) -> Config:
-    if (Path(what) / "config.json").is_file() or (Path(what) / "checkpoints").is_dir():
-        return _model_config(Path(what), fields)
+    path = Path(what)
+    if (path / "config.json").is_file() or (path / "checkpoints").is_dir() or path.suffix in (".gguf", ".bin"):
+        return _model_config(path, fields)
     if what.endswith(".toml"):
         return Config.from_toml(Path(what), parse_overrides(fields))
     return Config.preset(what, parse_overrides(fields))
 
 
 def _model_config(path: Path, fields: list[str]) -> Config:
-    from pocketlm.checkpoint import find_checkpoint
+    from pocketlm.checkpoint import find_checkpoint, read_config
     from pocketlm.cli.arguments import say
-    from pocketlm.formats.huggingface import model_config
-    from pocketlm.reading import read_json
 
-    model = model_config(read_json(find_checkpoint(path, say) / "config.json"))
+    model = read_config(find_checkpoint(path, say))
     context = model.max_position_embeddings
     tree = {
         "model": model.model_dump(exclude_none=True),
