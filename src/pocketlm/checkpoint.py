@@ -36,20 +36,20 @@ from pocketlm.config import Config, ModelConfig, SampleConfig
 from pocketlm.errors import FileError, PocketError, Unreadable, UsageError, one_line
 from pocketlm.field_types import Dtype
 from pocketlm.files import commit_folder
-from pocketlm.formats import huggingface
+from pocketlm.formats import huggingface, huggingface_weights
 from pocketlm.formats.model_file import is_model_file, read_model_config, read_model_file
 from pocketlm.formats.release import Release, folder_texts, json_bytes
 from pocketlm.model.arithmetic import Arithmetic
 from pocketlm.model.transformer import Transformer
 from pocketlm.reading import MANIFEST, Entry, read_json, read_manifest, read_text, verify_folder
-from pocketlm.tensors import FLOATS, Shapes, Tensors, bytes_of, read_tensors, serialize
+from pocketlm.tensors import Shapes, Tensors, bytes_of, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 from pocketlm.toml_trees import read_toml
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 HALF_WRITTEN = re.compile(r"step-\d{8}(\.old)?")
 """What a stopped process may have left in `checkpoints/`, by the names that `files.sweep` asks for."""
-WEIGHTS, OPTIMIZER = "model.safetensors", "training/optimizer.safetensors"
+WEIGHTS, OPTIMIZER = huggingface_weights.WEIGHTS, "training/optimizer.safetensors"
 INDEX = "training/optimizer.index.json"
 CONFIG, STATE = "training/config.toml", "training/state.json"
 SAVED = (
@@ -436,9 +436,9 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def _read_folder(folder: Path) -> Release:
-    config = read_config(folder)
-    weights = read_tensors(folder / WEIGHTS, huggingface.tensor_shapes(config), FLOATS)
-    weights = {name: tensor.float() for name, tensor in weights.items()}
+    tree = read_json(folder / "config.json")
+    config = huggingface.model_config(tree)
+    weights = huggingface_weights.read_weights(folder, tree, config)
     generation = folder / "generation_config.json"
     sample = huggingface.sample_config(read_json(generation)) if generation.is_file() else SampleConfig()
     masks = masked_documents(folder)

@@ -55,6 +55,7 @@ def _previous_token_misses(config: Config) -> list[str]:
     model, init = config.model, config.init
     wanted = {
         "model.position rope": model.position == "rope",
+        "no model.rope_llama3": model.rope_llama3 is None,
         "model.qk_norm true": model.qk_norm,
         "as many key-value as query heads": model.num_key_value_heads == model.num_attention_heads,
         "init.output_projections zero": init.output_projections == "zero",

@@ -76,6 +76,8 @@ class ModelConfig(Section):
     """Rotary angles, or a learned table."""
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
+    rope_llama3: tuple[Positive, Positive, Positive, Count] | None = None
+    """Llama 3's scaling of the rotary frequencies: factor, low and high frequency factor, original context."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm, or LayerNorm with a bias."""
     norm_eps: Positive = 1e-5
@@ -100,6 +102,8 @@ class ModelConfig(Section):
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs, take an even one")
+        if self.rope_llama3 and (self.position != "rope" or self.rope_llama3[1] >= self.rope_llama3[2]):
+            raise ValueError(f"rope_llama3 {list(self.rope_llama3)}: allowed are rotary positions, and low below high")
         return self
 
 

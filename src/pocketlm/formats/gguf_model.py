@@ -51,7 +51,7 @@ Number = int | float
 
 
 _ALL: dict[str, object] = {"block": "sequential", "logit_softcap": None}
-_ROTARY = _ALL | {"position": "rope", "norm": "rms", "mlp": "swiglu"}
+_ROTARY = _ALL | {"position": "rope", "norm": "rms", "mlp": "swiglu", "rope_llama3": None}
 KINDS: dict[str, dict[str, object]] = {
     "llama": _ROTARY | {"qk_norm": False},
     "qwen3": _ROTARY | {"qk_norm": True, "bias": False},
