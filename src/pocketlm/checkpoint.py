@@ -37,6 +37,7 @@ from pocketlm.errors import FileError, PocketError, Unreadable, UsageError, one_
 from pocketlm.field_types import Dtype
 from pocketlm.files import commit_folder
 from pocketlm.formats import huggingface, huggingface_weights
+from pocketlm.formats.hub_model import fetch_model, is_hub_id
 from pocketlm.formats.model_file import is_model_file, read_model_config, read_model_file
 from pocketlm.formats.release import Release, folder_texts, json_bytes
 from pocketlm.model.arithmetic import Arithmetic
@@ -369,7 +370,8 @@ def newest_run(runs: Path = Path("runs")) -> Path:
 
 
 def find_checkpoint(path: Path, warn: Warn) -> Path:
-    """What to load for a MODEL argument: a run's newest valid checkpoint, or the folder or model file itself.
+    """What to load for a MODEL argument: a run's newest valid checkpoint, the folder or model file itself, or what is
+    fetched from the Hub.
 
     Raises:
         FileError: nothing there, nothing valid there, or a checkpoint that does not verify.
@@ -380,9 +382,11 @@ def find_checkpoint(path: Path, warn: Warn) -> Path:
         return newest
     if (path / "training").is_dir() or (path / MANIFEST).exists():
         verify_model(path)
+    elif is_hub_id(str(path)):
+        return fetch_model(str(path))
     elif not (path / "config.json").is_file() and not is_model_file(path):
         what = "is no model: it has no config.json" if path.exists() else "does not exist"
-        raise FileError(f"{path} {what}; give a run, a checkpoint, a Hugging Face folder, a .gguf or a llama2.c .bin")
+        raise FileError(f"{path} {what}; give a run, a model folder or Hub id, a .gguf or a llama2.c .bin")
     return path
 
 

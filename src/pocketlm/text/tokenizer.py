@@ -331,37 +331,16 @@ def _eos_token(config: Path) -> str | None:
 
 
 def _from_hub(repository: str) -> Tokenizer:
-    file = _hub_file(repository, "tokenizer.json")
+    from pocketlm.text.hub_file import hub_file  # its client takes a while to import
+
+    file = hub_file(repository, "tokenizer.json", instead=_LOCAL)
     if file is None:
         raise DataError(f"{repository} on the Hub has no tokenizer.json; {_LOCAL}")
-    config = _hub_file(repository, "tokenizer_config.json")
+    config = hub_file(repository, "tokenizer_config.json", instead=_LOCAL)
     return Tokenizer(_read(file), _eos_token(config) if config else None, repository)
 
 
 _LOCAL = "give a local tokenizer.json by --data.tokenizer PATH"
-
-
-def _hub_file(repository: str, name: str) -> Path | None:
-    """A file of a Hub repository, from the Hub library's cache or fetched by it; None if it is not in there."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
-
-    try:
-        cached = try_to_load_from_cache(repository, name)
-        if cached is not None:
-            return Path(cached) if isinstance(cached, str) else None  # else it is known not to be in there
-        with contextlib.suppress(RemoteEntryNotFoundError):  # the download says it again, and remembers it
-            get_hf_file_metadata(hf_hub_url(repository, name))  # asked once: offline the download would try for 20 s
-        return Path(hf_hub_download(repository, name))
-    except RemoteEntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise DataError(f"no path {repository!r}, and no Hub id: {error}; allowed is {SPECS}") from None
-    except Exception as error:  # the library passes on what its HTTP client raises, not all of it OSError
-        raise DataError(
-            f"no path {repository!r} here, and its {name} cannot be fetched from the Hub ({type(error).__name__}); "
-            f"{_LOCAL}"
-        ) from None
 
 
 def gpt2_tokenizer() -> Tokenizer:
