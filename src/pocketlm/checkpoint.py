@@ -443,10 +443,17 @@ def _read_folder(folder: Path) -> Release:
     tree = read_json(folder / "config.json")
     config = huggingface.model_config(tree)
     weights = huggingface_weights.read_weights(folder, tree, config)
-    generation = folder / "generation_config.json"
-    sample = huggingface.sample_config(read_json(generation)) if generation.is_file() else SampleConfig()
-    masks = masked_documents(folder)
-    return Release(config, weights, load_tokenizer(str(folder)), sample, _chat_template(folder), masks)
+    file, tokenizer = folder / "generation_config.json", load_tokenizer(str(folder))
+    generation = read_json(file) if file.is_file() else {}
+    return Release(
+        config,
+        weights,
+        tokenizer,
+        huggingface.sample_config(generation),
+        _chat_template(folder),
+        huggingface.end_ids(generation or tree) - {tokenizer.end_id},
+        masked_documents(folder),
+    )
 
 
 def _chat_template(folder: Path) -> str | None:

@@ -67,7 +67,8 @@ def load(
     transformer = model_of(release).to(default_device(), torch.bfloat16 if dtype == "bf16" else None)
     sample = release.sample
     sampling = Sampling(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
-    return LanguageModel(transformer, release.tokenizer, sampling, path, release.chat_template is not None)
+    template = release.chat_template is not None
+    return LanguageModel(transformer, release.tokenizer, sampling, path, template, release.other_end_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,8 @@ class LanguageModel:
     """The folder, or file, that it was loaded from."""
     has_chat_template: bool = False
     """Whether its folder has a chat template. Nothing here applies it yet."""
+    other_end_ids: frozenset[int] = frozenset()
+    """What ends a text beside the tokenizer's own id."""
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +125,7 @@ class LanguageModel:
         seed = secrets.randbits(32) if seed is None else seed
         end_id, begin_id = self.tokenizer.end_id, self.tokenizer.begin_id
         begin = [] if begin_id is None else [begin_id]
-        end_ids = {end_id, *begin}  # where the next text would begin, this one has ended
+        end_ids = {end_id, *begin, *self.other_end_ids}  # where the next text would begin, this one has ended
         tokens = engine.generate(
             self.model,
             [*begin, *self.tokenizer.encode(prompt)] or [end_id],

@@ -256,6 +256,15 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
 
 
+@torch.no_grad()
+def test_any_of_several_ids_ends_a_text() -> None:
+    greedy = Sampling(temperature=0)
+    first = int(tiny().model(torch.tensor([TOKENIZER.encode("ab")]))[0, -1, : TOKENIZER.vocab_size].argmax())
+    assert first != TOKENIZER.end_id
+    text = tiny(sampling=greedy, other_end_ids=frozenset({first})).stream("ab")
+    assert ("".join(text), text.finish_reason, text.num_tokens) == ("", "end", 1)
+
+
 # --- pocketlm generate
 
 

@@ -122,6 +122,19 @@ def sample_config(tree: Mapping[str, Any]) -> SampleConfig:
         raise FileError(f"generation_config.json: {_first_problem(error)}") from None
 
 
+def end_ids(tree: Mapping[str, Any]) -> frozenset[int]:
+    """The ids that end a text, by a generation_config.json, or by the config.json of a folder without one.
+
+    Raises:
+        FileError: they are none.
+    """
+    given = tree.get("eos_token_id")
+    ids = [] if given is None else given if isinstance(given, list) else [given]
+    if wrong := [number for number in ids if type(number) is not int]:
+        raise FileError(f"generation_config.json: eos_token_id is {wrong[0]!r}; allowed is an id, or a list of them")
+    return frozenset(ids)
+
+
 def tokenizer_config_json(end_token: str) -> Tree:
     """tokenizer_config.json beside a tokenizer.json whose end-of-text token is `end_token`.
 

@@ -26,6 +26,8 @@ class Release:
     """How it speaks unless told otherwise."""
     chat_template: str | None = None
     """Jinja, as it came: nothing here runs it."""
+    other_end_ids: frozenset[int] = frozenset()
+    """What ends a text beside the tokenizer's own id, as Instruct models have it."""
     document_masks: bool = False
     """Whether attention and positions began anew at each document in training. No format but our own says so."""
 
@@ -34,10 +36,12 @@ def folder_texts(release: Release) -> dict[str, bytes]:
     """What stands beside the weights in a Hugging Face folder, by the names of the files."""
     tokenizer = release.tokenizer
     begin = {} if tokenizer.begin_id is None else {"bos_token_id": tokenizer.begin_id}
+    others = sorted(release.other_end_ids)
+    ends = {"eos_token_id": [tokenizer.end_id, *others]} if others else {}
     texts = {
         "config.json": json_bytes(huggingface.config_json(release.model, end_id=tokenizer.end_id) | begin),
         "generation_config.json": json_bytes(
-            huggingface.generation_config_json(release.sample, tokenizer.end_id) | begin
+            huggingface.generation_config_json(release.sample, tokenizer.end_id) | begin | ends
         ),
         "tokenizer.json": tokenizer.to_json().encode(),
         "tokenizer_config.json": json_bytes(_tokenizer_config(tokenizer)),
