@@ -27,7 +27,7 @@ def clashes(config: Config) -> Iterator[str]:
             f"train.tokens_per_step {train.tokens_per_step} is no multiple of data.context {data.context}; "
             f"the nearest is --train.tokens-per-step {nearest}"
         )
-    if config.init.previous_token_layers and (missing := _previous_token_misses(config)):
+    if config.init.previous_token_layers and not config.init.model and (missing := _previous_token_misses(config)):
         yield (
             f"init.previous_token_layers {config.init.previous_token_layers} takes {', '.join(missing)}; change these, "
             f"or add --init.previous-token-layers 0"

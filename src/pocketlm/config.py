@@ -110,6 +110,8 @@ class ModelConfig(Section):
 class InitConfig(Section):
     """How weights begin; norms begin at one, biases at zero."""
 
+    model: str | None = None
+    """In place of all below: a model folder or Hub id whose weights it begins with, and whose shape [model] has."""
     std: Positive = 0.02
     """Standard deviation of embeddings, and of matrices unless fan_in_gain is given."""
     fan_in_gain: Positive | None = None

@@ -19,6 +19,7 @@ import pocketlm
 from pocketlm.errors import FileError
 from pocketlm.text.tokenizer import byte_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 transformers = pytest.importorskip("transformers")
 
 VOCAB = 263

@@ -18,6 +18,7 @@ from pocketlm.generate.sampling import Sampling
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import Transformer, allocate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 transformers = pytest.importorskip("transformers")
 
 TINY = {

@@ -35,13 +35,12 @@ class Release:
 def folder_texts(release: Release) -> dict[str, bytes]:
     """What stands beside the weights in a Hugging Face folder, by the names of the files."""
     tokenizer = release.tokenizer
-    begin = {} if tokenizer.begin_id is None else {"bos_token_id": tokenizer.begin_id}
     others = sorted(release.other_end_ids)
     ends = {"eos_token_id": [tokenizer.end_id, *others]} if others else {}
     texts = {
-        "config.json": json_bytes(huggingface.config_json(release.model, end_id=tokenizer.end_id) | begin),
+        "config.json": json_bytes(config_tree(release)),
         "generation_config.json": json_bytes(
-            huggingface.generation_config_json(release.sample, tokenizer.end_id) | begin | ends
+            huggingface.generation_config_json(release.sample, tokenizer.end_id) | _begin(tokenizer) | ends
         ),
         "tokenizer.json": tokenizer.to_json().encode(),
         "tokenizer_config.json": json_bytes(_tokenizer_config(tokenizer)),
@@ -49,6 +48,15 @@ def folder_texts(release: Release) -> dict[str, bytes]:
     if release.chat_template is not None:
         texts["chat_template.jinja"] = release.chat_template.encode()
     return texts
+
+
+def config_tree(release: Release) -> dict[str, Any]:
+    """config.json of a model and its tokenizer."""
+    return huggingface.config_json(release.model, end_id=release.tokenizer.end_id) | _begin(release.tokenizer)
+
+
+def _begin(tokenizer: Tokenizer) -> dict[str, int]:
+    return {} if tokenizer.begin_id is None else {"bos_token_id": tokenizer.begin_id}
 
 
 def json_bytes(tree: Mapping[str, Any]) -> bytes:
