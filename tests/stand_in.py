@@ -1,8 +1,8 @@
 """A stand-in for the Hugging Face Hub: a real HTTP server on this machine that the real client talks to.
 
 It has what a `hf:` source needs: a data set at a revision, the tree of a commit in pages, and files by byte range, of
-which the large ones are redirected to another host as the Hub does. It counts what it sends, and does on demand what
-networks do: `fault` is asked at each request.
+which the large ones are redirected to another host as the Hub does; and of a model its files, with what the client's
+cache asks of each. It counts what it sends, and does on demand what networks do: `fault` is asked at each request.
 
     truncate   half of the body, then the connection is closed
     429, 503   and any other status, with Retry-After: 0, or what stands behind it ("429 60")
@@ -44,7 +44,7 @@ SLOW_CHUNK = 1 << 14
 class Request(NamedTuple):
     number: int
     kind: str
-    """info, tree, resolve, or content of a large file."""
+    """info, tree, resolve, or content of a large file; file or head of a model."""
     path: str
     range: str
     token: str
@@ -138,6 +138,7 @@ ROUTE = re.compile(
     r"/api/datasets/(?P<info>[^/]+/[^/]+)(/revision/(?P<at>[^/]+))?"
     r"|/api/datasets/(?P<tree>[^/]+/[^/]+)/tree/(?P<tree_at>[^/]+)(/(?P<folder>.+))?"
     r"|/datasets/(?P<resolve>[^/]+/[^/]+)/resolve/(?P<resolve_at>[^/]+)/(?P<path>.+)"
+    r"|/(?P<file>[^/]+/[^/]+)/resolve/(?P<file_at>[^/]+)/(?P<file_path>.+)"
     r"|/content/(?P<content>[^/]+/[^/]+)/(?P<content_at>[^/]+)/(?P<content_path>.+)"
 )
 
@@ -149,16 +150,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *words: object) -> None:
         pass
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         split = urlsplit(self.path)
         match = ROUTE.fullmatch(split.path)
         assert match, self.path
-        kind = next(name for name in ("info", "tree", "resolve", "content") if match[name])
-        path = unquote(match["path"] or match["content_path"] or match["folder"] or "")
+        kind = next(name for name in ("info", "tree", "resolve", "content", "file") if match[name])
+        path = unquote(match["path"] or match["content_path"] or match["folder"] or match["file_path"] or "")
         with self.server.counting:
             number = len(self.server.requests) + 1
             words = [self.headers.get(name, "") for name in ("Range", "Authorization")]
-            request = Request(number, kind, path, *words)
+            request = Request(number, "head" if self.command == "HEAD" else kind, path, *words)
             self.server.requests.append(request)
         self.fault = self.server.fault(request)
         if self.fault and self.fault[:3].isdecimal():
@@ -172,7 +176,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if repository.gated and not request.token:
             self.answer(401, b"", {"X-Error-Code": "GatedRepo"})
             return
-        revision = unquote(match["at"] or match["tree_at"] or match["resolve_at"] or match["content_at"] or "main")
+        given = [match[name] for name in ("at", "tree_at", "resolve_at", "content_at", "file_at") if match[name]]
+        revision = unquote(given[0] if given else "main")
         commit = repository.main if revision == "main" else revision
         if commit not in repository.commits:
             self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
@@ -218,6 +223,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def content(self, repository: Repository, name: str, commit: str, path: str, query: dict[str, list[str]]) -> None:
         self.answer_range(path, repository.commits[commit][path], {})
 
+    def file(self, repository: Repository, name: str, commit: str, path: str, query: dict[str, list[str]]) -> None:
+        """Of a model: the cache asks for the ETag first, and for the file from where it broke off."""
+        data = repository.commits[commit].get(path)
+        headers = {"X-Repo-Commit": commit}
+        if data is None:
+            self.answer(404, b"", headers | {"X-Error-Code": "EntryNotFound"})
+            return
+        headers |= {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        if start:
+            headers |= {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
+        self.answer(206 if start else 200, data[start:], headers, path)
+
     def answer_range(self, path: str, data: bytes, headers: dict[str, str]) -> None:
         assert self.headers["Accept-Encoding"] == "identity", "what is packed on the way has other offsets"
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"])
@@ -252,6 +270,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.fault != "page":
             self.send_header("Content-Length", str(len(body) + (self.fault == "longer")))
         self.end_headers()
+        if self.command == "HEAD":
+            return
         if self.fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())

@@ -33,21 +33,24 @@ import torch
 from torch import Tensor
 
 from pocketlm.config import Config, ModelConfig, SampleConfig
-from pocketlm.errors import FileError, PocketError, Unreadable, one_line
+from pocketlm.errors import FileError, PocketError, Unreadable, UsageError, one_line
 from pocketlm.field_types import Dtype
 from pocketlm.files import commit_folder
-from pocketlm.formats import huggingface
+from pocketlm.formats import huggingface, huggingface_weights
+from pocketlm.formats.hub_model import fetch_model, is_hub_id
+from pocketlm.formats.model_file import is_model_file, read_model_config, read_model_file
+from pocketlm.formats.release import Release, folder_texts, json_bytes
 from pocketlm.model.arithmetic import Arithmetic
 from pocketlm.model.transformer import Transformer
-from pocketlm.reading import MANIFEST, Entry, read_json, read_manifest, verify_folder
-from pocketlm.tensors import FLOATS, Shapes, Tensors, bytes_of, read_tensors, serialize
+from pocketlm.reading import MANIFEST, Entry, read_json, read_manifest, read_text, verify_folder
+from pocketlm.tensors import Shapes, Tensors, bytes_of, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 from pocketlm.toml_trees import read_toml
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 HALF_WRITTEN = re.compile(r"step-\d{8}(\.old)?")
 """What a stopped process may have left in `checkpoints/`, by the names that `files.sweep` asks for."""
-WEIGHTS, OPTIMIZER = "model.safetensors", "training/optimizer.safetensors"
+WEIGHTS, OPTIMIZER = huggingface_weights.WEIGHTS, "training/optimizer.safetensors"
 INDEX = "training/optimizer.index.json"
 CONFIG, STATE = "training/config.toml", "training/state.json"
 SAVED = (
@@ -139,25 +142,16 @@ def size_bytes(snapshot: Snapshot) -> int:
 
 
 def _texts(snapshot: Snapshot) -> dict[str, bytes]:
-    end_id, end_token = snapshot.tokenizer.end_id, snapshot.tokenizer.end_token
     shares = snapshot.shares
-    index = {INDEX: _json({"files": shares.files, "cuts": shares.cuts})} if shares else {}
-    return index | {
-        "config.json": _json(huggingface.config_json(snapshot.model, end_id=end_id)),
-        "generation_config.json": _json(huggingface.generation_config_json(snapshot.sample, end_id)),
-        "tokenizer.json": snapshot.tokenizer.to_json().encode(),
-        "tokenizer_config.json": _json(huggingface.tokenizer_config_json(end_token)),
-        CONFIG: snapshot.config_toml.encode(),
-        STATE: _json(snapshot.state),
-    }
+    index = {INDEX: json_bytes({"files": shares.files, "cuts": shares.cuts})} if shares else {}
+    # Nothing stood before a text in training, whatever other models want of this tokenizer.
+    tokenizer = snapshot.tokenizer.without_begin()
+    release = Release(snapshot.model, snapshot.weights, tokenizer, snapshot.sample)
+    return index | folder_texts(release) | {CONFIG: snapshot.config_toml.encode(), STATE: json_bytes(snapshot.state)}
 
 
 def _tensors(snapshot: Snapshot) -> dict[str, Mapping[str, Tensor]]:
     return {WEIGHTS: snapshot.weights, snapshot.shares.file if snapshot.shares else OPTIMIZER: snapshot.optimizer}
-
-
-def _json(tree: Mapping[str, Any]) -> bytes:
-    return (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode()
 
 
 Rows = Mapping[str, range]
@@ -376,7 +370,8 @@ def newest_run(runs: Path = Path("runs")) -> Path:
 
 
 def find_checkpoint(path: Path, warn: Warn) -> Path:
-    """The folder to load for a MODEL argument: a run's newest valid checkpoint, or the folder itself.
+    """What to load for a MODEL argument: a run's newest valid checkpoint, the folder or model file itself, or what is
+    fetched from the Hub.
 
     Raises:
         FileError: nothing there, nothing valid there, or a checkpoint that does not verify.
@@ -386,31 +381,115 @@ def find_checkpoint(path: Path, warn: Warn) -> Path:
             raise FileError(f"{path} has no valid checkpoint; train it again with the same command")
         return newest
     if (path / "training").is_dir() or (path / MANIFEST).exists():
-        verify(path)
-    elif not (path / "config.json").is_file():
-        what = "is no model folder: it has no config.json" if path.exists() else "does not exist"
-        raise FileError(f"{path} {what}; give a run folder, a checkpoint or a Hugging Face folder")
+        verify_model(path)
+    elif is_hub_id(str(path)):
+        return fetch_model(str(path))
+    elif not (path / "config.json").is_file() and not is_model_file(path):
+        what = "is no model: it has no config.json" if path.exists() else "does not exist"
+        raise FileError(f"{path} {what}; give a run, a model folder or Hub id, a .gguf or a llama2.c .bin")
     return path
 
 
-def load_model(folder: Path) -> tuple[Transformer, Tokenizer, SampleConfig]:
-    """The model of a checkpoint or Hugging Face folder, fp32 and in evaluation mode, with its tokenizer and sampling.
+def verify_model(path: Path) -> None:
+    """Checks a folder that pocketlm wrote byte for byte: a checkpoint, or a model that was exported or imported.
+
+    Raises:
+        FileError: naming the file that is damaged or missing.
+        Unreadable: naming the one that cannot be read now.
+    """
+    verify(path) if has_training(path) else verify_folder(path)
+
+
+def has_training(path: Path) -> bool:
+    """Whether a folder with a manifest is a checkpoint, and no model that was exported or imported.
+
+    Raises:
+        FileError, Unreadable: its manifest is damaged, or cannot be read now.
+    """
+    return (path / "training").is_dir() or any(name.startswith("training/") for name in read_manifest(path))
+
+
+def read_release(path: Path, tokenizer: Path | None = None) -> Release:
+    """The model at a path that `find_checkpoint` gave, with all that it takes to use it; weights are fp32.
+
+    Args:
+        tokenizer: of a llama2.c model, where it does not lie beside it.
+
+    Raises:
+        FileError: a file is missing, damaged, or of a model that pocketlm does not have.
+        DataError: its tokenizer is of a kind that is not known.
+    """
+    if tokenizer is not None and not is_model_file(path):
+        raise UsageError(f"--tokenizer is for a llama2.c .bin; {path} has its own; leave it out")
+    release = read_model_file(path, tokenizer) if is_model_file(path) else _read_folder(path)
+    ids, rows = release.tokenizer.vocab_size, release.model.vocab_size
+    if ids > rows:
+        raise FileError(f"{path}: its tokenizer has {ids} ids, its model {rows}")
+    return release
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The architecture of a model at a path that `find_checkpoint` gave; no weights are read.
+
+    Raises:
+        FileError: as `read_release`.
+    """
+    if is_model_file(path):
+        return read_model_config(path)
+    return huggingface.model_config(read_json(path / "config.json"))
+
+
+def _read_folder(folder: Path) -> Release:
+    tree = read_json(folder / "config.json")
+    config = huggingface.model_config(tree)
+    weights = huggingface_weights.read_weights(folder, tree, config)
+    file, tokenizer = folder / "generation_config.json", load_tokenizer(str(folder))
+    generation = read_json(file) if file.is_file() else {}
+    return Release(
+        config,
+        weights,
+        tokenizer,
+        huggingface.sample_config(generation),
+        _chat_template(folder),
+        huggingface.end_ids(generation or tree) - {tokenizer.end_id},
+        masked_documents(folder),
+    )
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template in a file of its own, as newer folders have it, or in tokenizer_config.json.
+
+    Raises:
+        FileError: it is no text.
+    """
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return read_text(file)
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):  # several by name
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    if not isinstance(template, str | None):
+        raise FileError(f"{config} is damaged: its chat_template is no text")
+    return template
+
+
+def model_of(release: Release) -> Transformer:
+    """The model of a release, in evaluation mode; its weights are the release's own."""
+    with torch.device("meta"):
+        model = Transformer(release.model)
+    model.load_state_dict(dict(release.weights), assign=True)
+    model.document_end = release.tokenizer.end_id if release.document_masks else None
+    return model.eval().requires_grad_(False)
+
+
+def load_model(path: Path) -> tuple[Transformer, Tokenizer, SampleConfig]:
+    """The model at a path that `find_checkpoint` gave, fp32 and in evaluation mode, with its tokenizer and sampling.
 
     It keeps documents apart if it did so in training.
 
     Raises:
-        FileError: a file is missing, damaged, or of a model that pocketlm does not have.
+        FileError, DataError: as `read_release`.
     """
-    config = huggingface.model_config(read_json(folder / "config.json"))
-    weights = read_tensors(folder / WEIGHTS, huggingface.tensor_shapes(config), FLOATS)
-    weights = {name: tensor.float() for name, tensor in weights.items()}
-    with torch.device("meta"):
-        model = Transformer(config)
-    model.load_state_dict(weights, assign=True)
-    tokenizer = load_tokenizer(str(folder))
-    if tokenizer.vocab_size > config.vocab_size:
-        raise FileError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
-    model.document_end = tokenizer.end_id if masked_documents(folder) else None
-    generation = folder / "generation_config.json"
-    sample = huggingface.sample_config(read_json(generation)) if generation.is_file() else SampleConfig()
-    return model.eval().requires_grad_(False), tokenizer, sample
+    release = read_release(path)
+    return model_of(release), release.tokenizer, release.sample

@@ -27,7 +27,7 @@ def clashes(config: Config) -> Iterator[str]:
             f"train.tokens_per_step {train.tokens_per_step} is no multiple of data.context {data.context}; "
             f"the nearest is --train.tokens-per-step {nearest}"
         )
-    if config.init.previous_token_layers and (missing := _previous_token_misses(config)):
+    if config.init.previous_token_layers and not config.init.model and (missing := _previous_token_misses(config)):
         yield (
             f"init.previous_token_layers {config.init.previous_token_layers} takes {', '.join(missing)}; change these, "
             f"or add --init.previous-token-layers 0"
@@ -55,6 +55,7 @@ def _previous_token_misses(config: Config) -> list[str]:
     model, init = config.model, config.init
     wanted = {
         "model.position rope": model.position == "rope",
+        "no model.rope_llama3": model.rope_llama3 is None,
         "model.qk_norm true": model.qk_norm,
         "as many key-value as query heads": model.num_key_value_heads == model.num_attention_heads,
         "init.output_projections zero": init.output_projections == "zero",

@@ -71,6 +71,8 @@ class ModelConfig(Section):
     """Rotary angles, or a learned table."""
     rope_theta: Positive = 10000.0
     """Base of the rotary frequencies."""
+    rope_llama3: tuple[Positive, Positive, Positive, Count] | None = None
+    """Llama 3's scaling of the rotary frequencies: factor, low and high frequency factor, original context."""
     norm: Literal["rms", "layer"] = "rms"
     """RMSNorm, or LayerNorm with a bias."""
     norm_eps: Positive = 1e-5
@@ -95,12 +97,16 @@ class ModelConfig(Section):
             )
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions turn pairs, take an even one")
+        if self.rope_llama3 and (self.position != "rope" or self.rope_llama3[1] >= self.rope_llama3[2]):
+            raise ValueError(f"rope_llama3 {list(self.rope_llama3)}: allowed are rotary positions, and low below high")
         return self
 
 
 class InitConfig(Section):
     """How weights begin; norms begin at one, biases at zero."""
 
+    model: str | None = None
+    """In place of all below: a model folder or Hub id whose weights it begins with, and whose shape [model] has."""
     std: Positive = 0.02
     """Standard deviation of embeddings, and of matrices unless fan_in_gain is given."""
     fan_in_gain: Positive | None = None

@@ -14,14 +14,14 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Unpack, get_args
 
 import torch
 
-from pocketlm.checkpoint import Warn, find_checkpoint, load_model, newest_run
+from pocketlm.checkpoint import Warn, find_checkpoint, model_of, newest_run, read_release
 from pocketlm.errors import UsageError
 from pocketlm.generate import engine
 from pocketlm.generate.engine import Window
@@ -29,7 +29,6 @@ from pocketlm.generate.sampling import Sampling, SamplingOptions
 from pocketlm.machine import default_device
 from pocketlm.model.arithmetic import ATTENTION_ON
 from pocketlm.model.transformer import Transformer
-from pocketlm.reading import read_json
 from pocketlm.text.tokenizer import TextStream, Tokenizer
 
 LoadDtype = Literal["auto", "fp32", "bf16"]
@@ -54,10 +53,11 @@ def load(
     device: str = "auto",
     warn: Warn = warnings.warn,
 ) -> LanguageModel:
-    """The model of a run (its newest valid checkpoint), of a checkpoint or of a Hugging Face folder.
+    """The model of a run (its newest valid checkpoint), of a checkpoint, of a Hugging Face folder or of a model file
+    (.gguf, llama2.c .bin).
 
     Args:
-        model: the folder; by default the newest run under `runs/`.
+        model: the folder or file; by default the newest run under `runs/`.
         dtype: the precision it computes in; `auto` is fp32, as stored.
         device: cuda, xpu, mps or cpu; `auto` is a GPU if there is one.
         warn: told of each damaged checkpoint that was passed over.
@@ -69,13 +69,15 @@ def load(
     if dtype not in get_args(LoadDtype):
         raise UsageError(f"dtype {dtype!r}: allowed is {', '.join(get_args(LoadDtype))}")
     here = default_device(device)
-    folder = find_checkpoint(newest_run() if model is None else Path(model), warn)
-    transformer, tokenizer, sample = load_model(folder)
-    transformer = transformer.to(here, torch.bfloat16 if dtype == "bf16" else None)
+    path = find_checkpoint(newest_run() if model is None else Path(model), warn)
+    release = read_release(path)
+    transformer = model_of(release).to(here, torch.bfloat16 if dtype == "bf16" else None)
     if here.type in ATTENTION_ON:
         transformer.use_attention(ATTENTION_ON[here.type][0])
+    sample = release.sample
     sampling = Sampling(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
-    return LanguageModel(transformer, tokenizer, sampling, folder, _has_chat_template(folder))
+    template = release.chat_template is not None
+    return LanguageModel(transformer, release.tokenizer, sampling, path, template, release.other_end_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +90,11 @@ class LanguageModel:
     sampling: Sampling = field(default_factory=Sampling)
     """How it speaks unless told otherwise: its generation_config.json."""
     folder: Path | None = None
-    """Where it was loaded from."""
+    """The folder, or file, that it was loaded from."""
     has_chat_template: bool = False
     """Whether its folder has a chat template. Nothing here applies it yet."""
+    other_end_ids: frozenset[int] = frozenset()
+    """What ends a text beside the tokenizer's own id."""
 
     @property
     def device(self) -> torch.device:
@@ -128,18 +132,21 @@ class LanguageModel:
         rules = replace(self.sampling, **sampling)
         _check(max_new_tokens, seed, window)
         seed = secrets.randbits(32) if seed is None else seed
-        end_id = self.tokenizer.end_id
+        end_id, begin_id = self.tokenizer.end_id, self.tokenizer.begin_id
+        begin = [] if begin_id is None else [begin_id]
+        end_ids = {end_id, *begin, *self.other_end_ids}  # where the next text would begin, this one has ended
         tokens = engine.generate(
             self.model,
-            self.tokenizer.encode(prompt) or [end_id],
+            [*begin, *self.tokenizer.encode(prompt)] or [end_id],
             rules,
             max_new_tokens=max_new_tokens,
-            stop_ids={end_id},
+            stop_ids=end_ids,
             window=window,
             generator=torch.Generator().manual_seed(seed),  # on the CPU: a seed means the same on every device
             num_ids=self.tokenizer.vocab_size,
         )
-        return Completion(tokens, TextStream(self.tokenizer), StopStrings(stop), end_id, seed)
+        text = TextStream(self.tokenizer, whole=not prompt)
+        return Completion(tokens, text, StopStrings(stop), end_ids, seed)
 
 
 class Completion(Iterator[str]):
@@ -149,20 +156,24 @@ class Completion(Iterator[str]):
     piece was read: then `end` (the model ended the text), `stop` (a stop string) or `length`. `seed` repeats it.
     """
 
-    def __init__(self, tokens: Iterator[int], text: TextStream, stops: StopStrings, end_id: int, seed: int) -> None:
+    def __init__(
+        self, tokens: Iterator[int], text: TextStream, stops: StopStrings, end_ids: Collection[int], seed: int
+    ) -> None:
         self.seed = seed
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
-        self._pieces = self._read(tokens, text, stops, end_id)
+        self._pieces = self._read(tokens, text, stops, end_ids)
 
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _read(self, tokens: Iterator[int], text: TextStream, stops: StopStrings, end_id: int) -> Iterator[str]:
+    def _read(
+        self, tokens: Iterator[int], text: TextStream, stops: StopStrings, end_ids: Collection[int]
+    ) -> Iterator[str]:
         reason: FinishReason = "length"
         for token in tokens:
             self.num_tokens += 1
-            if token == end_id:
+            if token in end_ids:
                 reason = "end"
                 break
             if piece := stops.feed(text.feed(token)):
@@ -224,9 +235,3 @@ def _check(max_new_tokens: int, seed: int | None, window: Window) -> None:
         raise UsageError(f"seed {seed}: allowed is 0 to 2^63 - 1")
     if window not in get_args(Window):
         raise UsageError(f"window {window!r}: allowed is {' or '.join(get_args(Window))}")
-
-
-def _has_chat_template(folder: Path) -> bool:
-    """Whether tokenizer_config.json holds a template, or a file of its own does, as newer folders have it."""
-    config = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").is_file() or (config.is_file() and "chat_template" in read_json(config))

@@ -9,7 +9,9 @@ expected names need, nor for a dtype or shape that the configuration does not ha
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import stat
 import struct
 from collections.abc import Collection, Iterator, Mapping
@@ -42,6 +44,7 @@ Tensors = dict[str, Tensor]
 HEADER_BYTES = 1 << 16
 HEADER_BYTES_PER_TENSOR = 512
 MAX_TENSORS = 1 << 14  # where the caller expects no number of them
+NOTHING = re.compile(r"(?!)")
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -116,6 +119,9 @@ def read_tensors(
     expected: Shapes | None = None,
     dtypes: Collection[torch.dtype] = NAMES,
     rows: Mapping[str, range] | None = None,
+    *,
+    ignored: re.Pattern[str] = NOTHING,
+    into: torch.dtype | None = None,
 ) -> Tensors:
     """All tensors of a safetensors file, on the CPU.
 
@@ -124,28 +130,50 @@ def read_tensors(
         expected: the names and shapes that it must hold, no more and no less; not checked if None.
         dtypes: which of them it may hold.
         rows: of some tensors, by name, the stretch of their first dimension that is read; of the others all is.
+        ignored: names that it may hold beside them; of these nothing is read.
+        into: the dtype that they get; by default each keeps its own.
 
     Raises:
         FileError: missing, malformed, or not the expected names, dtypes and shapes.
     """
+    with _opened(path, MAX_TENSORS if expected is None else len(expected)) as file:
+        names = [name for name in file.keys() if not ignored.fullmatch(name)]  # noqa: SIM118
+        slices = {name: file.get_slice(name) for name in names}
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        _check_dtypes(path, {name: part.get_dtype() for name, part in slices.items()}, dtypes)
+        _check_shapes(path, shapes, shapes if expected is None else expected)
+        # Copies: a mapped file could change after it was verified, and lies less aligned than what was trained.
+        return {name: _read(file, name, (rows or {}).get(name), into) for name in shapes}
+
+
+def tensor_names(path: Path, num_tensors: int) -> list[str]:
+    """The names in a safetensors file.
+
+    Args:
+        num_tensors: about how many are expected; a header far too long for them is not read.
+
+    Raises:
+        FileError: missing or malformed.
+    """
+    with _opened(path, num_tensors) as file:
+        return list(file.keys())
+
+
+@contextlib.contextmanager
+def _opened(path: Path, num_tensors: int) -> Iterator[Any]:
     try:
-        _check_header(path, MAX_TENSORS if expected is None else len(expected))
+        _check_header(path, num_tensors)
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            _check_dtypes(path, {name: part.get_dtype() for name, part in slices.items()}, dtypes)
-            _check_shapes(path, shapes, shapes if expected is None else expected)
-            # Copies: a mapped file could change after it was verified, and lies less aligned than what was trained.
-            return {name: _read(file, name, (rows or {}).get(name)).clone() for name in shapes}
+            yield file
     except SafetensorError as error:
         raise FileError(f"{path} is damaged: {error}") from None
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _read(file: Any, name: str, rows: range | None) -> Tensor:
+def _read(file: Any, name: str, rows: range | None, into: torch.dtype | None) -> Tensor:
     tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows.start : rows.stop]
-    return tensor
+    return tensor.to(into or tensor.dtype, copy=True)
 
 
 def _check_header(path: Path, num_tensors: int) -> None:
@@ -169,12 +197,20 @@ def _check_dtypes(path: Path, given: Mapping[str, str], allowed: Collection[torc
             raise FileError(f"{path} does not fit its configuration: {name} is of type {dtype}; allowed are {names}")
 
 
-def _check_shapes(path: Path, shapes: Shapes, expected: Shapes) -> None:
-    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+def check_names(path: Path, names: Collection[str], expected: Collection[str]) -> None:
+    """
+    Raises:
+        FileError: one of the expected names is missing, or another one is there.
+    """
+    missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
     if missing:
         raise FileError(f"{path} does not fit its configuration: {missing[0]} is missing")
     if extra:
         raise FileError(f"{path} does not fit its configuration: {extra[0]} has no place in it")
+
+
+def _check_shapes(path: Path, shapes: Shapes, expected: Shapes) -> None:
+    check_names(path, shapes, expected)
     for name, shape in expected.items():
         if shapes[name] != tuple(shape):
             raise FileError(f"{path} does not fit its configuration: {name} is {shapes[name]}, not {tuple(shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from corpus.attack import UNFINISHED, Answer, Attack
 from corpus.places import DATA, NEWEST, Place, sign, signers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pocketlm.cli.main import main
 from pocketlm.data.prepare import prepare
@@ -21,6 +24,15 @@ def stop_when_tokenized(line: str) -> None:
     """Ends a preparation before its last piece is written."""
     if line.startswith("tokenized"):
         raise KeyboardInterrupt
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Every second tensor into the one file, the others into the other, and an index."""
+    where = {name: f"model-0000{number % 2 + 1}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(where.values()):
+        own = {name: tensor for name, tensor in tensors.items() if where[name] == file}
+        save_file(own, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +53,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / NEWEST, folder / "foreign", ignore=lambda place, names: own & set(names))
     shutil.copytree(folder / "foreign", folder / "binary")
     (folder / "binary/model.safetensors").unlink()
+    shutil.copytree(folder / "binary", folder / "sharded")
+    write_shards(folder / "sharded", load_file(folder / "foreign/model.safetensors"))
     return folder
 
 

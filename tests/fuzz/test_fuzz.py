@@ -45,6 +45,10 @@ SPARE_BYTES = 64_000_000
 SENTENCE = "the 3 ravens  flew\n\n\tover caf\u00e9s \U0001f468\u200d\U0001f469 <|endoftext|> \u4e2d\u6587'll"
 
 
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 257}
+GPT2 |= {"n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+
+
 @dataclass(frozen=True)
 class Target:
     """A file, how it is changed, and what reads it."""
@@ -61,6 +65,9 @@ def targets() -> Iterator[Target]:
     yield bytes_of("foreign/model.safetensors", mutated_safetensors, lambda path: read_tensors(path, shapes))
     yield bytes_of(f"{NEWEST}/training/optimizer.safetensors", mutated_safetensors, read_tensors)
     yield tree_of("foreign/config.json", lambda path: checkpoint.load_model(path.parent))
+    yield tree_of("sharded/model.safetensors.index.json", lambda path: checkpoint.load_model(path.parent))
+    Path("gpt2.json").write_text(json.dumps(GPT2))
+    yield tree_of("gpt2.json", lambda path: huggingface.model_config(read_json(path)))
     yield tree_of("foreign/generation_config.json", lambda path: huggingface.sample_config(read_json(path)))
     yield tree_of("foreign/tokenizer.json", speak)
     yield tree_of("foreign/tokenizer_config.json", lambda path: load_tokenizer(str(path.parent)))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from exact import assert_as_exact_as, random_model
 from safetensors.torch import save_file
-from torch import Tensor
 
 from pocketlm.config import Config, ModelConfig
 from pocketlm.formats.huggingface import config_json, generation_config_json, model_config
@@ -18,6 +18,7 @@ from pocketlm.generate.sampling import Sampling
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import Transformer, allocate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 transformers = pytest.importorskip("transformers")
 
 TINY = {
@@ -36,27 +37,10 @@ LLAMAS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama, free head_dim, untied": {"head_dim": 20, "tie_word_embeddings": False},
     "llama, biases": {"bias": True},
+    "llama 3, many queries a key": {"rope_llama3": (4.0, 1.0, 4.0, 48), "num_key_value_heads": 1},
     "qwen3": {"qk_norm": True, "head_dim": 20},
     "qwen3, untied": {"qk_norm": True, "tie_word_embeddings": False, "num_key_value_heads": 6},
 }
-
-
-@pytest.fixture(autouse=True)
-def exact_products() -> Any:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def random_model(config: ModelConfig, std: float = 0.1) -> Transformer:
-    """Random in every parameter, norms and biases too."""
-    model = allocate(config)
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(1.0 if "norm" in name else 0.0, std, generator=generator)
-    return model
 
 
 def save(model: Transformer, folder: Path) -> None:
@@ -70,17 +54,6 @@ def opened(folder: Path) -> Any:
     assert not any(info.values()), info
     assert model.dtype == torch.float32
     return model
-
-
-@torch.no_grad()
-def assert_as_exact_as(theirs: Any, ours: Transformer, ids: Tensor) -> float:
-    """Our fp32 logits are within twice their own fp32 error of their float64 ones; returns our error."""
-    fp32 = theirs(ids).logits
-    exact = theirs.double()(ids).logits
-    assert exact.dtype == torch.float64
-    our_error, their_error = ((logits - exact).abs().max().item() for logits in (ours(ids), fp32))
-    assert our_error <= 2 * their_error
-    return our_error
 
 
 @pytest.mark.goal("R16")

@@ -14,7 +14,7 @@ ALLOWED_MODULES = {
     *("__future__", "argparse", "array", "base64", "bisect", "codecs", "collections", "contextlib", "ctypes"),
     "datetime",
     *("dataclasses", "difflib", "errno", "fcntl", "functools", "glob", "hashlib", "html", "importlib", "io"),
-    *("queue", "subprocess"),
+    *("enum", "queue", "subprocess"),
     *("itertools", "json", "math", "os", "pathlib", "platform", "random", "re", "readline", "secrets", "shlex"),
     *(
         "shutil",
@@ -36,6 +36,7 @@ ALLOWED_MODULES = {
     *(
         "awkward",
         "datasketch",
+        "gguf",
         "gigatoken",
         "huggingface_hub",
         "jinja2",

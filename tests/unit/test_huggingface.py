@@ -12,12 +12,83 @@ import torch
 from pocketlm.config import Config, ModelConfig, SampleConfig
 from pocketlm.errors import FileError
 from pocketlm.formats import huggingface as hf
+from pocketlm.model.sizes import parameters
 from pocketlm.model.transformer import Transformer
 from pocketlm.toml_trees import preset_names
 
 RELEASED = Path(__file__).parents[3] / "shared/data/tokenizers/smollm2/config.json"
 LLAMA = hf.config_json(Config.preset("smollm2-135m").model, end_id=0)
 QWEN3 = hf.config_json(Config.preset("tiny").model, end_id=0)
+
+# What of the config.json of released models says anything, and how many parameters their files have.
+GPT2: dict[str, Any] = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "attn_pdrop": 0.1,
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+}
+TINYLLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 22,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "pretraining_tp": 1,
+}
+SCALED: dict[str, Any] = TINYLLAMA | {
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_hidden_layers": 16,
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "rope_type": "llama3",
+        "original_max_position_embeddings": 8192,
+    },
+}
+QWEN3_06B: dict[str, Any] = {
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "max_window_layers": 28,
+}
+RELEASES = {
+    "TinyLlama": (TINYLLAMA, 1_100_048_384),
+    "Llama 3.2 1B": (SCALED, 1_235_814_400),
+    "Qwen3 0.6B": (QWEN3_06B, 596_049_920),
+    "GPT-2": (GPT2, 124_439_808),
+}
 
 
 @pytest.mark.goal("R16")
@@ -41,6 +112,10 @@ def test_presets_round_trip_through_json(preset: str) -> None:
         ({"mlp": "gelu"}, "pocketlm"),
         ({"mlp": "relu2"}, "pocketlm"),
         ({"logit_softcap": 15.0}, "pocketlm"),
+        ({"hidden_size": 250}, "pocketlm"),
+        ({"hidden_size": 250, "qk_norm": True}, "qwen3"),
+        ({"rope_llama3": (8.0, 1.0, 4.0, 8192)}, "llama"),
+        ({"rope_llama3": (8.0, 1.0, 4.0, 8192), "block": "parallel"}, "pocketlm"),
     ],
     ids=str,
 )
@@ -68,6 +143,17 @@ def test_the_released_smollm2_differs_in_context_and_theta_only() -> None:
     assert model == ours.model_copy(update={"max_position_embeddings": 8192, "rope_theta": 100000.0})
 
 
+@pytest.mark.goal("R16")
+@pytest.mark.parametrize("name", RELEASES)
+def test_released_models_have_the_parameters_of_their_files(name: str) -> None:
+    tree, num_parameters = RELEASES[name]
+    model = hf.model_config(tree)
+    assert parameters(model).total == num_parameters
+    assert model.rope_llama3 == ((32.0, 1.0, 4.0, 8192) if tree is SCALED else None)
+    if tree is not GPT2:
+        assert hf.model_config(hf.config_json(model, end_id=0)) == model
+
+
 def test_what_an_older_llama_leaves_out() -> None:
     lacking = {"num_key_value_heads", "head_dim", "rope_theta", "attention_bias", "mlp_bias", "tie_word_embeddings"}
     model = hf.model_config({name: value for name, value in LLAMA.items() if name not in lacking})
@@ -84,8 +170,13 @@ def test_plain_rope_in_both_spellings(key: str) -> None:
 @pytest.mark.parametrize(
     ("tree", "words"),
     [
-        ({}, "model_type None; allowed are llama, qwen3 and pocketlm"),
-        (LLAMA | {"model_type": "gpt2"}, "'gpt2'"),
+        ({}, "model_type None; allowed are llama, qwen3, gpt2 and pocketlm"),
+        (LLAMA | {"model_type": "gpt_neox"}, "'gpt_neox'"),
+        (LLAMA | {"model_type": "gpt2"}, "n_positions is None"),
+        (GPT2 | {"n_head": 5}, "n_embd 768 is no multiple of n_head 5"),
+        (GPT2 | {"n_head": 0}, "n_embd 768 is no multiple of n_head 0"),
+        (GPT2 | {"activation_function": "gelu"}, "activation_function 'gelu'"),
+        (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; allowed is false"),
         (LLAMA | {"hidden_size": None}, "hidden_size is None"),
         (LLAMA | {"hidden_size": "wide"}, "hidden_size is 'wide'"),
         (LLAMA | {"hidden_size": -576}, "hidden_size is -576"),
@@ -96,7 +187,12 @@ def test_plain_rope_in_both_spellings(key: str) -> None:
         (LLAMA | {"rope_theta": "1e4x"}, "rope_theta"),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear'"),
-        (LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope type 'llama3'"),
+        (LLAMA | {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'; allowed are"),
+        (LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "factor is None"),
+        (LLAMA | {"rope_scaling": SCALED["rope_scaling"] | {"high_freq_factor": 1.0}}, "low below high"),
+        (LLAMA | {"rope_scaling": SCALED["rope_scaling"] | {"factor": -1}}, "rope_llama3 is -1"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "'partial_rotary_factor', a field that pocketlm does not have"),
+        (LLAMA | {"rope_scaling": {"rope_type": "default", "mrope_section": [2]}}, "'mrope_section'"),
         (LLAMA | {"attention_bias": True}, "attention_bias, mlp_bias are True, False"),
         (QWEN3 | {"attention_bias": True}, "attention_bias, mlp_bias are True, False"),
         (QWEN3 | {"use_sliding_window": True}, "sliding-window"),
@@ -134,6 +230,15 @@ def test_sampling_that_is_not_said_is_ours_and_nonsense_is_refused() -> None:
     assert hf.sample_config({"eos_token_id": 2, "temperature": None}) == SampleConfig()
     with pytest.raises(FileError, match=r"generation_config\.json: top_p is 3"):
         hf.sample_config({"top_p": 3})
+
+
+def test_ids_that_end_a_text() -> None:
+    assert hf.end_ids({"eos_token_id": [128001, 128009]}) == {128001, 128009}
+    assert hf.end_ids({"eos_token_id": 2}) == {2}
+    assert hf.end_ids({}) == hf.end_ids({"eos_token_id": None}) == set()
+    for wrong in ("2", 2.0, True, [2, [3]]):
+        with pytest.raises(FileError, match=r"generation_config\.json: eos_token_id is"):
+            hf.end_ids({"eos_token_id": wrong})
 
 
 def test_the_tokenizer_class_is_named() -> None:

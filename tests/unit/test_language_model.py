@@ -17,6 +17,7 @@ from pocketlm.cli import chat
 from pocketlm.cli import generate as cli
 from pocketlm.config import InitConfig, ModelConfig, SampleConfig
 from pocketlm.errors import DataError, FileError, UsageError
+from pocketlm.formats.release import Release
 from pocketlm.generate.sampling import Sampling
 from pocketlm.language_model import Completion, LanguageModel, StopStrings, load
 from pocketlm.model.init import init_weights
@@ -45,7 +46,7 @@ def tiny(**options: object) -> LanguageModel:
 def completion(text: str, stop: str | Sequence[str] = (), *, ended: bool = False) -> Completion:
     """A completion whose tokens are the bytes of `text`."""
     ids = [*text.encode(), *([TOKENIZER.end_id] if ended else [])]
-    return Completion(iter(ids), TextStream(TOKENIZER), StopStrings(stop), TOKENIZER.end_id, seed=0)
+    return Completion(iter(ids), TextStream(TOKENIZER), StopStrings(stop), {TOKENIZER.end_id}, seed=0)
 
 
 # --- stop strings
@@ -106,7 +107,7 @@ def test_characters_come_whole() -> None:
 
 def test_a_text_that_ends_inside_a_character_says_so() -> None:
     ids = iter("é".encode()[:1])
-    assert list(Completion(ids, TextStream(TOKENIZER), StopStrings(()), TOKENIZER.end_id, seed=0)) == ["�"]
+    assert list(Completion(ids, TextStream(TOKENIZER), StopStrings(()), {TOKENIZER.end_id}, seed=0)) == ["�"]
 
 
 def test_a_stop_string_of_many_bytes() -> None:
@@ -216,8 +217,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands for a checkpoint; its model is tiny()."""
     monkeypatch.setattr(module, "find_checkpoint", lambda path, warn: path)
     monkeypatch.setattr(module, "newest_run", lambda: tmp_path)
-    sample = SampleConfig(temperature=0.5, top_k=7, top_p=0.9)
-    monkeypatch.setattr(module, "load_model", lambda path: (tiny().model, TOKENIZER, sample))
+    sample, model = SampleConfig(temperature=0.5, top_k=7, top_p=0.9), tiny().model
+    release = Release(model.config, model.state_dict(), TOKENIZER, sample)
+    monkeypatch.setattr(module, "read_release", lambda path: release)
     return tmp_path
 
 
@@ -254,15 +256,13 @@ def test_load_says_what_is_missing(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
 
 
-def test_a_chat_template_is_noticed_in_either_place(folder: Path) -> None:
-    assert not load(folder).has_chat_template
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "x"}')
-    assert not load(folder).has_chat_template
-    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    assert load(folder).has_chat_template
-    (folder / "tokenizer_config.json").unlink()
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    assert load(folder).has_chat_template
+@torch.no_grad()
+def test_any_of_several_ids_ends_a_text() -> None:
+    greedy = Sampling(temperature=0)
+    first = int(tiny().model(torch.tensor([TOKENIZER.encode("ab")]))[0, -1, : TOKENIZER.vocab_size].argmax())
+    assert first != TOKENIZER.end_id
+    text = tiny(sampling=greedy, other_end_ids=frozenset({first})).stream("ab")
+    assert ("".join(text), text.finish_reason, text.num_tokens) == ("", "end", 1)
 
 
 # --- pocketlm generate

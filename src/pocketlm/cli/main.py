@@ -26,6 +26,8 @@ VERBS = {
     "data": "prepare a data set, or look into one",
     "tokenizer": "train a tokenizer",
     "runs": "list runs, or compare some of them",
+    "export": "write a model for transformers, llama.cpp or Ollama",
+    "import": "make a model folder of a .gguf or a llama2.c .bin",
     "verify": "say whether a run, checkpoint or data set is whole",
 }
 
@@ -80,7 +82,8 @@ def run(words: list[str]) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(f"no verb {verb!r}; {hint}verbs: {', '.join(VERBS)}")
-    code: int = import_module(f"pocketlm.cli.{verb}").run(rest)
+    module = "import_" if verb == "import" else verb  # no module can have the name of a keyword
+    code: int = import_module(f"pocketlm.cli.{module}").run(rest)
     return code
 
 

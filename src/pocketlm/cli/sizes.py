@@ -58,27 +58,33 @@ def run(argv: list[str]) -> int:
 
 
 def _config(what: str, fields: list[str]) -> Config:
-    if (Path(what) / "config.json").is_file() or (Path(what) / "checkpoints").is_dir():
-        return _model_config(Path(what), fields)
+    path = _fetched(what) if "/" in what else Path(what)
+    if (path / "config.json").is_file() or (path / "checkpoints").is_dir() or path.suffix in (".gguf", ".bin"):
+        return _model_config(what, path, fields)
     if what.endswith(".toml"):
         return Config.from_toml(Path(what), parse_overrides(fields))
     return Config.preset(what, parse_overrides(fields))
 
 
-def _model_config(path: Path, fields: list[str]) -> Config:
-    from pocketlm.checkpoint import find_checkpoint
-    from pocketlm.cli.arguments import say
-    from pocketlm.formats.huggingface import model_config
-    from pocketlm.reading import read_json
+def _fetched(what: str) -> Path:
+    """The folder of a model on the Hub, without its weights; a path as it is."""
+    from pocketlm.formats.hub_model import fetch_model, is_hub_id  # takes a second
 
-    model = model_config(read_json(find_checkpoint(path, say) / "config.json"))
+    return fetch_model(what, weights=False) if is_hub_id(what) else Path(what)
+
+
+def _model_config(name: str, path: Path, fields: list[str]) -> Config:
+    from pocketlm.checkpoint import find_checkpoint, read_config
+    from pocketlm.cli.arguments import say
+
+    model = read_config(find_checkpoint(path, say))
     context = model.max_position_embeddings
     tree = {
         "model": model.model_dump(exclude_none=True),
-        "data": {"context": context, "tokenizer": str(path)},
+        "data": {"context": context, "tokenizer": name},
         "train": {"tokens_per_step": context},
     }
-    return Config.build({"name": str(path), **tree}, parse_overrides(fields))
+    return Config.build({"name": name, **tree}, parse_overrides(fields))
 
 
 def _parameter_rows(count: Parameters) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ from pocketlm.cli import launch, rank
 from pocketlm.cli.arguments import Parser, print_json, say
 from pocketlm.cli.fields import parse_overrides
 from pocketlm.config import Config
-from pocketlm.toml_trees import preset_names
+from pocketlm.toml_trees import flat, preset_names, read_toml
 from pocketlm.training.runs import run_folder
 from pocketlm.training.signals import leave_on_signal
 
@@ -72,9 +72,21 @@ def _tell(folder: Path, *, as_json: bool) -> None:
 
 def load_config(name: str, overrides: dict[str, Any]) -> Config:
     """A preset, or a TOML file where the name looks like one."""
-    if name.endswith(".toml"):
-        return Config.from_toml(Path(name), overrides)
-    return Config.preset(name, overrides)
+    if not name.endswith(".toml"):
+        return Config.preset(name, _of_the_beginning({}, overrides) | overrides)
+    said = dict(flat(read_toml(Path(name)))) if Path(name).is_file() else {}
+    return Config.from_toml(Path(name), _of_the_beginning(said, overrides) | overrides)
+
+
+def _of_the_beginning(said: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """With `init.model`, the shape and the tokenizer of that model, where a file has not said otherwise; a file with a
+    section [model], as a run's own, says all of it."""
+    begun = (said | overrides).get("init.model")
+    if begun in (None, "none") or any(field.startswith("model.") for field in said):
+        return {}
+    from pocketlm.training.beginning import fields_of  # takes a second
+
+    return {field: value for field, value in fields_of(str(begun)).items() if field not in said}
 
 
 def _parser() -> Parser:

@@ -81,12 +81,14 @@ def _check(path: Path) -> Found:
     from pocketlm.reading import MANIFEST
 
     if (path / MANIFEST).exists() or (path / "training").is_dir():
-        return Found([_check_checkpoint(path)])
+        return Found([_check_checkpoint(path) if _has_training(path) else _check_model(path)])
+    if path.is_file():
+        return Found([_check_model_file(path)])
     if (path / "config.json").is_file():
         problem = f"{path} is a model folder but no checkpoint: it has no {MANIFEST}, so nothing to check it against"
         return Found([Part(path, problem)])
     what = "is none of them" if path.exists() else "does not exist"
-    raise FileError(f"{path} {what}; give a run, a checkpoint or a data set")
+    raise FileError(f"{path} {what}; give a run, a checkpoint, an imported model or a data set")
 
 
 def _is_unfinished_dataset(path: Path) -> bool:
@@ -174,6 +176,32 @@ def _check_checkpoint(path: Path) -> Part:
             raise FileError(f"{path} is damaged: it holds no state ({error})") from None
 
     return Part(path, _problem(read), facts)
+
+
+def _has_training(path: Path) -> bool:
+    from pocketlm import checkpoint
+
+    try:
+        return checkpoint.has_training(path)
+    except FileError:  # its manifest is what is wrong: said as of a checkpoint
+        return True
+
+
+def _check_model(path: Path) -> Part:
+    """A model folder that was exported or imported: its files against its manifest."""
+    from pocketlm import checkpoint
+
+    return Part(path, _problem(lambda: checkpoint.verify_model(path)))
+
+
+def _check_model_file(path: Path) -> Part:
+    """A .gguf or llama2.c .bin: what it says of itself, as far as its length goes."""
+    from pocketlm.formats.model_file import is_model_file, read_model_config
+
+    if not is_model_file(path):
+        raise FileError(f"{path} is none of them; give a run, a checkpoint, an imported model or a data set")
+    unsure = f"{path}: its length is right, but it has no hash, so nothing to check its weights against"
+    return Part(path, _problem(lambda: read_model_config(path)) or unsure)
 
 
 def _state(path: Path) -> Mapping[str, Any]:

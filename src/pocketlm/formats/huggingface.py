@@ -5,7 +5,8 @@
     everything else                         model_type "pocketlm"   ModelConfig's own fields
 
 transformers opens the first two as they are: names and shapes of the weights are already its own. It has no class for
-a "pocketlm" model (parallel blocks, learned positions, a soft-cap ...) and says so; pocketlm opens all three.
+a "pocketlm" model (parallel blocks, learned positions, a soft-cap ...) and says so; pocketlm opens all three, and the
+fourth of the Hub, "gpt2" (gpt2.py). How the weights lie on the disk is in huggingface_weights.py.
 Nothing here names a clock, a host or a version, so that equal models have equal files.
 """
 
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 
 from pocketlm.config import ModelConfig, SampleConfig
 from pocketlm.errors import FileError
+from pocketlm.formats import gpt2
 from pocketlm.model.sizes import parameters
 from pocketlm.model.transformer import Transformer
 
@@ -38,6 +40,9 @@ SHARED = (
 """Fields that `ModelConfig` and config.json have under one name."""
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""The names of the numbers in `ModelConfig.rope_llama3`."""
+ROPE_KEYS = {"rope_type", "type", "rope_theta", *LLAMA3}
 
 MAX_PARAMETERS = 100_000_000_000
 MAX_LAYERS = 1_000
@@ -45,7 +50,7 @@ MAX_LAYERS = 1_000
 
 def config_json(model: ModelConfig, *, end_id: int | None) -> Tree:
     """config.json of `model`; `end_id` ends a text, and begins one where a model asks for that."""
-    kind = _model_type(model)
+    kind = model_type(model)
     ends = {"bos_token_id": end_id, "eos_token_id": end_id}
     # transformers 4 before 4.56 reads only torch_dtype, later ones prefer dtype.
     dtypes = {"dtype": "float32", "torch_dtype": "float32"}
@@ -53,13 +58,17 @@ def config_json(model: ModelConfig, *, end_id: int | None) -> Tree:
         return {"model_type": kind} | model.model_dump(mode="json") | ends | dtypes
     shared = {name: getattr(model, name) for name in SHARED}
     numbers = {"hidden_act": "silu", "rms_norm_eps": model.norm_eps, "rope_theta": model.rope_theta}
-    options = {"mlp_bias": model.bias} if kind == "llama" else {"use_sliding_window": False}
+    options: Tree = {"mlp_bias": model.bias} if kind == "llama" else {"use_sliding_window": False}
     options |= {"attention_bias": model.bias}
+    if model.rope_llama3:
+        options["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(LLAMA3, model.rope_llama3, strict=True))
     return {"model_type": kind, "architectures": [ARCHITECTURES[kind]]} | shared | numbers | options | ends | dtypes
 
 
 def model_config(tree: Mapping[str, Any]) -> ModelConfig:
-    """The architecture that a config.json describes: what `config_json` writes, and Llamas and Qwen3s of the Hub.
+    """The architecture that a config.json describes: what `config_json` writes, and the three kinds of the Hub.
+
+    Code that a folder brings along (`auto_map`) is not looked at: what `model_type` says is read, or nothing.
 
     Raises:
         FileError: another kind of model, an option that we do not compute, or numbers that make no model.
@@ -67,10 +76,12 @@ def model_config(tree: Mapping[str, Any]) -> ModelConfig:
     kind = tree.get("model_type")
     if kind == "pocketlm":
         fields = {name: tree[name] for name in ModelConfig.model_fields if name in tree}
+    elif kind == "gpt2":
+        fields = gpt2.model_fields(tree)
     elif isinstance(kind, str) and kind in ARCHITECTURES:
         fields = _llama_fields(tree)
     else:
-        raise FileError(f"config.json: given model_type {kind!r}; allowed are llama, qwen3 and pocketlm")
+        raise FileError(f"config.json: given model_type {kind!r}; allowed are llama, qwen3, gpt2 and pocketlm")
     try:
         model = ModelConfig.model_validate(fields)
     except ValidationError as error:
@@ -111,6 +122,19 @@ def sample_config(tree: Mapping[str, Any]) -> SampleConfig:
         raise FileError(f"generation_config.json: {_first_problem(error)}") from None
 
 
+def end_ids(tree: Mapping[str, Any]) -> frozenset[int]:
+    """The ids that end a text, by a generation_config.json, or by the config.json of a folder without one.
+
+    Raises:
+        FileError: they are none.
+    """
+    given = tree.get("eos_token_id")
+    ids = [] if given is None else given if isinstance(given, list) else [given]
+    if wrong := [number for number in ids if type(number) is not int]:
+        raise FileError(f"generation_config.json: eos_token_id is {wrong[0]!r}; allowed is an id, or a list of them")
+    return frozenset(ids)
+
+
 def tokenizer_config_json(end_token: str) -> Tree:
     """tokenizer_config.json beside a tokenizer.json whose end-of-text token is `end_token`.
 
@@ -131,11 +155,15 @@ def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in weights.named_parameters()}
 
 
-def _model_type(model: ModelConfig) -> str:
+def model_type(model: ModelConfig) -> str:
+    """What the config.json of a checkpoint calls a model."""
     llama_like = (model.block, model.position, model.norm, model.mlp) == ("sequential", "rope", "rms", "swiglu")
     if not llama_like or model.logit_softcap is not None or (model.qk_norm and model.bias):
         return "pocketlm"
-    return "qwen3" if model.qk_norm else "llama"
+    if model.qk_norm:
+        return "qwen3"
+    # transformers refuses other Llamas, though nothing in them needs it
+    return "llama" if model.hidden_size % model.num_attention_heads == 0 else "pocketlm"
 
 
 def _llama_fields(tree: Mapping[str, Any]) -> Tree:
@@ -156,6 +184,7 @@ def _llama_fields(tree: Mapping[str, Any]) -> Tree:
     shared = {name: derived.get(name) if tree.get(name) is None else tree[name] for name in SHARED}
     return shared | {
         "rope_theta": _rope(tree).get("rope_theta", tree.get("rope_theta", 10000.0)),
+        "rope_llama3": _llama3(tree),
         "norm_eps": tree["rms_norm_eps"],
         "bias": tree.get("attention_bias", False),
         "qk_norm": kind == "qwen3",
@@ -164,9 +193,6 @@ def _llama_fields(tree: Mapping[str, Any]) -> Tree:
 
 def _refuse_other_options(tree: Mapping[str, Any]) -> None:
     """What Llama and Qwen3 files may ask for and our model does not compute."""
-    rope_type = _rope(tree).get("rope_type", _rope(tree).get("type", "default"))
-    if rope_type != "default":
-        raise FileError(f"config.json: rope type {rope_type!r}; allowed is 'default': no scaled rotary positions")
     if tree.get("hidden_act", "silu") != "silu":
         raise FileError(f"config.json: hidden_act {tree['hidden_act']!r}; allowed is 'silu'")
     layers = tree.get("layer_types") or []
@@ -180,12 +206,37 @@ def _refuse_other_options(tree: Mapping[str, Any]) -> None:
 
 
 def _rope(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 has `rope_parameters`; 4 has a top-level `rope_theta` and perhaps `rope_scaling`."""
-    for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(tree.get(name), Mapping):
+    """transformers 5 has `rope_parameters`; 4 has a top-level `rope_theta` and perhaps `rope_scaling`, which goes
+    first where both are given."""
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(tree.get(name), Mapping) and tree[name]:
             rope: Mapping[str, Any] = tree[name]
             return rope
     return {}
+
+
+def _llama3(tree: Mapping[str, Any]) -> list[Any] | None:
+    """The four numbers of Llama 3's scaling; none where the rotary positions are not scaled.
+
+    Raises:
+        FileError: they are scaled in another way, or one of the numbers is missing.
+    """
+    rope = _rope(tree)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise FileError(f"config.json: rope type {rope_type!r}; allowed are 'default' and 'llama3'")
+    unknown = {name for name in rope.keys() - ROPE_KEYS if rope[name] is not None}
+    if tree.get("partial_rotary_factor") is not None:
+        unknown.add("partial_rotary_factor")
+    if unknown:
+        raise FileError(f"config.json: rotary positions with {min(unknown)!r}, a field that pocketlm does not have")
+    if rope_type == "default":
+        return None
+    # what transformers takes where the original context is not said
+    numbers: Tree = {"original_max_position_embeddings": tree["max_position_embeddings"]} | dict(rope)
+    if missing := [name for name in LLAMA3 if not isinstance(numbers.get(name), int | float)]:
+        raise FileError(f"config.json: {missing[0]} is {numbers.get(missing[0])!r}; rope type 'llama3' needs a number")
+    return [numbers[name] for name in LLAMA3]
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -15,6 +15,7 @@ parallel blocks 2204.02311 (section 2), query-key norm 2302.05442 (section 2).
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,8 @@ from pocketlm.model.attention import folded_attention
 from pocketlm.model.documents import Documents, documents_in
 
 Rotary = tuple[Tensor, Tensor]
+Llama3Scaling = tuple[float, float, float, int]
+"""As in `ModelConfig.rope_llama3`."""
 
 
 class KVCache(Protocol):
@@ -128,7 +131,8 @@ class Decoder(nn.Module):
         x: Tensor = look_up(self.embed_tokens.weight, ids)  # (B, T, C)
         rotary = None
         if self.config.position == "rope":
-            rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+            scaling = self.config.rope_llama3
+            rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype, scaling)
             if documents is not None:
                 rotary = rotary[0][documents.positions], rotary[1][documents.positions]  # (B, T, 1, D) each
         elif documents is not None:
@@ -251,16 +255,34 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.norm_eps)
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, llama3: Llama3Scaling | None = None
+) -> Rotary:
     """cos and signed sin of position x frequency, each (T, 1, D) in `dtype`; pair i turns by theta^(-2i/D) a token.
 
     Made in fp32 once per forward pass, for all layers, and kept nowhere: a buffer of angles would be rounded with the
     model to bf16, where position 257 is 256.
     """
     pairs = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (D/2,)
-    angles = torch.outer(positions.float(), 1.0 / theta**pairs)[:, None]  # (T, 1, D/2)
+    frequencies = 1.0 / theta**pairs
+    if llama3 is not None:
+        frequencies = llama3_scaled(frequencies, llama3)
+    angles = torch.outer(positions.float(), frequencies)[:, None]  # (T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def llama3_scaled(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Rotary frequencies for a longer context, any shape, as Llama 3.1 has them.
+
+    A pair that turns less than `low` times in the original context turns `factor` times slower, one that turns more
+    than `high` times as before, and between them both are mixed. Nothing but the released code says so: `apply_scaling`
+    of https://github.com/meta-llama/llama-models, models/llama3/model.py.
+    """
+    factor, low, high, original_context = scaling
+    turns = original_context / (2 * math.pi / frequencies)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / factor + kept * frequencies
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:

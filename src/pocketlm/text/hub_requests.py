@@ -221,24 +221,32 @@ class Hub:
         if not isinstance(error, HfHubHTTPError):
             return None
         repo, revision, status = self.address.repo, self.revision, error.response.status_code
-        page = f"{constants.ENDPOINT}/datasets/{repo}"
-        if isinstance(error, GatedRepoError):
-            words = f"{repo} is gated; accept its terms at {page}, then {TOKEN}"
-        elif isinstance(error, RepositoryNotFoundError):
-            words = f"{page} is not there, or is private; correct the name, or {TOKEN}"
-        elif isinstance(error, RevisionNotFoundError):
-            words = f"{repo} has no revision {revision!r}; there are those of {page}/commits/main"
-            if revision != self.address.revision:
-                words = f"commit {revision}, with which this set was begun, is gone; delete its folder to begin anew"
-        elif isinstance(error, EntryNotFoundError) or status in (404, 410, 416):
+        words = refused(error, repo, f"datasets/{repo}", revision)
+        if isinstance(error, RevisionNotFoundError) and revision != self.address.revision:
+            words = f"commit {revision}, with which this set was begun, is gone; delete its folder to begin anew"
+        elif words is None and (isinstance(error, EntryNotFoundError) or status in (404, 410, 416)):
             words = f"{what} is no longer there at commit {revision}; give another @REVISION, or files:GLOB"
-        elif status in (401, 403):
-            words = f"{repo}: access refused ({status}); {TOKEN}"
-        elif status in (408, 429) or status >= 500:
+        if words is not None:
+            return DataError(f"{self._source}: {words}")
+        if status in (408, 429) or status >= 500:
             return None
-        else:
-            return Unfetched(f"{self._source}: {what}: the Hub answers {status}; {AGAIN}")
-        return DataError(f"{self._source}: {words}")
+        return Unfetched(f"{self._source}: {what}: the Hub answers {status}; {AGAIN}")
+
+
+def refused(error: HfHubHTTPError, repo: str, path: str, revision: str | None) -> str | None:
+    """What to say where a repository, or this revision of it, is not for this user; None for any other failure.
+
+    Args:
+        path: of its page.
+    """
+    page, status = f"{constants.ENDPOINT}/{path}", error.response.status_code
+    if isinstance(error, GatedRepoError):
+        return f"{repo} is gated; accept its terms at {page}, then {TOKEN}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{page} is not there, or is private; correct the name, or {TOKEN}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}; there are those of {page}/commits/main"
+    return f"{repo}: access refused ({status}); {TOKEN}" if status in (401, 403) else None
 
 
 def _reason(error: Exception) -> str:

@@ -36,6 +36,7 @@ from pocketlm.text.cuts import RUN_STEP, cut_at_lines, cut_in_runs
 from pocketlm.text.tokenizer_json import (
     END_OF_TEXT,
     Tree,
+    begin_id_of,
     byte_alphabet,
     check_growth,
     check_ids,
@@ -45,6 +46,7 @@ from pocketlm.text.tokenizer_json import (
     merges_alone,
     pre_tokenizer_name,
     token_bytes,
+    without_begin,
     without_cutting,
 )
 
@@ -73,12 +75,14 @@ class Tokenizer:
         vocab_size: one more than the largest id.
         tree: the tokenizer.json as the library reads it; not to be changed.
         end_token, end_id: what ends a text.
+        adds_space: whether it puts a space before every text (SentencePiece), which `decode` takes off again.
+        begin_id: what its own model wants before a text, None if nothing; no text of `encode` has it.
         special_tokens, special_ids: tokens that no text can make; {token: id} and the ids.
         token_bytes: the UTF-8 bytes of each id's text; b"" for special ids and for ids that do not exist.
         byte_lengths: (vocab_size,) int64, the lengths of token_bytes.
         pre_tokenizer_name: what llama.cpp calls the way text is cut ("gpt-2", "smollm", "qwen2"), None if it has
             no name here; without it a GGUF file would give other ids.
-        fingerprint: SHA-256 of the canonical JSON and the end id.
+        fingerprint: SHA-256 of the canonical JSON, without what is put before a text, and the end id.
     """
 
     def __init__(self, tokenizer_json: str, end_token: str | None = None, origin: str = "tokenizer") -> None:
@@ -106,6 +110,7 @@ class Tokenizer:
         added = self._engine.get_added_tokens_decoder()
         self.special_tokens = {token.content: number for number, token in added.items() if token.special}
         self.special_ids = frozenset(self.special_tokens.values())
+        self.begin_id = begin_id_of(self.tree, self.special_ids, origin)
         plain = {number: token.content for number, token in added.items() if not token.special}
         self.token_bytes = token_bytes(vocabulary, self.tree, plain, self.special_ids, origin)
         self.byte_lengths = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
@@ -116,16 +121,22 @@ class Tokenizer:
         self._may_cut_runs = self.pre_tokenizer_name in ("gpt-2", "smollm") and not plain and merges_alone(self.tree)
         self._special = np.zeros(self.vocab_size, dtype=bool)
         self._special[list(self.special_ids)] = True
-        self._adds_space = self._raw_bytes(next(self._encode_parts(["a"]))) == b" a"
+        self.adds_space = self._raw_bytes(next(self._encode_parts(["a"]))) == b" a"
 
     @cached_property
     def fingerprint(self) -> str:
-        canonical = json.dumps(self.tree, sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(without_begin(self.tree), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(f"{canonical}\n{self.end_id}".encode()).hexdigest()
 
     def to_json(self) -> str:
         """The text of a tokenizer.json that loads as this tokenizer."""
         return json.dumps(self.tree, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+    def without_begin(self) -> Tokenizer:
+        """The same tokenizer for a model that wants nothing before a text."""
+        if self.begin_id is None:
+            return self
+        return Tokenizer(json.dumps(without_begin(self.tree)), self.end_token)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without begin or end tokens, never a special id.
@@ -189,7 +200,7 @@ class Tokenizer:
         Of a tokenizer that puts a space before every text (SentencePiece) that space is taken off again.
         """
         text = self._raw_bytes(ids).decode(errors="replace")
-        return text.removeprefix(" ") if self._adds_space else text
+        return text.removeprefix(" ") if self.adds_space else text
 
     def _raw_bytes(self, ids: Iterable[int]) -> bytes:
         try:
@@ -201,13 +212,19 @@ class Tokenizer:
 class TextStream:
     """Text of ids that come one by one; a character appears when its last byte has come."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, whole: bool = False) -> None:
+        """whole: the ids are a text from its first on, as those of `decode` are, and not the rest of one."""
         self._token_bytes = tokenizer.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._space_goes = whole and tokenizer.adds_space
 
     def feed(self, number: int) -> str:
         """What the next id adds to the text; may be empty."""
-        return self._decoder.decode(self._token_bytes[number])
+        text = self._decoder.decode(self._token_bytes[number])
+        if self._space_goes and text:
+            self._space_goes = False
+            return text.removeprefix(" ")
+        return text
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD if the ids stop inside a character."""
@@ -314,37 +331,16 @@ def _eos_token(config: Path) -> str | None:
 
 
 def _from_hub(repository: str) -> Tokenizer:
-    file = _hub_file(repository, "tokenizer.json")
+    from pocketlm.text.hub_file import hub_file  # its client takes a while to import
+
+    file = hub_file(repository, "tokenizer.json", instead=_LOCAL)
     if file is None:
         raise DataError(f"{repository} on the Hub has no tokenizer.json; {_LOCAL}")
-    config = _hub_file(repository, "tokenizer_config.json")
+    config = hub_file(repository, "tokenizer_config.json", instead=_LOCAL)
     return Tokenizer(_read(file), _eos_token(config) if config else None, repository)
 
 
 _LOCAL = "give a local tokenizer.json by --data.tokenizer PATH"
-
-
-def _hub_file(repository: str, name: str) -> Path | None:
-    """A file of a Hub repository, from the Hub library's cache or fetched by it; None if it is not in there."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
-
-    try:
-        cached = try_to_load_from_cache(repository, name)
-        if cached is not None:
-            return Path(cached) if isinstance(cached, str) else None  # else it is known not to be in there
-        with contextlib.suppress(RemoteEntryNotFoundError):  # the download says it again, and remembers it
-            get_hf_file_metadata(hf_hub_url(repository, name))  # asked once: offline the download would try for 20 s
-        return Path(hf_hub_download(repository, name))
-    except RemoteEntryNotFoundError:
-        return None
-    except HFValidationError as error:
-        raise DataError(f"no path {repository!r}, and no Hub id: {error}; allowed is {SPECS}") from None
-    except Exception as error:  # the library passes on what its HTTP client raises, not all of it OSError
-        raise DataError(
-            f"no path {repository!r} here, and its {name} cannot be fetched from the Hub ({type(error).__name__}); "
-            f"{_LOCAL}"
-        ) from None
 
 
 def gpt2_tokenizer() -> Tokenizer:

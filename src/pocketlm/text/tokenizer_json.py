@@ -122,8 +122,36 @@ def _steps(part: Any) -> Iterator[Tree]:
     """A component of tokenizer.json and, of a sequence, all that is in it."""
     if part:
         yield part
-        for inner in part.get("decoders") or part.get("pretokenizers") or part.get("normalizers") or ():
+        lists = (part.get(name) for name in ("decoders", "pretokenizers", "normalizers", "processors"))
+        for inner in next(filter(None, lists), ()):
             yield from _steps(inner)
+
+
+def begin_id_of(tree: Tree, special: frozenset[int], origin: str) -> int | None:
+    """The id of the one special token that a model's own tokenizer puts before a text; None if it puts none there."""
+    for step in _steps(tree.get("post_processor")):
+        first = (step.get("single") or [{}])[0] if step["type"] == "TemplateProcessing" else {}
+        if token := first.get("SpecialToken"):
+            ids = step["special_tokens"][token["id"]]["ids"]
+            if len(ids) != 1 or ids[0] not in special:
+                raise DataError(f"{origin} begins a text with ids {ids}; allowed is the id of one special token")
+            return int(ids[0])
+    return None
+
+
+def without_begin(tree: Tree) -> Tree:
+    """The same tokenizer for a model that knows nothing put before a text."""
+    begins = any(step["type"] == "TemplateProcessing" for step in _steps(tree.get("post_processor")))
+    return tree | {"post_processor": None} if begins else tree
+
+
+def with_begin(tree: Tree, token: str, number: int) -> Tree:
+    """One for a model that wants a special token before each text."""
+    first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    special = {token: {"id": token, "ids": [number], "tokens": [token]}}
+    template = {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, second]}
+    return tree | {"post_processor": template | {"special_tokens": special}}
 
 
 def byte_alphabet() -> list[str]:
@@ -152,6 +180,35 @@ def merges_alone(tree: Tree) -> bool:
     """Whether a token follows from merges alone: not from chance, whole words, their ends or unknown neighbours."""
     others = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "unk_token")
     return tree["model"].get("type") == "BPE" and not any(tree["model"].get(name) for name in others)
+
+
+_BYTE_LEVEL: Tree = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PRE_TOKENIZERS: dict[str, Tree] = {
+    "gpt-2": _BYTE_LEVEL,
+    "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]},
+    "qwen2": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": _QWEN2_PATTERN}, "behavior": "Isolated", "invert": False},
+            _BYTE_LEVEL | {"use_regex": False},
+        ],
+    },
+}
+"""The ways to cut text that have a name in llama.cpp, by that name."""
+
+
+def byte_level_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], pre_tokenizer: str) -> Tree:
+    """A tokenizer.json of byte-level BPE that cuts text in the way of that name."""
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": PRE_TOKENIZERS[pre_tokenizer],
+        "post_processor": None,
+        "decoder": _BYTE_LEVEL,
+        "model": model,
+    }
 
 
 def pre_tokenizer_name(tree: Tree) -> str | None:

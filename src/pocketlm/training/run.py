@@ -29,6 +29,7 @@ from pocketlm.model.transformer import Transformer, allocate
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.optim.schedule import described, ends, rests_on
 from pocketlm.training import micro_batch, slowness
+from pocketlm.training.beginning import begin_with
 from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
@@ -179,6 +180,8 @@ def _begin(
         state.load(start, stored)
     if weights:
         state.take_weights(weights, dataset.tokenizer)
+    elif not start and config.init.model:
+        listener.note(begin_with(state, config, dataset.tokenizer))
     loader, supply = data.rows(config.train.seed, state.progress.position)
 
     def change_the_folder() -> None:

@@ -8,7 +8,7 @@ fingerprints that say whether a resume continues the same computation.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,13 +142,17 @@ class TrainState:
         Raises:
             FileError: they are of another model, or of another tokenizer.
         """
-        self.ranks.each(lambda: self._read_weights(path, tokenizer) if self._reads else None)
+        self.take(lambda: self._read_weights(path, tokenizer))
+
+    def take(self, read: Callable[[], None]) -> None:
+        """Takes over parameters: each rank that reads by itself writes what it has of them, the others get theirs."""
+        self.ranks.each(lambda: read() if self._reads else None)
         self._spread(self.precision.parameters)
         self.precision.refresh()
 
     @torch.no_grad()
     def _read_weights(self, path: Path, tokenizer: Tokenizer) -> None:
-        if (path / "tokenizer.json").read_text(encoding="utf-8") != tokenizer.to_json():
+        if (path / "tokenizer.json").read_text(encoding="utf-8") != tokenizer.without_begin().to_json():
             raise FileError(f"{path} has another tokenizer; add --data.tokenizer {path / 'tokenizer.json'}")
         weights = read_tensors(path / checkpoint.WEIGHTS, self.shapes()[0], [torch.float32], self.rows())
         for name, parameter in self.precision.parameters.items():

@@ -31,6 +31,8 @@ class Malformed:
 def malformed_files() -> list[Malformed]:
     return [
         *(Malformed("model", name, make) for name, make in safetensors()),
+        *(Malformed("part of a model", name, make) for name, make in list(safetensors())[:9]),
+        *(Malformed("index", name, make) for name, make in indexes()),
         *(Malformed("optimizer", name, make) for name, make in list(safetensors())[:6]),
         *(Malformed("model of a checkpoint", name, make) for name, make in list(safetensors())[6:9]),
         *(Malformed("shard", name, make) for name, make in shards()),
@@ -248,6 +250,25 @@ def manifests() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
     yield "two objects", lambda data: data + data
 
 
+def indexes() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
+    """Of a model in several files."""
+    norm = ("weight_map", "model.norm.weight")
+    for file in ("../outside.tokens", "../../outside.safetensors", "/etc/passwd", "a/b.safetensors", "..", ""):
+        yield f"a file {file!r}", put(*norm, value=file)
+    yield "a file with a line end", put(*norm, value="model-00001-of-00002.safetensors\n")
+    yield "a file that is not there", put(*norm, value="model-00003-of-00002.safetensors")
+    yield "a file that has not what it says", put(*norm, value="model-00001-of-00002.safetensors")
+    yield "a file that is a list", put(*norm, value=["model-00001-of-00002.safetensors"])
+    yield "itself", put(*norm, value="model.safetensors.index.json")
+    yield "a tensor is missing", without(*norm)
+    yield "a tensor too many", put("weight_map", "model.trap", value="model-00001-of-00002.safetensors")
+    yield "no map", put("weight_map", value={})
+    yield "a map that is a list", put("weight_map", value=[1])
+    yield "20,000 tensors", put("weight_map", value={str(number): "a.safetensors" for number in range(20_000)})
+    yield "no field at all", instead(b"{}")
+    yield "deep objects", instead(b'{"weight_map":' * 100_000)
+
+
 def configs() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
     for name, value in (
         ("hidden_size", 1 << 62),
@@ -266,6 +287,9 @@ def configs() -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
         ("rope_theta", -1),
         ("rope_parameters", {"rope_type": ["default"]}),
         ("rope_parameters", {"rope_theta": {}}),
+        ("rope_scaling", {"rope_type": "llama3", "factor": [8]}),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 1e999, "low_freq_factor": 1, "high_freq_factor": 4}),
+        ("rope_scaling", {"rope_type": {"type": "llama3"}}),
         ("layer_types", [["full_attention"]]),
         ("layer_types", 5),
         ("model_type", ["llama"]),

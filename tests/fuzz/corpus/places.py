@@ -31,6 +31,8 @@ class Place:
 
 PLACES = {
     "model": Place("foreign/model.safetensors", (GENERATE,)),
+    "part of a model": Place("sharded/model-00001-of-00002.safetensors", (["generate", "sharded", "--prompt", "the"],)),
+    "index": Place("sharded/model.safetensors.index.json", (["generate", "sharded", "--prompt", "the"],)),
     "model of a checkpoint": Place(f"{NEWEST}/model.safetensors", (EVAL,)),
     "pytorch_model.bin": Place("binary/pytorch_model.bin", (["generate", "binary", "--prompt", "the"],)),
     "optimizer": Place(f"{NEWEST}/training/optimizer.safetensors", (RESUME,)),

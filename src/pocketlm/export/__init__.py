@@ -1,0 +1,1 @@
+"""Models handed on to other tools, and taken from them."""

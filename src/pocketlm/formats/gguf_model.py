@@ -1,0 +1,256 @@
+"""Which of our models llama.cpp has, what it calls their numbers and matrices, and the way back.
+
+    "llama"   rotary, RMSNorm, sequential, SwiGLU, biases on all projections or none; pairs of q and k are neighbours
+    "qwen3"   the same with query-key norm, without biases; pairs are halves, as ours
+    "gpt2"    learned positions, LayerNorm, GELU, biases, as many key-value as query heads; q, k and v in one matrix
+
+It has none for parallel blocks, squared ReLU, a soft-cap in one of these, or half of what makes a GPT-2.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from pocketlm.clashes import problems
+from pocketlm.config import ModelConfig
+from pocketlm.errors import FileError, one_line
+from pocketlm.formats.gguf_file import Header
+from pocketlm.formats.huggingface import MAX_LAYERS, tensor_shapes
+from pocketlm.formats.pairs import halves, neighbours
+from pocketlm.tensors import Shapes
+
+OUTSIDE = {
+    "model.embed_tokens": "token_embd",
+    "model.embed_positions": "position_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+INSIDE = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+IN_ONE = re.compile(r"(blk\.\d+\.)attn_[qkv]\.(weight|bias)")
+"""GPT-2's, which lie above one another in `attn_qkv`."""
+
+Number = int | float
+
+
+_ALL: dict[str, object] = {"block": "sequential", "logit_softcap": None}
+_ROTARY = _ALL | {"position": "rope", "norm": "rms", "mlp": "swiglu", "rope_llama3": None}
+KINDS: dict[str, dict[str, object]] = {
+    "llama": _ROTARY | {"qk_norm": False},
+    "qwen3": _ROTARY | {"qk_norm": True, "bias": False},
+    "gpt2": _ALL | {"position": "learned", "norm": "layer", "mlp": "gelu", "qk_norm": False, "bias": True},
+}
+"""What makes a model one of these."""
+
+
+def architecture(model: ModelConfig) -> str | None:
+    """llama.cpp's name for a model; None if it has none that computes the same."""
+    return next((arch for arch in KINDS if not _differences(model, arch)), None)
+
+
+def in_the_way(model: ModelConfig) -> list[str]:
+    """What of a model without an architecture differs from the nearest one, a field each."""
+    return min((_differences(model, arch) for arch in KINDS), key=len)
+
+
+def _differences(model: ModelConfig, arch: str) -> list[str]:
+    wanted = dict(KINDS[arch])
+    if arch == "gpt2":
+        wanted |= {"num_key_value_heads": model.num_attention_heads}
+        wanted |= {"head_dim": model.hidden_size / model.num_attention_heads}
+    return [f"{name} {getattr(model, name)}" for name, value in wanted.items() if getattr(model, name) != value]
+
+
+def fields_of(model: ModelConfig, arch: str) -> dict[str, Number]:
+    """The numbers of a model, by their keys in a GGUF file."""
+    numbers: dict[str, Number] = {
+        "context_length": model.max_position_embeddings,
+        "embedding_length": model.hidden_size,
+        "block_count": model.num_hidden_layers,
+        "feed_forward_length": model.intermediate_size,
+        "attention.head_count": model.num_attention_heads,
+        "attention.head_count_kv": model.num_key_value_heads,
+        "vocab_size": model.vocab_size,
+    }
+    if arch == "gpt2":
+        numbers["attention.layer_norm_epsilon"] = model.norm_eps
+    else:
+        numbers |= {
+            "attention.key_length": model.head_dim,
+            "attention.value_length": model.head_dim,
+            "attention.layer_norm_rms_epsilon": model.norm_eps,
+            "rope.dimension_count": model.head_dim,
+            "rope.freq_base": model.rope_theta,
+        }
+    return {f"{arch}.{name}": number for name, number in numbers.items()}
+
+
+def tensors_of(model: ModelConfig, arch: str, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a GGUF file, one by one, each made when it is asked for."""
+    for name, ours in _names(model, arch).items():
+        parts = [_turned(model, arch, each, weights[each], neighbours) for each in ours]
+        yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def shapes_of(model: ModelConfig, arch: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the GGUF file of a model."""
+    return _their_shapes(model, arch, tensor_shapes(model))
+
+
+def model_config(header: Header) -> ModelConfig:
+    """The architecture that a GGUF file describes; every tensor of it is in the file, in its shape, and no other.
+
+    Raises:
+        FileError: another kind of model, an option that we do not compute, or tensors that do not fit the numbers.
+    """
+    path, arch = header.path, header.fields.get("general.architecture")
+    if arch not in ("llama", "qwen3", "gpt2"):
+        raise FileError(f"{path}: given the architecture {one_line(repr(arch))}; allowed are llama, qwen3 and gpt2")
+    numbers = _Numbers(header, str(arch))
+    _refuse_other_options(header, numbers)
+    try:
+        model = ModelConfig.model_validate(_model_fields(header, numbers))
+    except ValidationError as error:
+        raise FileError(f"{path} is damaged: {problems(error)[0]}") from None
+    if model.num_hidden_layers > min(MAX_LAYERS, len(header.tensors)):
+        raise FileError(f"{path} is damaged: {model.num_hidden_layers:,} layers in {len(header.tensors):,} tensors")
+    _check_shapes(header, shapes_of(model, str(arch)))
+    return model
+
+
+def from_tensors(model: ModelConfig, arch: str, theirs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a GGUF file under our names, in our order of rows."""
+    names, weights = _names(model, arch), dict[str, Tensor]()
+    for name, tensor in theirs:
+        parts = tensor.chunk(len(names[name]))
+        for ours, part in zip(names[name], parts, strict=True):
+            weights[ours] = _turned(model, arch, ours, part, halves)
+    return weights
+
+
+# --- names
+
+
+def _names(model: ModelConfig, arch: str) -> dict[str, list[str]]:
+    """Each tensor of a GGUF file, with those of ours that lie in it, in the order of the file."""
+    names: dict[str, list[str]] = {}
+    for ours in tensor_shapes(model):
+        theirs = _their_name(ours)
+        if arch == "gpt2":
+            theirs = IN_ONE.sub(r"\1attn_qkv.\2", theirs)
+        names.setdefault(theirs, []).append(ours)
+    return names
+
+
+def _their_name(ours: str) -> str:
+    module, _, part = ours.rpartition(".")
+    if module in OUTSIDE:
+        return f"{OUTSIDE[module]}.{part}"
+    _, _, layer, inside = module.split(".", 3)
+    return f"blk.{layer}.{INSIDE[inside]}.{part}"
+
+
+def _their_shapes(model: ModelConfig, arch: str, ours: Shapes) -> dict[str, tuple[int, ...]]:
+    return {
+        theirs: (sum(ours[name][0] for name in names), *ours[names[0]][1:])
+        for theirs, names in _names(model, arch).items()
+    }
+
+
+def _turned(model: ModelConfig, arch: str, name: str, tensor: Tensor, turn: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """q and k of a "llama" with the pairs as the other side has them; everything else as it is."""
+    heads = {"q_proj": model.num_attention_heads, "k_proj": model.num_key_value_heads}
+    projection = name.split(".")[-2]
+    return turn(tensor, heads[projection]) if arch == "llama" and projection in heads else tensor
+
+
+# --- reading numbers
+
+
+class _Numbers:
+    """The numbers of one architecture in a header."""
+
+    def __init__(self, header: Header, arch: str) -> None:
+        self.header, self.arch = header, arch
+
+    def get(self, name: str, default: Number | None = None) -> Number:
+        """
+        Raises:
+            FileError: it is no number, or is not there and has no default.
+        """
+        key = f"{self.arch}.{name}"
+        value = self.header.fields.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            given = "not there" if value is None else f"{one_line(str(value))[:40]!r}"
+            raise FileError(f"{self.header.path}: {key} is {given}; a {self.arch} model needs a number there")
+        return value
+
+
+def _model_fields(header: Header, numbers: _Numbers) -> dict[str, Any]:
+    embedding = header.tensors.get("token_embd.weight")
+    heads, width = numbers.get("attention.head_count"), numbers.get("embedding_length")
+    fields: dict[str, Any] = {
+        "vocab_size": embedding.shape[0] if embedding else numbers.get("vocab_size"),
+        "hidden_size": width,
+        "intermediate_size": numbers.get("feed_forward_length"),
+        "num_hidden_layers": numbers.get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": numbers.get("attention.head_count_kv", heads),
+        "head_dim": numbers.get("attention.key_length", width // (heads or 1)),
+        "max_position_embeddings": numbers.get("context_length"),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "bias": any(name.endswith(("attn_q.bias", "attn_qkv.bias")) for name in header.tensors),
+        "qk_norm": numbers.arch == "qwen3",
+    }
+    if numbers.arch == "gpt2":
+        eps = numbers.get("attention.layer_norm_epsilon")
+        return fields | {"position": "learned", "norm": "layer", "mlp": "gelu", "norm_eps": eps}
+    theta = numbers.get("rope.freq_base", 10000.0)
+    return fields | {"norm_eps": numbers.get("attention.layer_norm_rms_epsilon"), "rope_theta": theta}
+
+
+def _refuse_other_options(header: Header, numbers: _Numbers) -> None:
+    """What a file may ask for and our model does not compute."""
+    arch, path = numbers.arch, header.path
+    scaling = header.fields.get(f"{arch}.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in header.tensors:
+        raise FileError(f"{path}: scaled rotary positions ({one_line(str(scaling))}); allowed are plain ones")
+    if numbers.get("expert_count", 0):
+        raise FileError(f"{path}: a mixture of {numbers.get('expert_count')} experts; allowed is a dense model")
+    if numbers.get("attention.sliding_window", 0):
+        raise FileError(f"{path}: given sliding-window attention; allowed is full attention in every layer")
+    if arch == "gpt2":
+        return
+    head = numbers.get("attention.key_length", numbers.get("rope.dimension_count", 0))
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if head and numbers.get(name, head) != head:
+            raise FileError(f"{path}: {arch}.{name} is {numbers.get(name)}; allowed is {head}, the width of a head")
+
+
+def _check_shapes(header: Header, expected: Shapes) -> None:
+    path, shapes = header.path, {name: place.shape for name, place in header.tensors.items()}
+    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    if missing:
+        raise FileError(f"{path} is damaged: {missing[0]} is missing")
+    if extra:
+        raise FileError(f"{path}: {one_line(extra[0])} has no place in a model that pocketlm has")
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise FileError(f"{path} is damaged: {name} is {shapes[name]}, not {shape}")

@@ -1,0 +1,70 @@
+"""A model as it is handed from one tool to another: what every format reads to and writes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pocketlm.config import ModelConfig, SampleConfig
+from pocketlm.formats import huggingface
+from pocketlm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Release:
+    """A model with all that it takes to use it; how it was trained is no part of it."""
+
+    model: ModelConfig
+    weights: Mapping[str, Tensor]
+    """float32, under our names; tied ones once."""
+    tokenizer: Tokenizer
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """How it speaks unless told otherwise."""
+    chat_template: str | None = None
+    """Jinja, as it came: nothing here runs it."""
+    other_end_ids: frozenset[int] = frozenset()
+    """What ends a text beside the tokenizer's own id, as Instruct models have it."""
+    document_masks: bool = False
+    """Whether attention and positions began anew at each document in training. No format but our own says so."""
+
+
+def folder_texts(release: Release) -> dict[str, bytes]:
+    """What stands beside the weights in a Hugging Face folder, by the names of the files."""
+    tokenizer = release.tokenizer
+    others = sorted(release.other_end_ids)
+    ends = {"eos_token_id": [tokenizer.end_id, *others]} if others else {}
+    texts = {
+        "config.json": json_bytes(config_tree(release)),
+        "generation_config.json": json_bytes(
+            huggingface.generation_config_json(release.sample, tokenizer.end_id) | _begin(tokenizer) | ends
+        ),
+        "tokenizer.json": tokenizer.to_json().encode(),
+        "tokenizer_config.json": json_bytes(_tokenizer_config(tokenizer)),
+    }
+    if release.chat_template is not None:
+        texts["chat_template.jinja"] = release.chat_template.encode()
+    return texts
+
+
+def config_tree(release: Release) -> dict[str, Any]:
+    """config.json of a model and its tokenizer."""
+    return huggingface.config_json(release.model, end_id=release.tokenizer.end_id) | _begin(release.tokenizer)
+
+
+def _begin(tokenizer: Tokenizer) -> dict[str, int]:
+    return {} if tokenizer.begin_id is None else {"bos_token_id": tokenizer.begin_id}
+
+
+def json_bytes(tree: Mapping[str, Any]) -> bytes:
+    """A JSON file as we write them."""
+    return (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> Mapping[str, Any]:
+    tree = huggingface.tokenizer_config_json(tokenizer.end_token)
+    tokens = {number: token for token, number in tokenizer.special_tokens.items()}
+    return tree if tokenizer.begin_id is None else tree | {"bos_token": tokens[tokenizer.begin_id]}
