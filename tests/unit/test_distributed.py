@@ -16,6 +16,8 @@ from pocketlm import errors
 from pocketlm.distributed import ALONE, Ranks, Refusals, Shared, share, sizes_at_once, turns
 from pocketlm.errors import ConfigError, DataError, Diverged, FileError, Interrupted, PocketError, RankLost
 from pocketlm.optim.muon import Muon
+from pocketlm.training.log import Silent
+from pocketlm.training.run import _say_unlike
 from pocketlm.training.step import _parts
 
 
@@ -153,3 +155,28 @@ def test_one_that_is_alone_is_answered_at_once() -> None:
     )
     with pytest.raises(ZeroDivisionError):
         ALONE.from_first(lambda: 1 // 0)
+
+
+class Unlike(Ranks):
+    """Rank 1 is on another machine."""
+
+    def gather(self, value: Any, over: Any = "words") -> list[Any]:
+        return [value, value | {"cpu": "another"}, value]
+
+
+def test_a_rank_that_computes_otherwise_is_named() -> None:
+    story = Story()
+    _say_unlike(Unlike(0, 3), story)
+    _say_unlike(ALONE, story)
+    (note,) = story.notes
+    assert note.startswith("rank 1 computes otherwise than rank 0, and may drift away from it: cpu is another, not ")
+
+
+class Story(Silent):
+    """Remembers the notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

@@ -170,6 +170,7 @@ def _begin(
         ranks, Resolved, lambda: _as_before(stored, config, runtime, listener) if stored else resolve(config, runtime)
     )
     runtime = replace(machine.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
+    _say_unlike(ranks, listener)
     slowness.warn(listener.note, config, resolved, runtime, goes_on=stored is not None)
     if stored and (
         line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, resolved.attention, runtime.device)
@@ -215,6 +216,14 @@ def _opened(data: RunData, ranks: Ranks) -> Dataset:
 
     ranks.each(check)
     return dataset
+
+
+def _say_unlike(ranks: Ranks, listener: Listener) -> None:
+    """Every rank makes the same update, as long as all of them compute alike."""
+    first, *others = ranks.gather(machine.versions())
+    for rank, its in enumerate(others, 1):
+        if other := [f"{name} is {its[name]}, not {first[name]}" for name in first if its[name] != first[name]]:
+            listener.note(f"rank {rank} computes otherwise than rank 0, and may drift away from it: {'; '.join(other)}")
 
 
 def _check_sees(folder: Path) -> None:
