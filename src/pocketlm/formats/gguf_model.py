@@ -128,7 +128,7 @@ def model_config(header: Header) -> ModelConfig:
     try:
         model = ModelConfig.model_validate(_model_fields(header, numbers))
     except ValidationError as error:
-        raise FileError(f"{path} is damaged: {problems(error)[0]}") from None
+        raise FileError(f"{path} is damaged: {problems(error)[0].removeprefix(': ')}") from None
     if model.num_hidden_layers > min(MAX_LAYERS, len(header.tensors)):
         raise FileError(f"{path} is damaged: {model.num_hidden_layers:,} layers in {len(header.tensors):,} tensors")
     _check_shapes(header, shapes_of(model, str(arch)))
