@@ -75,7 +75,7 @@ CASES = {
     "llama, ids to spare": Case(LLAMA | {"vocab_size": 512}, "byte"),
     "llama, odd widths": Case(LLAMA | {"hidden_size": 50, "intermediate_size": 71}),
     "llama, another base and epsilon": Case(LLAMA | {"rope_theta": 1e6, "norm_eps": 1e-3}),
-    "llama, text begun": Case(LLAMA, "gpt-2, begun"),
+    "llama, text begun": Case(LLAMA | {"rope_llama3": (8.0, 1.0, 4.0, 32)}, "gpt-2, begun"),
     "qwen3": Case(QWEN3),
     "qwen3, untied": Case(QWEN3 | UNTIED, "qwen2"),
     "qwen3, wide heads, one key-value head": Case(QWEN3 | {"head_dim": 32, "num_key_value_heads": 1}, "smollm"),

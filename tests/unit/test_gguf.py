@@ -40,6 +40,7 @@ GPT2 = {"position": "learned", "norm": "layer", "mlp": "gelu", "bias": True, "nu
 KINDS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama with biases, untied": LLAMA | {"bias": True, "tie_word_embeddings": False},
+    "llama 3": LLAMA | {"rope_llama3": (8.0, 1.0, 4.0, 512)},
     "qwen3": LLAMA | {"qk_norm": True},
     "gpt2": LLAMA | GPT2 | {"rope_theta": 10000.0},
 }
@@ -178,6 +179,7 @@ def test_a_weight_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Pat
         ({"logit_softcap": 15.0}, "logit_softcap 15.0"),
         ({"position": "learned"}, "position learned"),
         ({"qk_norm": True, "bias": True}, "qk_norm True"),
+        ({"qk_norm": True, "rope_llama3": (8.0, 1.0, 4.0, 512)}, "qk_norm True"),
         (GPT2 | {"bias": False}, "bias False"),
         (GPT2 | {"num_key_value_heads": 2}, "num_key_value_heads 2"),
         (GPT2 | {"head_dim": 24}, "head_dim 24"),

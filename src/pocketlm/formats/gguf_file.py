@@ -128,6 +128,17 @@ def read_tensors(header: Header) -> Iterator[tuple[str, Tensor]]:
             yield name, decoded(cursor.take(place.nbytes), place.encoding.name).view(place.shape)
 
 
+def read_tensor(header: Header, name: str) -> Tensor:
+    """One of them.
+
+    Raises:
+        FileError: as `read_tensors`.
+    """
+    one = Header(header.path, header.fields, {name: header.tensors[name]})
+    ((_, tensor),) = read_tensors(one)
+    return tensor
+
+
 def decoded(data: bytearray, encoding: str) -> Tensor:
     """The numbers stored in `data`, float32, (n,).
 

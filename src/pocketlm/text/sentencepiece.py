@@ -81,6 +81,8 @@ _AS_IT_STANDS = {"single_word": False, "lstrip": False, "rstrip": False, "normal
 
 
 def _check(pieces: Pieces, vocabulary: Mapping[str, int], kept: int, origin: str) -> None:
+    if not all(map(math.isfinite, pieces.scores)):
+        raise DataError(f"{origin}: a score is no number")
     if len(vocabulary) < kept:
         ((text, _),) = Counter(pieces.texts).most_common(1)
         raise DataError(f"{origin}: the vocabulary has {one_line(text)!r} more than once")
@@ -92,8 +94,6 @@ def _check(pieces: Pieces, vocabulary: Mapping[str, int], kept: int, origin: str
     longest = max(vocabulary, key=len)
     if len(longest) > MAX_PIECE_CHARS:
         raise DataError(f"{origin}: a piece has {len(longest):,} characters; allowed are {MAX_PIECE_CHARS}")
-    if not all(map(math.isfinite, pieces.scores)):
-        raise DataError(f"{origin}: a score is no number")
 
 
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

@@ -262,8 +262,19 @@ def _numbers() -> Iterator[tuple[str, Make]]:
     for name, number in (("nan", float("nan")), ("inf", float("inf")), ("zero", 0.0)):
         yield f"an epsilon that is {name}", to("llama.attention.layer_norm_rms_epsilon", F32, number)
         yield f"a base of frequencies that is {name}", to("llama.rope.freq_base", F32, number)
+    for value in (0.0, float("nan"), float("inf")):
+        yield f"factors of frequencies of {value}", changed(lambda p, value=value: _factors(p, value))
     yield "scaled positions", to("llama.rope.scaling.type", TEXT, b"yarn")
     yield "a type of scaling that is a list", to("llama.rope.scaling.type", LIST, Listed(U32, [1]))
+
+
+def _factors(parts: Parts, value: float) -> None:
+    """Llama 3's tensor of eight factors before all others, and a context that is no whole number."""
+    for one in parts.tensors:
+        one.offset += 32
+    parts.tensors.insert(0, Tensor(b"rope_freqs.weight", [8], 0, 0))
+    parts.body = struct.pack("<8f", *(8 * [value])) + parts.body
+    parts.set("llama.rope.scaling.original_context_length", F32, value)
 
 
 def _vocabularies() -> Iterator[tuple[str, Make]]:
