@@ -2,7 +2,8 @@
 
 It has what a `hf:` source needs: a data set at a revision, the tree of a commit in pages, and files by byte range, of
 which the large ones are redirected to another host as the Hub does; and of a model its files, with what the client's
-cache asks of each. It counts what it sends, and does on demand what networks do: `fault` is asked at each request.
+cache asks of each, and commits. It counts what it sends, and does on demand what networks do: `fault` is asked at each
+request.
 
     truncate   half of the body, then the connection is closed
     429, 503   and any other status, with Retry-After: 0, or what stands behind it ("429 60")
@@ -17,6 +18,7 @@ cache asks of each. It counts what it sends, and does on demand what networks do
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -75,6 +77,8 @@ class StandIn(http.server.ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.sent: Counter[str] = Counter()
+        self.put: dict[str, bytes] = {}
+        """Large files of a commit that is to come, by their SHA-256."""
         self.connections = 0
         self.fault: Callable[[Request], str | None] = lambda request: None
         self.rate: float | None = None
@@ -134,6 +138,7 @@ def standing_in() -> Iterator[StandIn]:
             close_session()
 
 
+COMMIT = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/(?P<what>preupload|commit)/main")
 ROUTE = re.compile(
     r"/api/datasets/(?P<info>[^/]+/[^/]+)(/revision/(?P<at>[^/]+))?"
     r"|/api/datasets/(?P<tree>[^/]+/[^/]+)/tree/(?P<tree_at>[^/]+)(/(?P<folder>.+))?"
@@ -153,8 +158,67 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    # --- a commit: what is small comes inside it, what is large was put before
+
+    def do_POST(self) -> None:
+        body = self.body()
+        with self.server.counting:
+            words = [self.headers.get(name, "") for name in ("Range", "Authorization")]
+            self.server.requests.append(Request(len(self.server.requests) + 1, "post", self.path, *words))
+        self.fault = None
+        if status := self.server.fault(self.server.requests[-1]):
+            self.answer(int(status), b"", {})
+        elif self.path == "/api/repos/create":
+            name = json.loads(body)["name"], json.loads(body).get("organization")
+            self.answer_json({"url": f"{self.server.url}/{'/'.join(filter(None, reversed(name)))}"})
+        elif self.path == "/api/validate-yaml":
+            self.answer_json({"errors": [], "warnings": []})
+        elif self.path.endswith("/objects/batch"):
+            self.answer_json({"transfer": "basic", "objects": list(map(self.place, json.loads(body)["objects"]))})
+        elif (match := COMMIT.fullmatch(self.path)) and match["what"] == "preupload":
+            modes = {True: "lfs", False: "regular"}
+            files = json.loads(body)["files"]
+            modes_of = [{"path": one["path"], "uploadMode": modes[one["size"] >= LARGE_BYTES]} for one in files]
+            self.answer_json({"files": [one | {"shouldIgnore": False} for one in modes_of]})
+        else:
+            assert match, self.path
+            oid = self.server.add(match["name"], self.committed(body)).main
+            url = f"{self.server.url}/{match['name']}/commit/{oid}"
+            self.answer_json({"success": True, "commitUrl": url, "commitOid": oid})
+
+    def body(self) -> bytes:
+        if "Content-Length" in self.headers:
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def place(self, large: dict[str, Any]) -> dict[str, Any]:
+        return large | {"actions": {"upload": {"href": f"{self.server.url}/put/{large['oid']}"}}}
+
+    def do_PUT(self) -> None:
+        data = self.body()
+        assert self.path == f"/put/{hashlib.sha256(data).hexdigest()}"
+        self.server.put[self.path.rpartition("/")[2]] = data
+        self.fault = None
+        self.answer(200, b"", {})
+
+    def committed(self, body: bytes) -> dict[str, bytes]:
+        lines = [json.loads(line) for line in body.splitlines()]
+        small = [line["value"] for line in lines if line["key"] == "file"]
+        large = [line["value"] for line in lines if line["key"] == "lfsFile"]
+        files = {one["path"]: base64.b64decode(one["content"]) for one in small}
+        return files | {one["path"]: self.server.put[one["oid"]] for one in large}
+
     def do_GET(self) -> None:
         split = urlsplit(self.path)
+        if split.path.startswith(("/api/agent-harnesses", "/api/models/")):  # what the client asks for by the way
+            self.fault = None
+            self.answer(404, b"", {})
+            return
         match = ROUTE.fullmatch(split.path)
         assert match, self.path
         kind = next(name for name in ("info", "tree", "resolve", "content", "file") if match[name])

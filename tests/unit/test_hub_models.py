@@ -15,6 +15,7 @@ import pocketlm
 from pocketlm.cli.main import main
 from pocketlm.config import Config
 from pocketlm.errors import FileError
+from pocketlm.export import push
 from pocketlm.formats.hub_model import fetch_model, is_hub_id
 from pocketlm.formats.huggingface import config_json
 from pocketlm.model.init import init_weights
@@ -29,6 +30,7 @@ CONFIG = Config.preset("debug")
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, which the stand-in has not
     monkeypatch.chdir(tmp_path)
     with standing_in() as server:
         yield server
@@ -125,6 +127,40 @@ def test_what_cannot_be_had_is_said_in_one_line(hub: StandIn) -> None:
 
 
 OUTSIDE = json.dumps({"weight_map": {"model.norm.weight": "../secret.safetensors"}}).encode()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Use 'content:DeprecationWarning"
+)  # the client sends bytes as its HTTP library had it
+def test_an_export_is_pushed_and_opened_from_there(
+    hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the user's token; a server that refuses leaves the folder as it was made."""
+    files = model_files()
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_bytes(files[name])
+    export = ["export", "hf", "model", "--push", "me/mine", "--private", "--out"]
+    monkeypatch.setattr(push, "get_token", lambda: None)
+    assert main([*export, "out"]) == 2
+    assert "needs a token that may write there" in capsys.readouterr().err
+    assert not hub.requests
+    monkeypatch.setattr(push, "get_token", lambda: "hf_secret")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert main([*export, "out"]) == 0
+    said = capsys.readouterr().err
+    assert f"sent to {hub.url}/me/mine" in said
+    assert "hf_secret" not in said
+    assert {request.token for request in hub.requests} == {"Bearer hf_secret"}
+    sent = hub.repositories["me/mine"].commits[hub.repositories["me/mine"].main]
+    made = {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != "manifest.json"}
+    assert sent == made
+    assert 'pocketlm.load("me/mine")' in sent["README.md"].decode()
+    assert torch.equal(pocketlm.load("me/mine").model.head, pocketlm.load("out").model.head)
+    hub.fault = lambda request: "403" if "create" in request.path else None
+    assert main([*export, "again"]) == 3
+    assert "again stands, and is not sent to me/mine: me/mine: access refused (403)" in capsys.readouterr().err
+    assert main(["verify", "again"]) == 0
 
 
 def test_what_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

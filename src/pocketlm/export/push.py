@@ -45,6 +45,6 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
         words = refused(error, repository, repository, None) or f"the Hub answers {error.response.status_code}; {TOKEN}"
         raise FileError(f"{folder} stands, and is not sent to {repository}: {words}") from None
     except Exception as error:  # the library passes on what its HTTP client raises, not all of it OSError
-        why = f"{type(error).__name__}; check the connection and export again to another --out, or hf upload it"
+        why = f"{type(error).__name__} ({str(error)[:200]}); try again by hf upload {repository} {folder}"
         raise FileError(f"{folder} stands, and is not sent to {repository}: {why}") from None
     return f"{constants.ENDPOINT}/{repository}"
