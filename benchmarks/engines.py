@@ -2,10 +2,11 @@
 
     python benchmarks/engines.py [CASE ...] [--rounds 9] [--folder DIR]
 
-A round is one short run by each engine, in one process, in an order that turns from round to round. A step is the time
-from its record to the next one, so everything between two steps is in it, evaluations and checkpoints aside: there are
-none. Of a run the median step counts, from its tenth on; of a case the median over the rounds of what was added, and of
-the ratio, each with the least and the most. Nothing is shown: no bar, no logger, no callback.
+A round is one short run by each engine, in one process, in an order that turns from round to round. A step is what is
+between its record and the next one: all that an engine does there is in it, and no evaluation or checkpoint. It is
+counted in CPU time on one thread, which others on the machine disturb least. Of a run the median step counts, from its
+tenth on; of a case the median over the rounds of what was added, and of the ratio, each with the least and the most.
+There is no bar, no logger and no callback.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from pocketlm.training.loop import train
 
 WARM_UP = 10
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "debug": ("debug", 150, {}),
-    "tiny, 2 rows": ("tiny", 40, {"train.tokens_per_step": 1024}),
-    "smallm, 1 row": ("smallm", 25, {"train.tokens_per_step": 256}),
+    "debug, 8 rows of 32": ("debug", 160, {}),
+    "tiny, 1 row of 64": ("tiny", 40, {"data.context": 64, "train.tokens_per_step": 64}),
+    "smallm, 1 row of 256": ("smallm", 24, {"train.tokens_per_step": 256}),
 }
 """Preset, steps of a run, and the size of a step: other fields are the preset's."""
 ALIKE = {
@@ -41,6 +42,7 @@ ALIKE = {
     "train.checkpoint_every": 10**6,
     "train.dtype": "fp32",
     "train.compile": "off",
+    "train.threads": 1,
     "schedule.warmup_steps": 1,
     "sample.prompts": (),
 }
@@ -49,22 +51,22 @@ ENGINES = ("torch", "lightning")
 
 @dataclass
 class Watch(Silent):
-    """When each step's record came."""
+    """The process's CPU time at each step's record."""
 
     at: list[float] = field(default_factory=list)
 
     def record(self, record: Any) -> None:
         if record["kind"] == "train":
-            self.at.append(time.perf_counter())
+            self.at.append(time.process_time())
 
 
 def step_ms(at: Sequence[float]) -> float:
-    """The median step of a run, from the instants of its records."""
+    """The median step of a run, from the times of its records."""
     return 1000 * statistics.median(after - before for before, after in itertools.pairwise(at[WARM_UP:]))
 
 
 def measured(case: str, engine: str) -> float:
-    """Milliseconds of a step of one run."""
+    """CPU milliseconds of a step of one run."""
     preset, steps, fields = CASES[case]
     config = Config.preset(preset, ALIKE | fields | {"train.total_steps": steps, "train.engine": engine})
     watch = Watch()

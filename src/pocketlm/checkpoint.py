@@ -8,12 +8,7 @@
       training/state.json                                      everything else that step k + 1 depends on
       manifest.json                                            size and SHA-256 of each; without it, damaged
 
-Ranks that share the state write a file of rows each instead of the one optimizer file, and a page that says which rows
-are whose; any number of ranks, and one that has all, can read them:
-
-      training/optimizer-00001-of-00002.safetensors            the first rows of every moment, and what is not shared
-      training/optimizer-00002-of-00002.safetensors            the others
-      training/optimizer.index.json                            {"files": 2, "cuts": {NAME: [0, 129, 257]}}
+Ranks that share the state write a file of rows each instead of the one optimizer file (moments.py).
 
 Trees come in and go out as plain values: this file knows neither the loop nor its state. Nothing here is a pickle.
 """
@@ -33,12 +28,13 @@ import torch
 from torch import Tensor
 
 from pocketlm.config import Config, ModelConfig, SampleConfig
-from pocketlm.errors import FileError, PocketError, Unreadable, one_line
+from pocketlm.errors import FileError, PocketError, Unreadable
 from pocketlm.field_types import Dtype
 from pocketlm.files import commit_folder
 from pocketlm.formats import huggingface
 from pocketlm.model.arithmetic import Arithmetic
 from pocketlm.model.transformer import Transformer
+from pocketlm.moments import INDEX, OPTIMIZER, Rows, Shares, read_moments, read_shares, rows_of, share_file
 from pocketlm.reading import MANIFEST, Entry, read_json, read_manifest, verify_folder
 from pocketlm.tensors import FLOATS, Shapes, Tensors, bytes_of, read_tensors, serialize
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
@@ -47,15 +43,13 @@ from pocketlm.toml_trees import read_toml
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 HALF_WRITTEN = re.compile(r"step-\d{8}(\.old)?")
 """What a stopped process may have left in `checkpoints/`, by the names that `files.sweep` asks for."""
-WEIGHTS, OPTIMIZER = "model.safetensors", "training/optimizer.safetensors"
-INDEX = "training/optimizer.index.json"
+WEIGHTS = "model.safetensors"
 CONFIG, STATE = "training/config.toml", "training/state.json"
 SAVED = (
     *("config.json", "generation_config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json"),
     *(CONFIG, OPTIMIZER, STATE),
 )
 """What one process saves."""
-MAX_FILES = 1 << 14
 BLOCK_BYTES = 4096
 CLOCKS = ("elapsed_s", "journal_sha256", "resolved.peak_flops", "resolved.reasons")
 """What of the state is measured time, words about it, or a hash of lines that hold it. Nothing is computed from it."""
@@ -63,27 +57,6 @@ CLOCKS = ("elapsed_s", "journal_sha256", "resolved.peak_flops", "resolved.reason
 Warn = Callable[[str], None]
 Check = Callable[[Path], None]
 """Raises FileError if a checkpoint is damaged, Unreadable if nothing can be said of it now."""
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How ranks share the moments of a snapshot."""
-
-    rank: int
-    """Whose rows it holds."""
-    files: int
-    """As many as ranks."""
-    cuts: Mapping[str, tuple[int, ...]]
-    """By the name of each shared tensor, the row at which each rank's begin, and their number."""
-
-    @property
-    def file(self) -> str:
-        """What this rank writes."""
-        return share_file(self.rank, self.files)
-
-
-def share_file(rank: int, files: int) -> str:
-    return f"training/optimizer-{rank + 1:05d}-of-{files:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -160,9 +133,6 @@ def _json(tree: Mapping[str, Any]) -> bytes:
     return (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode()
 
 
-Rows = Mapping[str, range]
-
-
 def restore(path: Path, weights: Shapes, optimizer: Shapes, rows: Rows | None = None) -> tuple[Tensors, Tensors]:
     """The weights and moments of a verified checkpoint, shapes held against the model and optimizer that ask for them.
 
@@ -172,60 +142,7 @@ def restore(path: Path, weights: Shapes, optimizer: Shapes, rows: Rows | None = 
     Raises:
         FileError: damaged, or made for other shapes.
     """
-    return read_tensors(path / WEIGHTS, weights, rows=_of(weights, rows)), read_moments(path, optimizer, rows)
-
-
-def read_moments(path: Path, shapes: Shapes | None = None, rows: Rows | None = None) -> Tensors:
-    """The moments alone, however many ranks have written them. Arguments as above; shapes None are not checked.
-
-    Raises:
-        FileError: damaged, or made for other shapes.
-    """
-    if (path / OPTIMIZER).is_file():
-        return read_tensors(path / OPTIMIZER, shapes, rows=_of(shapes, rows))
-    shares = read_shares(path)
-    parts: dict[str, list[Tensor]] = {}
-    for rank in range(shares.files):
-        stretches = {name: range(cut[rank], cut[rank + 1]) for name, cut in shares.cuts.items()}
-        expected = shapes and _in_file(shapes, stretches, rank)
-        wanted = {name: _inside(one, (rows or {}).get(name, one)) for name, one in stretches.items()}
-        file = path / share_file(rank, shares.files)
-        for name, tensor in read_tensors(file, expected, rows=wanted).items():
-            parts.setdefault(name, []).append(tensor)
-    return {name: torch.cat(tensors) if name in shares.cuts else tensors[0] for name, tensors in parts.items()}
-
-
-def read_shares(path: Path) -> Shares:
-    """Which rows of the moments are in which file.
-
-    Raises:
-        FileError: that is not said, or nonsense.
-    """
-    tree = read_json(path / INDEX)
-    files, cuts = tree.get("files"), tree.get("cuts")
-    if type(files) is not int or not 1 <= files <= MAX_FILES or not isinstance(cuts, dict):
-        raise FileError(f"{path / INDEX} is damaged: it does not say which rows are in which file")
-    for name, cut in cuts.items():
-        whole = isinstance(cut, list) and len(cut) == files + 1 and all(type(row) is int for row in cut)
-        if not whole or cut[0] != 0 or cut != sorted(cut):
-            raise FileError(f"{path / INDEX} is damaged: the rows of {one_line(name)}")
-    return Shares(0, files, {name: tuple(cut) for name, cut in cuts.items()})
-
-
-def _of(shapes: Shapes | None, rows: Rows | None) -> Rows:
-    return {name: one for name, one in (rows or {}).items() if shapes is None or name in shapes}
-
-
-def _in_file(shapes: Shapes, stretches: Rows, rank: int) -> Shapes:
-    """What of the whole shapes is in the file of a rank; what is not shared is in the first one."""
-    shared = {name: (len(one), *shapes[name][1:]) for name, one in stretches.items() if name in shapes}
-    return shared | {name: shape for name, shape in shapes.items() if name not in stretches and rank == 0}
-
-
-def _inside(stretch: range, wanted: range) -> range:
-    """Of the rows in a file, those that are wanted, counted from the file's first."""
-    start, stop = (min(max(row, stretch.start), stretch.stop) - stretch.start for row in (wanted.start, wanted.stop))
-    return range(start, stop)
+    return read_tensors(path / WEIGHTS, weights, rows=rows_of(weights, rows)), read_moments(path, optimizer, rows)
 
 
 def read_state(path: Path) -> dict[str, Any]:

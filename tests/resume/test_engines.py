@@ -13,7 +13,8 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import oracle
@@ -30,6 +31,7 @@ from world import trained as trained_steps
 import pocketlm
 from pocketlm.errors import FileError, UsageError
 from pocketlm.training import resolve
+from pocketlm.training.run import Run
 
 SEEDS: dict[str, dict[str, Any]] = {
     "smallm": {"model.num_key_value_heads": 1, "model.num_attention_heads": 4},
@@ -155,6 +157,22 @@ def test_its_hooks_and_loggers_are_told_what_the_run_does() -> None:
     assert "optim" in Path("logs/hparams.yaml").read_text()
     assert {path.name for path in Path().iterdir()} == {"run", "logs", "data"}
     oracle.assert_equal(run, trained("whole", "smallm", {}, [T]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, [5, 10, 15, 17]),
+        ({"train.eval_every": 0}, [17]),
+        ({"train.stop_at_step": 10}, [5, 10]),
+        ({"train.stop_at_step": 3}, [3]),
+        ({"schedule.continued_at": (7,), "schedule.continued_to": (0.5,)}, [5, 7, 10, 15, 17]),
+    ],
+)
+def test_an_epoch_of_its_ends_where_the_run_evaluates(fields: dict[str, Any], expected: list[int]) -> None:
+    config = pocketlm.Config.preset("debug", {"train.total_steps": 17} | fields)
+    last = config.train.stop_at_step or 17
+    assert Run.stretches(cast(Run, SimpleNamespace(config=config, last_step=last))) == expected
 
 
 class StopAt(Callback):

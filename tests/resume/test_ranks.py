@@ -9,8 +9,10 @@ from typing import Any
 
 import oracle
 import pytest
+import torch
 from rig import Rig, flags
-from torch import Tensor
+
+from pocketlm.training.resolve import why_not_compile
 
 World = tuple[int, str]
 """How many ranks, and by which strategy they hold the state."""
@@ -23,7 +25,7 @@ def words(out: str, world: World, *fields: dict[str, Any]) -> list[str]:
     return ["train", "debug", "--out", out, *given, "--train.strategy", world[1]]
 
 
-def relative(mine: Tensor, theirs: Tensor) -> float:
+def relative(mine: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((mine.double() - theirs.double()).norm() / theirs.double().norm())
 
 
@@ -58,6 +60,21 @@ def test_the_gradient_is_that_of_one_process(
         far = {name: error for name in first if (error := relative(together[name], alone[name])) > 1e-6}
         assert not far, world
         assert oracle.losses(rig.folder / out) == pytest.approx(oracle.losses(rig.folder / "one"), rel=1e-6)
+
+
+@pytest.mark.long
+def test_blocks_that_are_shared_compiled_and_recomputed(rig: Rig) -> None:
+    """All three at once: FSDP2 puts a block together around what is compiled, and again where it is recomputed."""
+    if reason := why_not_compile(torch.device("cpu")):
+        pytest.skip(f"nothing compiles here: {reason}")
+    fields = {"train.total_steps": 6, "train.micro_batch": 2, "train.gradient_checkpointing": "true"}
+    rig.run(words("one", (1, "ddp"), fields))
+    compiled = fields | {"train.compile": "on"}
+    rig.run_ranks(2, words("two", (2, "fsdp"), compiled), fresh=True)
+    assert oracle.state(oracle.newest(rig.folder / "two"))["resolved.compile"] == "true"
+    mine, theirs = oracle.losses(rig.folder / "two"), oracle.losses(rig.folder / "one")
+    assert mine == pytest.approx(theirs, rel=1e-5)
+    assert mine != theirs, "nothing was compiled"
 
 
 def test_ranks_evaluate_and_write_as_one_process(rig: Rig) -> None:

@@ -17,7 +17,7 @@ from pocketlm.data.prepare import prepare
 from pocketlm.machine import Runtime
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("worker", "peak", "tables", "rounds", "report", "contestants", "training", "saves")
+MODULES = ("worker", "peak", "tables", "rounds", "report", "contestants", "training", "saves", "engines")
 
 
 @pytest.fixture
@@ -208,3 +208,11 @@ def test_a_save_costs_what_its_window_took_beyond_its_quiet_steps(bench: Any) ->
     at = [1.0, 2.0, 3.0, 4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0]
     elapsed = [1.0, 2.0, 3.0, 4.0, 5.5, 6.5, 7.5, 8.5, 9.5, 10.5, 11.5, 12.5]
     assert bench.saves.costs(at, elapsed, 4) == [1.0, 0.0]
+
+
+def test_what_an_engine_adds_is_taken_round_by_round(bench: Any) -> None:
+    """Ten steps warm up; then a step takes 2 ms, one of five 9."""
+    at = [0.0] * 10 + [1.0, 1.002, 1.004, 1.013, 1.015, 1.017]
+    assert bench.engines.step_ms(at) == pytest.approx(2.0)
+    rounds = [(2.0, 3.0), (4.0, 4.5), (10.0, 12.0)]
+    assert bench.engines.row("x", rounds) == "| x | 3 | 4.00 | 4.50 | 1.00 (0.50 to 2.00) | 1.200 (1.125 to 1.500) |"

@@ -28,7 +28,8 @@ from typing import Any, NoReturn
 
 import rich
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback as Callback
 from lightning.pytorch import LightningModule, Trainer

@@ -27,6 +27,7 @@ from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
 from pocketlm.errors import FileError
 from pocketlm.files import free_bytes
+from pocketlm.moments import Shares
 from pocketlm.optim.schedule import rests_on
 from pocketlm.tensors import Copies
 from pocketlm.training.progress import Progress
@@ -243,17 +244,17 @@ class Saver:
                 lead.give_up()
 
 
-def shares_of(state: TrainState) -> checkpoint.Shares | None:
+def shares_of(state: TrainState) -> Shares | None:
     """How the ranks share the moments; None where each has all."""
     shared, rows = state.precision.shared, state.rows()
     if shared is None or rows is None:
         return None
     shapes = state.shapes()[1]
     cuts = {name: shared.cuts(shape[0]) for name, shape in shapes.items() if name in rows}
-    return checkpoint.Shares(shared.ranks.rank, shared.ranks.size, cuts)
+    return Shares(shared.ranks.rank, shared.ranks.size, cuts)
 
 
-def _own(rows: Mapping[str, Tensor], shares: checkpoint.Shares) -> dict[str, Tensor]:
+def _own(rows: Mapping[str, Tensor], shares: Shares) -> dict[str, Tensor]:
     """What is shared; all else is the first rank's to write."""
     return {name: tensor for name, tensor in rows.items() if name in shares.cuts}
 
