@@ -21,7 +21,7 @@ import oracle
 import pytest
 import torch
 from inside import poison
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from rig import Rig, flags
@@ -30,7 +30,7 @@ from world import trained as trained_steps
 
 import pocketlm
 from pocketlm.errors import FileError, UsageError
-from pocketlm.training import resolve
+from pocketlm.training import lightning, resolve
 from pocketlm.training.run import Run
 
 SEEDS: dict[str, dict[str, Any]] = {
@@ -201,8 +201,7 @@ def test_a_callback_stops_the_run_and_the_same_command_goes_on() -> None:
 
 
 def test_what_its_start_changes_is_put_back() -> None:
-    """Its handlers of signals, and with several ranks the seed and the threads."""
-    seed_everything(3, verbose=False)
+    """Its handlers of signals; with several ranks it may also set seeds and threads, as a callback does here."""
 
     class Changes(Callback):
         def on_fit_start(self, *_: Any) -> None:
@@ -251,6 +250,12 @@ def test_what_has_no_place_is_refused(engine: str, options: dict[str, Any], said
     with pytest.raises(UsageError, match=re.escape(said)):
         trained("run", "smallm", {}, [engine], **options)
     assert not Path("run").exists()
+
+
+def test_a_device_that_it_does_not_know_is_refused() -> None:
+    assert lightning.accelerator(torch.device("cuda", 1)) == "cuda"
+    with pytest.raises(UsageError, match="given xpu, Lightning knows cpu, cuda and mps; add --engine torch"):
+        lightning.accelerator(torch.device("xpu"))
 
 
 def test_where_it_is_not_installed_it_says_what_to_type(
