@@ -294,14 +294,16 @@ class Shared(NoPickles, ModelParallelStrategy):
 
 @contextlib.contextmanager
 def _without_its_infos() -> Iterator[None]:
-    """Lines on what devices there are, and what else one could install; what a callback says later is heard."""
-    logger = logging.getLogger("lightning.pytorch")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
+    """Lines on what devices there are, and what else one could install. What callbacks say is heard."""
+    loggers = [logging.getLogger(f"lightning.pytorch.{name}") for name in ("utilities.rank_zero", "accelerators.cuda")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
