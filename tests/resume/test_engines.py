@@ -21,8 +21,15 @@ import oracle
 import pytest
 import torch
 from inside import poison
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer, TQDMProgressBar
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    Timer,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
 from rig import Rig, flags
 from world import STEPS, TRAIN, Whole
@@ -30,7 +37,7 @@ from world import trained as trained_steps
 
 import pocketlm
 from pocketlm.errors import FileError, UsageError
-from pocketlm.training import resolve
+from pocketlm.training import lightning, resolve
 from pocketlm.training.run import Run
 
 SEEDS: dict[str, dict[str, Any]] = {
@@ -136,11 +143,11 @@ def records(run: Path, kind: str, after: int = 0) -> list[dict[str, Any]]:
     return [record for record in oracle.journal(run) if record["kind"] == kind and record["step"] > after]
 
 
-def test_its_hooks_and_loggers_are_told_what_the_run_does() -> None:
+def test_its_hooks_and_loggers_are_told_what_the_run_does(caplog: pytest.LogCaptureFixture) -> None:
     """And count on from where the other engine has stopped; nothing lies where the command was typed."""
     trained("run", "smallm", {}, [T], legs=[20])
     seen, rates = Seen(), LearningRateMonitor("step")
-    callbacks = [seen, rates, EarlyStopping("val_loss", patience=3), Timer("00:01:00:00")]
+    callbacks = [seen, rates, EarlyStopping("val_loss", patience=3), Timer("00:01:00:00"), ModelSummary()]
     run = trained("run", "smallm", {}, [L], callbacks=callbacks, loggers=[CSVLogger("logs", name="", version="")])
     train, evaluated = records(run, "train", 20), records(run, "eval", 20)
     assert {hook: seen.calls[hook] for hook in HOOKS} == HOOKS
@@ -155,6 +162,7 @@ def test_its_hooks_and_loggers_are_told_what_the_run_does() -> None:
     assert [float(row["val_loss"]) for row in rows if row["val_loss"]] == pytest.approx(losses, abs=0)
     assert rates.lrs == {"lr-NextStep/adamw": [record["lr"] for record in train[9::10]]}
     assert "optim" in Path("logs/hparams.yaml").read_text()
+    assert "| model | Transformer |" in caplog.text, "what a callback says"
     assert {path.name for path in Path().iterdir()} == {"run", "logs", "data"}
     oracle.assert_equal(run, trained("whole", "smallm", {}, [T]))
 
@@ -201,8 +209,7 @@ def test_a_callback_stops_the_run_and_the_same_command_goes_on() -> None:
 
 
 def test_what_its_start_changes_is_put_back() -> None:
-    """Its handlers of signals, and with several ranks the seed and the threads."""
-    seed_everything(3, verbose=False)
+    """Its handlers of signals; with several ranks it may also set seeds and threads, as a callback does here."""
 
     class Changes(Callback):
         def on_fit_start(self, *_: Any) -> None:
@@ -215,7 +222,7 @@ def test_what_its_start_changes_is_put_back() -> None:
     run = trained("run", "smallm", {}, [L], callbacks=[Changes()])
     assert torch.get_num_threads() == 1
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert logging.getLogger("lightning.pytorch").level == logging.INFO
+    assert logging.getLogger("lightning.pytorch.utilities.rank_zero").getEffectiveLevel() == logging.INFO
     oracle.assert_equal(run, trained("whole", "smallm", {}, [T]))
 
 
@@ -251,6 +258,12 @@ def test_what_has_no_place_is_refused(engine: str, options: dict[str, Any], said
     with pytest.raises(UsageError, match=re.escape(said)):
         trained("run", "smallm", {}, [engine], **options)
     assert not Path("run").exists()
+
+
+def test_a_device_that_it_does_not_know_is_refused() -> None:
+    assert lightning.accelerator(torch.device("cuda", 1)) == "cuda"
+    with pytest.raises(UsageError, match="given xpu, Lightning knows cpu, cuda and mps; add --engine torch"):
+        lightning.accelerator(torch.device("xpu"))
 
 
 def test_where_it_is_not_installed_it_says_what_to_type(

@@ -142,8 +142,9 @@ def launch(plan: Plan, name: str, folder: Path, argv: list[str], program: tuple[
     if plan.rendezvous:
         say(f"meets {plan.nodes - 1} other host(s) at {plan.rendezvous}, within {MEET_S // 60} minutes")
     code = agent.wait()
-    if sys.stderr.isatty():
-        print(end=SHOW_CURSOR, file=sys.stderr, flush=True)  # the panel of a rank that was killed has hidden it
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            print(end=SHOW_CURSOR, file=sys.stderr, flush=True)  # the panel of a rank that was killed has hidden it
     code, line = outcome(code, agent.asked, reasons.left(folder), host.failed(), host.log)
     if line:
         say(f"pocketlm: {line}")
@@ -182,26 +183,17 @@ class Host:
 
 def _command(plan: Plan, name: str, host: Host, program: tuple[str, ...]) -> list[str]:
     """torchrun's words. It puts its own values for ${...} into the program's, and a single $ for two."""
-    where = ["--standalone"]
+    words = [f"--nnodes={plan.nodes}", f"--nproc-per-node={plan.devices}", f"--max-restarts={plan.max_restarts}"]
+    words += [f"--log-dir={os.devnull}", "--no-python"]
     if plan.rendezvous:
-        where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", plan.rendezvous, "--rdzv-id", name]
-        where += ["--rdzv-conf", f"join_timeout={MEET_S},read_timeout={MEET_S}"]
+        words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={plan.rendezvous}", f"--rdzv-id={name}"]
+        words += [f"--rdzv-conf=join_timeout={MEET_S},read_timeout={MEET_S}"]
+    else:
+        words += ["--standalone"]
     if plan.address:
-        where += ["--local-addr", plan.address]
-    return [
-        *(sys.executable, "-P", "-m", "pocketlm.cli.agent", str(os.getpid()), str(host.stem)),
-        *(
-            *where,
-            "--nnodes",
-            str(plan.nodes),
-            "--nproc-per-node",
-            str(plan.devices),
-            "--max-restarts",
-            str(plan.max_restarts),
-        ),
-        *("--log-dir", os.devnull, "--no-python"),
-        *(word.replace("$", "$$") for word in program),
-    ]
+        words += [f"--local-addr={plan.address}"]
+    agent = (sys.executable, "-P", "-m", "pocketlm.cli.agent", str(os.getpid()), str(host.stem))
+    return [*agent, *words, *(word.replace("$", "$$") for word in program)]
 
 
 def _environment(plan: Plan) -> dict[str, str]:
@@ -316,7 +308,8 @@ def outcome(
         return 128 + exit_signal(asked[0]), f"stopped by {asked[0].name}"
     if unsaid := next((code for code in failures.values() if code in reasons.FINAL), None):
         return unsaid, ""  # its reason could not be written, and was said
-    return 1, f"{_cause(code, left, failures)}; the same command goes on from the newest checkpoint (details: {log})"
+    hint = "; the same command goes on from the newest checkpoint"
+    return 1, f"{_cause(code, left, failures).removesuffix(hint)}{hint} (details: {log})"
 
 
 def _cause(code: int, left: dict[int, Reason], failures: dict[int, int]) -> str:

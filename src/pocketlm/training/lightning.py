@@ -190,7 +190,7 @@ def _trainer(run: Run, state: TrainState, callbacks: Sequence[Callback], loggers
     bar = [] if has_bar or not terminal(sys.stderr) else [Bar()]
     ends = run.stretches()
     trainer = Trainer(
-        accelerator=run.runtime.device.type,
+        accelerator=accelerator(run.runtime.device),
         devices=run.ranks.local_size,
         num_nodes=run.ranks.size // run.ranks.local_size,
         strategy=_strategy(run),
@@ -235,6 +235,17 @@ class Bar(theirs.RichProgressBar):
 
 
 # --- strategies: the run's devices and ranks, as they stand
+
+
+def accelerator(device: torch.device) -> str:
+    """What Lightning calls a device.
+
+    Raises:
+        UsageError: it has no name for it.
+    """
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"train.device: given {device.type}, Lightning knows cpu, cuda and mps; add --engine torch")
+    return device.type
 
 
 def _strategy(run: Run) -> SingleDevice | Whole | Shared:
@@ -283,14 +294,16 @@ class Shared(NoPickles, ModelParallelStrategy):
 
 @contextlib.contextmanager
 def _without_its_infos() -> Iterator[None]:
-    """Lines on what devices there are, and what else one could install; what a callback says later is heard."""
-    logger = logging.getLogger("lightning.pytorch")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
+    """Lines on what devices there are, and what else one could install. What callbacks say is heard."""
+    loggers = [logging.getLogger(f"lightning.pytorch.{name}") for name in ("utilities.rank_zero", "accelerators.cuda")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager
