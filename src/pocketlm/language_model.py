@@ -21,7 +21,7 @@ from typing import Literal, Unpack, get_args
 
 import torch
 
-from pocketlm.checkpoint import Warn, find_checkpoint, model_of, newest_run, read_release
+from pocketlm.checkpoint import Warn, find_checkpoint, newest_run, read_release
 from pocketlm.errors import UsageError
 from pocketlm.generate import engine
 from pocketlm.generate.engine import Window
@@ -71,7 +71,7 @@ def load(
     here = default_device(device)
     path = find_checkpoint(newest_run() if model is None else Path(model), warn)
     release = read_release(path)
-    transformer = model_of(release).to(here, torch.bfloat16 if dtype == "bf16" else None)
+    transformer = release.transformer().to(here, torch.bfloat16 if dtype == "bf16" else None)
     if here.type in ATTENTION_ON:
         transformer.use_attention(ATTENTION_ON[here.type][0])
     sample = release.sample

@@ -15,7 +15,7 @@ import pytest
 import torch
 from exports import CASES, TEXTS, release
 
-from pocketlm.checkpoint import model_of, read_release
+from pocketlm.checkpoint import read_release
 from pocketlm.cli.main import main
 from pocketlm.files import write_file
 from pocketlm.formats.gguf_writer import gguf_bytes
@@ -49,7 +49,7 @@ def opened(path: Path, context: int = CONTEXT) -> Any:
     """llama.cpp with a model; its cache would be float16 if not asked to be as exact as the file."""
     sizes = {"n_ctx": context, "n_batch": context, "n_threads": 1}
     exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
-    return llama_cpp.Llama(str(path), logits_all=True, verbose=False, **sizes, **exact)
+    return llama_cpp.Llama(str(path), logits_all=True, verbose=True, **sizes, **exact)
 
 
 def last_logits(theirs: Any, ids: list[int]) -> np.ndarray:
@@ -74,7 +74,7 @@ def test_an_export_is_the_model(name: str, tmp_path: Path) -> None:
     """In F32 every next token is ours, whatever the case is stored in."""
     made, path = release(CASES[name]), tmp_path / "model.gguf"
     write_file(path, gguf_bytes(made, name=name))
-    theirs, ours, tokenizer = opened(path), model_of(made), made.tokenizer
+    theirs, ours, tokenizer = opened(path), made.transformer(), made.tokenizer
     for text in TEXTS:
         assert theirs.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text), text
     begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
@@ -94,7 +94,7 @@ def test_a_rounded_export_is_as_we_read_it(name: str, tmp_path: Path) -> None:
     case, path = CASES[name], tmp_path / "model.gguf"
     write_file(path, gguf_bytes(release(case), name=name, type_name=case.type_name))
     theirs, made = opened(path), read_release(path)
-    ours = model_of(made)
+    ours = made.transformer()
     for prompt in prompts(made)[:50]:
         expected, given = ours(torch.tensor([prompt]))[0, -1].numpy(), last_logits(theirs, prompt)
         assert np.linalg.norm(given - expected) <= ROUNDED[case.type_name] * np.linalg.norm(expected)
