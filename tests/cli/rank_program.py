@@ -17,6 +17,7 @@ What a rank says is a line of JSON on stderr.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -36,7 +37,8 @@ PROGRAM = (sys.executable, __file__)
 
 def say(what: str) -> None:
     tree = {"what": what, "pid": os.getpid(), "rank": torchrun.own_rank(), "attempt": torchrun.restarts()[0]}
-    os.write(2, f"{json.dumps(tree)}\n".encode())
+    with contextlib.suppress(OSError):  # its terminal may be gone
+        os.write(2, f"{json.dumps(tree)}\n".encode())
 
 
 def wait() -> None:
