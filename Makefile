@@ -1,6 +1,7 @@
 # make demo    train a small model on Python's own library and let it write: minutes on a laptop
 # make test    run the test suite, offline
 # make check   what CI runs: lint, then test
+# make interop build llama.cpp from its source, some minutes, and test our exports in it
 # make prove   the long counts of the goals of reliability, and the scoreboard: hours. GOALS="R1 R9" takes these only,
 #              SEED=7 other random cases
 #
@@ -25,7 +26,7 @@ OTHER_PYTHON := $(shell test ! -x $(BIN)/python || test "`$(PYTHON) -V`" = "`$(B
 $(if $(OTHER_PYTHON),$(error $(VENV) has another Python than $(PYTHON); type: make clean, then the same command again))
 endif
 
-.PHONY: demo test prove check lint format clean
+.PHONY: demo test interop prove check lint format clean
 
 demo: $(VENV)/.ready
 	@$(BIN)/pocketlm train tiny --out $(DEMO_RUN) || { code=$$?; \
@@ -37,6 +38,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready-dev
 	@$(BIN)/python -m pytest
+
+interop: $(VENV)/.ready-interop
+	@$(BIN)/python -m pytest tests/interop
 
 prove: $(VENV)/.ready-dev
 	@$(BIN)/python -m pytest --prove -m goal --scoreboard=docs/reliability-scoreboard.json \
@@ -83,3 +87,10 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml constraints.txt
 $(VENV)/.ready-dev: $(TORCH_STAMP) pyproject.toml constraints.txt
 	@$(PIP) $(FAST) --editable '.[dev,fast]' 2>$(WHY) || { $(PIP) --editable '.[dev]' && $(WITHOUT); }
 	@touch $@ $(VENV)/.ready
+
+# Only its library: neither its tools nor what reads pictures.
+$(VENV)/.ready-interop: $(VENV)/.ready-dev
+	@echo "building llama.cpp into $(VENV): once, some minutes"
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+		-DLLAMA_BUILD_SERVER=OFF" $(PIP) --no-binary llama-cpp-python llama-cpp-python
+	@touch $@

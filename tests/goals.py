@@ -42,7 +42,10 @@ GOALS = {
     "R13": Goal("NaN and infinity at 30 places: no update is applied, no checkpoint holds them", RANKS),
     "R14": Goal("spikes of the loss: skipped, then rolled back, then stopped with exit code 4, across a resume too"),
     "R15": Goal("the gradient is the same however a step is cut into micro-batches and ranks", "DDP, FSDP2"),
-    "R16": Goal("logits and greedy text are transformers'; the one-file twin is bit-equal", "GGUF in llama.cpp"),
+    "R16": Goal(
+        "logits and greedy text are transformers'; the one-file twin is bit-equal; 30 GGUF exports are llama.cpp's too",
+        "a build of llama.cpp with sanitizers, and any at all where `make interop` was not run",
+    ),
     "R17": Goal("greedy text with the cache is that without, for 1,000 prompts, alone and in batches", "batches"),
     "R18": Goal("three equal runs end in the same state, for any number of threads fixed at the start", "one GPU"),
     # signals

@@ -25,7 +25,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,12 +39,13 @@ from pocketlm.files import commit_folder
 from pocketlm.formats import huggingface, huggingface_weights
 from pocketlm.formats.hub_model import fetch_model, is_hub_id
 from pocketlm.formats.model_file import is_model_file, read_model_config, read_model_file
+from pocketlm.formats.model_folder import read_folder
 from pocketlm.formats.release import Release, folder_texts, json_bytes
 from pocketlm.model.arithmetic import Arithmetic
 from pocketlm.model.transformer import Transformer
-from pocketlm.reading import MANIFEST, Entry, read_json, read_manifest, read_text, verify_folder
+from pocketlm.reading import MANIFEST, Entry, read_json, read_manifest, verify_folder
 from pocketlm.tensors import Shapes, Tensors, bytes_of, read_tensors, serialize
-from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
+from pocketlm.text.tokenizer import Tokenizer
 from pocketlm.toml_trees import read_toml
 
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -421,7 +422,10 @@ def read_release(path: Path, tokenizer: Path | None = None) -> Release:
     """
     if tokenizer is not None and not is_model_file(path):
         raise UsageError(f"--tokenizer is for a llama2.c .bin; {path} has its own; leave it out")
-    release = read_model_file(path, tokenizer) if is_model_file(path) else _read_folder(path)
+    if is_model_file(path):
+        release = read_model_file(path, tokenizer)
+    else:
+        release = replace(read_folder(path), document_masks=masked_documents(path))
     ids, rows = release.tokenizer.vocab_size, release.model.vocab_size
     if ids > rows:
         raise FileError(f"{path}: its tokenizer has {ids} ids, its model {rows}")
@@ -429,67 +433,13 @@ def read_release(path: Path, tokenizer: Path | None = None) -> Release:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The architecture of a model at a path that `find_checkpoint` gave; no weights are read.
-
-    Raises:
-        FileError: as `read_release`.
-    """
+    """The architecture of the model that `read_release` reads; raises what it does, and reads no weights."""
     if is_model_file(path):
         return read_model_config(path)
     return huggingface.model_config(read_json(path / "config.json"))
 
 
-def _read_folder(folder: Path) -> Release:
-    tree = read_json(folder / "config.json")
-    config = huggingface.model_config(tree)
-    weights = huggingface_weights.read_weights(folder, tree, config)
-    file, tokenizer = folder / "generation_config.json", load_tokenizer(str(folder))
-    generation = read_json(file) if file.is_file() else {}
-    return Release(
-        config,
-        weights,
-        tokenizer,
-        huggingface.sample_config(generation),
-        _chat_template(folder),
-        huggingface.end_ids(generation or tree) - {tokenizer.end_id},
-        masked_documents(folder),
-    )
-
-
-def _chat_template(folder: Path) -> str | None:
-    """The template in a file of its own, as newer folders have it, or in tokenizer_config.json.
-
-    Raises:
-        FileError: it is no text.
-    """
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        return read_text(file)
-    template = read_json(config).get("chat_template") if config.is_file() else None
-    if isinstance(template, list):  # several by name
-        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-        template = named.get("default")
-    if not isinstance(template, str | None):
-        raise FileError(f"{config} is damaged: its chat_template is no text")
-    return template
-
-
-def model_of(release: Release) -> Transformer:
-    """The model of a release, in evaluation mode; its weights are the release's own."""
-    with torch.device("meta"):
-        model = Transformer(release.model)
-    model.load_state_dict(dict(release.weights), assign=True)
-    model.document_end = release.tokenizer.end_id if release.document_masks else None
-    return model.eval().requires_grad_(False)
-
-
 def load_model(path: Path) -> tuple[Transformer, Tokenizer, SampleConfig]:
-    """The model at a path that `find_checkpoint` gave, fp32 and in evaluation mode, with its tokenizer and sampling.
-
-    It keeps documents apart if it did so in training.
-
-    Raises:
-        FileError, DataError: as `read_release`.
-    """
+    """The model of `read_release`, its tokenizer and sampling; it keeps documents apart if it did so in training."""
     release = read_release(path)
-    return model_of(release), release.tokenizer, release.sample
+    return release.transformer(), release.tokenizer, release.sample

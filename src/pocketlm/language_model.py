@@ -21,7 +21,7 @@ from typing import Literal, Unpack, get_args
 
 import torch
 
-from pocketlm.checkpoint import Warn, find_checkpoint, model_of, newest_run, read_release
+from pocketlm.checkpoint import Warn, find_checkpoint, newest_run, read_release
 from pocketlm.errors import UsageError
 from pocketlm.generate import engine
 from pocketlm.generate.engine import Window
@@ -64,7 +64,7 @@ def load(
         raise UsageError(f"dtype {dtype!r}: allowed is {', '.join(get_args(LoadDtype))}")
     path = find_checkpoint(newest_run() if model is None else Path(model), warn)
     release = read_release(path)
-    transformer = model_of(release).to(default_device(), torch.bfloat16 if dtype == "bf16" else None)
+    transformer = release.transformer().to(default_device(), torch.bfloat16 if dtype == "bf16" else None)
     sample = release.sample
     sampling = Sampling(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
     template = release.chat_template is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from corpus.attack import UNFINISHED, Answer, Attack
+from corpus.gguf_files import llama2c_model, llama2c_tokenizer
 from corpus.places import DATA, NEWEST, Place, sign, signers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -37,7 +38,7 @@ def write_shards(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text, a data set, a run of ten steps, its model as others would hand it out, a folder with a .bin alone."""
+    """A text, a data set, a run of ten steps, its model as others would hand it out, models in one file."""
     folder = tmp_path_factory.mktemp("template")
     (folder / "text.txt").write_text(TEXT)
     made = ["data", "prepare", "--source", "files:text.txt", "--tokenizer", "byte", "--out", DATA]
@@ -55,6 +56,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "binary/model.safetensors").unlink()
     shutil.copytree(folder / "binary", folder / "sharded")
     write_shards(folder / "sharded", load_file(folder / "foreign/model.safetensors"))
+    (folder / "llama2c.bin").write_bytes(llama2c_model())
+    (folder / "tokenizer.bin").write_bytes(llama2c_tokenizer())
+    assert main(["export", "gguf", str(folder / NEWEST), "--out", str(folder / "model.gguf")]) == 0
     return folder
 
 

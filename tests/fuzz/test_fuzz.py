@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus.attack import UNFINISHED, Peak
-from corpus.mutate import damaged, mutated_json, mutated_safetensors, mutated_shard, mutated_toml
+from corpus.mutate import damaged, mutated_gguf, mutated_json, mutated_safetensors, mutated_shard, mutated_toml
 from corpus.places import DATA, NEWEST, resealed, sign, signers
 
 from pocketlm import checkpoint, files
@@ -31,6 +31,7 @@ from pocketlm.data.shards import describe, open_dataset
 from pocketlm.disk import Disk
 from pocketlm.errors import PocketError
 from pocketlm.formats import huggingface
+from pocketlm.formats.model_file import read_model_file
 from pocketlm.journal import Journal
 from pocketlm.reading import read_json, verify_folder
 from pocketlm.tensors import read_tensors
@@ -80,6 +81,9 @@ def targets() -> Iterator[Target]:
     yield tree_of("unfinished/piece-00000.json", go_on)
     whole = tomllib.loads(Path(f"{NEWEST}/training/config.toml").read_text())
     yield Target(f"{NEWEST}/training/config.toml", mutated_toml, whole, Config.from_toml)
+    yield bytes_of("model.gguf", mutated_gguf, lambda path: read_model_file(path).tokenizer.encode(SENTENCE))
+    yield bytes_of("llama2c.bin", damaged, read_model_file)
+    yield bytes_of("tokenizer.bin", damaged, lambda path: read_model_file(path.with_name("llama2c.bin")))
     yield bytes_of("run/metrics.jsonl", damaged, Journal.read)
     yield from sources()
 

@@ -60,10 +60,13 @@ ENCODINGS = {
     0: Encoding("F32", 1, 4),
     1: Encoding("F16", 1, 2),
     2: Encoding("Q4_0", 32, 18),
+    3: Encoding("Q4_1", 32, 20),
+    6: Encoding("Q5_0", 32, 22),
+    7: Encoding("Q5_1", 32, 24),
     8: Encoding("Q8_0", 32, 34),
     30: Encoding("BF16", 1, 2),
 }
-OTHERS = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
+OTHERS = {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 """Known by name, and not read."""
 
 Value = bool | int | float | str | list[str] | NDArray[Any]
@@ -125,24 +128,44 @@ def read_tensors(header: Header) -> Iterator[tuple[str, Tensor]]:
             yield name, decoded(cursor.take(place.nbytes), place.encoding.name).view(place.shape)
 
 
+def read_tensor(header: Header, name: str) -> Tensor:
+    """One of them.
+
+    Raises:
+        FileError: as `read_tensors`.
+    """
+    one = Header(header.path, header.fields, {name: header.tensors[name]})
+    ((_, tensor),) = read_tensors(one)
+    return tensor
+
+
 def decoded(data: bytearray, encoding: str) -> Tensor:
     """The numbers stored in `data`, float32, (n,).
 
-    A block of Q8_0 is a scale (float16) and 32 signed bytes; one of Q4_0 a scale and 16 bytes, whose low halves are its
-    first 16 numbers and whose high halves the others, each 8 too large.
+    A block holds 32 numbers: a scale d (float16), in Q4_1 and Q5_1 a least number m (float16), and the numbers q, whole
+    ones of 8, 4 or 5 bits. Four bits of all lie in 16 bytes, whose low halves are the first 16 numbers and whose high
+    halves are the others; the fifth bits lie before them in 4 bytes. What is stored is d (q - z), with z in the middle
+    of what 4 or 5 bits can be, or d q + m.
     """
     if encoding in _PLAIN:
         return torch.frombuffer(data, dtype=_PLAIN[encoding]).float()
     blocks = torch.frombuffer(data, dtype=torch.uint8).view(-1, _BLOCK_BYTES[encoding])
-    scales = blocks[:, :2].contiguous().view(torch.float16).float()  # (blocks, 1)
-    rest = blocks[:, 2:].contiguous()
+    head = 4 if encoding.endswith("_1") else 2
+    scales = blocks[:, :head].contiguous().view(torch.float16).float()  # (blocks, 1), with m (blocks, 2)
     if encoding == "Q8_0":
-        return (rest.view(torch.int8).float() * scales).flatten()
-    halves = torch.cat((rest & 15, rest >> 4), dim=1).float()  # (blocks, 32)
-    return ((halves - 8) * scales).flatten()
+        return (blocks[:, head:].contiguous().view(torch.int8) * scales).flatten()
+    halves = blocks[:, -16:]
+    numbers = torch.cat((halves & 15, halves >> 4), dim=1)  # (blocks, 32)
+    if encoding.startswith("Q5"):
+        fifths = blocks[:, head : head + 4, None] >> torch.arange(8, dtype=torch.uint8) & 1  # (blocks, 4, 8)
+        numbers |= fifths.flatten(1) << 4
+    if head == 4:
+        return (numbers * scales[:, :1] + scales[:, 1:]).flatten()
+    return ((numbers.float() - _MIDDLE[encoding]) * scales).flatten()
 
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_MIDDLE = {"Q4_0": 8, "Q5_0": 16}
 _BLOCK_BYTES = {encoding.name: encoding.block_bytes for encoding in ENCODINGS.values()}
 
 

@@ -20,9 +20,10 @@ from torch import Tensor
 from pocketlm.clashes import problems
 from pocketlm.config import ModelConfig
 from pocketlm.errors import FileError, one_line
-from pocketlm.formats.gguf_file import Header
+from pocketlm.formats.gguf_file import Header, read_tensor
 from pocketlm.formats.huggingface import MAX_LAYERS, tensor_shapes
 from pocketlm.formats.pairs import halves, neighbours
+from pocketlm.model.transformer import Llama3Scaling, llama3_scaled, rotary_frequencies
 from pocketlm.tensors import Shapes
 
 OUTSIDE = {
@@ -44,6 +45,8 @@ INSIDE = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+FACTORS, ORIGINAL_CONTEXT = "rope_freqs.weight", "rope.scaling.original_context_length"
+"""By how much slower each pair of a Llama 3 turns, and in which context it was first trained; low is 1 and high 4."""
 IN_ONE = re.compile(r"(blk\.\d+\.)attn_[qkv]\.(weight|bias)")
 """GPT-2's, which lie above one another in `attn_qkv`."""
 
@@ -51,10 +54,10 @@ Number = int | float
 
 
 _ALL: dict[str, object] = {"block": "sequential", "logit_softcap": None}
-_ROTARY = _ALL | {"position": "rope", "norm": "rms", "mlp": "swiglu", "rope_llama3": None}
+_ROTARY = _ALL | {"position": "rope", "norm": "rms", "mlp": "swiglu"}
 KINDS: dict[str, dict[str, object]] = {
     "llama": _ROTARY | {"qk_norm": False},
-    "qwen3": _ROTARY | {"qk_norm": True, "bias": False},
+    "qwen3": _ROTARY | {"qk_norm": True, "bias": False, "rope_llama3": None},
     "gpt2": _ALL | {"position": "learned", "norm": "layer", "mlp": "gelu", "qk_norm": False, "bias": True},
 }
 """What makes a model one of these."""
@@ -99,19 +102,24 @@ def fields_of(model: ModelConfig, arch: str) -> dict[str, Number]:
             "rope.dimension_count": model.head_dim,
             "rope.freq_base": model.rope_theta,
         }
+        if model.rope_llama3:
+            numbers[ORIGINAL_CONTEXT] = model.rope_llama3[-1]
     return {f"{arch}.{name}": number for name, number in numbers.items()}
 
 
 def tensors_of(model: ModelConfig, arch: str, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a GGUF file, one by one, each made when it is asked for."""
+    if model.rope_llama3:
+        yield FACTORS, _factors(model.head_dim, model.rope_theta, model.rope_llama3)
     for name, ours in _names(model, arch).items():
         parts = [_turned(model, arch, each, weights[each], neighbours) for each in ours]
         yield name, parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def shapes_of(model: ModelConfig, arch: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the GGUF file of a model."""
-    return _their_shapes(model, arch, tensor_shapes(model))
+    """Name and shape of every tensor in the GGUF file of a model, in its order."""
+    factors = {FACTORS: (model.head_dim // 2,)} if model.rope_llama3 else {}
+    return factors | _their_shapes(model, arch, tensor_shapes(model))
 
 
 def model_config(header: Header) -> ModelConfig:
@@ -128,7 +136,7 @@ def model_config(header: Header) -> ModelConfig:
     try:
         model = ModelConfig.model_validate(_model_fields(header, numbers))
     except ValidationError as error:
-        raise FileError(f"{path} is damaged: {problems(error)[0]}") from None
+        raise FileError(f"{path} is damaged: {problems(error)[0].removeprefix(': ')}") from None
     if model.num_hidden_layers > min(MAX_LAYERS, len(header.tensors)):
         raise FileError(f"{path} is damaged: {model.num_hidden_layers:,} layers in {len(header.tensors):,} tensors")
     _check_shapes(header, shapes_of(model, str(arch)))
@@ -139,6 +147,8 @@ def from_tensors(model: ModelConfig, arch: str, theirs: Iterable[tuple[str, Tens
     """The tensors of a GGUF file under our names, in our order of rows."""
     names, weights = _names(model, arch), dict[str, Tensor]()
     for name, tensor in theirs:
+        if name == FACTORS:
+            continue
         parts = tensor.chunk(len(names[name]))
         for ours, part in zip(names[name], parts, strict=True):
             weights[ours] = _turned(model, arch, ours, part, halves)
@@ -223,15 +233,41 @@ def _model_fields(header: Header, numbers: _Numbers) -> dict[str, Any]:
         eps = numbers.get("attention.layer_norm_epsilon")
         return fields | {"position": "learned", "norm": "layer", "mlp": "gelu", "norm_eps": eps}
     theta = numbers.get("rope.freq_base", 10000.0)
-    return fields | {"norm_eps": numbers.get("attention.layer_norm_rms_epsilon"), "rope_theta": theta}
+    fields |= {"norm_eps": numbers.get("attention.layer_norm_rms_epsilon"), "rope_theta": theta}
+    return fields | {"rope_llama3": _scaling(header, numbers, fields["head_dim"], theta)}
+
+
+def _factors(head_dim: int, theta: float, scaling: Llama3Scaling) -> Tensor:
+    """By how much slower each pair turns, (D/2,)."""
+    frequencies = rotary_frequencies(head_dim, theta)
+    return frequencies / llama3_scaled(frequencies, scaling)
+
+
+def _scaling(header: Header, numbers: _Numbers, head_dim: Number, theta: Number) -> Llama3Scaling | None:
+    """Llama 3's scaling, found again from the factors that it gives.
+
+    Raises:
+        FileError: it does not give them.
+    """
+    if FACTORS not in header.tensors:
+        return None
+    given, original = read_tensor(header, FACTORS).flatten(), numbers.get(ORIGINAL_CONTEXT, 8192)
+    fits = len(given) == head_dim / 2 and given.max() > 0 and theta > 0
+    if fits and isinstance(original, int) and original > 0:
+        scaling = (given.max().item(), 1.0, 4.0, original)
+        if torch.allclose(given, _factors(int(head_dim), theta, scaling), rtol=1e-4):
+            return scaling
+    raise FileError(f"{header.path}: scaled rotary positions in {FACTORS}; allowed are those of Llama 3, or plain ones")
 
 
 def _refuse_other_options(header: Header, numbers: _Numbers) -> None:
     """What a file may ask for and our model does not compute."""
     arch, path = numbers.arch, header.path
     scaling = header.fields.get(f"{arch}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in header.tensors:
-        raise FileError(f"{path}: scaled rotary positions ({one_line(str(scaling))}); allowed are plain ones")
+    if scaling != "none":
+        raise FileError(
+            f"{path}: scaled rotary positions ({one_line(str(scaling))}); allowed are Llama 3's, or plain ones"
+        )
     if numbers.get("expert_count", 0):
         raise FileError(f"{path}: a mixture of {numbers.get('expert_count')} experts; allowed is a dense model")
     if numbers.get("attention.sliding_window", 0):

@@ -95,7 +95,7 @@ def _config(path: Path, numbers: tuple[int, ...]) -> ModelConfig:
     try:
         return ModelConfig.model_validate(fields)
     except ValidationError as error:
-        raise FileError(f"{path} is no llama2.c model: {problems(error)[0]}") from None
+        raise FileError(f"{path} is no llama2.c model: {problems(error)[0].removeprefix(': ')}") from None
 
 
 OF_A_LAYER = (

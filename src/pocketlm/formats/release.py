@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pocketlm.config import ModelConfig, SampleConfig
 from pocketlm.formats import huggingface
+from pocketlm.model.transformer import Transformer
 from pocketlm.text.tokenizer import Tokenizer
 
 
@@ -30,6 +32,14 @@ class Release:
     """What ends a text beside the tokenizer's own id, as Instruct models have it."""
     document_masks: bool = False
     """Whether attention and positions began anew at each document in training. No format but our own says so."""
+
+    def transformer(self) -> Transformer:
+        """The model itself, in evaluation mode; its weights are the release's own."""
+        with torch.device("meta"):
+            model = Transformer(self.model)
+        model.load_state_dict(dict(self.weights), assign=True)
+        model.document_end = self.tokenizer.end_id if self.document_masks else None
+        return model.eval().requires_grad_(False)
 
 
 def folder_texts(release: Release) -> dict[str, bytes]:

@@ -263,13 +263,19 @@ def rotary_table(
     Made in fp32 once per forward pass, for all layers, and kept nowhere: a buffer of angles would be rounded with the
     model to bf16, where position 257 is 256.
     """
-    pairs = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim  # (D/2,)
-    frequencies = 1.0 / theta**pairs
+    frequencies = rotary_frequencies(head_dim, theta, positions.device)
     if llama3 is not None:
         frequencies = llama3_scaled(frequencies, llama3)
     angles = torch.outer(positions.float(), frequencies)[:, None]  # (T, 1, D/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+
+
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """By how much each pair turns a token, (D/2,) fp32."""
+    pairs = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    frequencies: Tensor = 1.0 / theta**pairs
+    return frequencies
 
 
 def llama3_scaled(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:

@@ -81,19 +81,19 @@ _AS_IT_STANDS = {"single_word": False, "lstrip": False, "rstrip": False, "normal
 
 
 def _check(pieces: Pieces, vocabulary: Mapping[str, int], kept: int, origin: str) -> None:
+    if not all(map(math.isfinite, pieces.scores)):
+        raise DataError(f"{origin}: a score is no number")
     if len(vocabulary) < kept:
         ((text, _),) = Counter(pieces.texts).most_common(1)
         raise DataError(f"{origin}: the vocabulary has {one_line(text)!r} more than once")
     for text in (pieces.texts[number] for number, kind in enumerate(pieces.kinds) if kind == Kind.BYTE):
         if not BYTE.fullmatch(text):
             raise DataError(f"{origin}: given the byte {one_line(text)!r}; allowed are <0x00> to <0xFF>")
-    if missing := [byte for byte in BYTES if byte not in vocabulary]:
-        raise DataError(f"{origin}: the vocabulary has no {missing[0]}; without all 256 bytes no text is safe")
+    if missing := [piece for piece in (*BYTES, SPACE) if piece not in vocabulary]:
+        raise DataError(f"{origin}: the vocabulary has no {missing[0]}; all 256 bytes and the space must be in it")
     longest = max(vocabulary, key=len)
     if len(longest) > MAX_PIECE_CHARS:
         raise DataError(f"{origin}: a piece has {len(longest):,} characters; allowed are {MAX_PIECE_CHARS}")
-    if not all(map(math.isfinite, pieces.scores)):
-        raise DataError(f"{origin}: a score is no number")
 
 
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}

@@ -206,7 +206,7 @@ def byte_level_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], pr
         "normalizer": None,
         "pre_tokenizer": PRE_TOKENIZERS[pre_tokenizer],
         "post_processor": None,
-        "decoder": _BYTE_LEVEL,
+        "decoder": _BYTE_LEVEL | {"add_prefix_space": True},  # says nothing there, and is what the library writes
         "model": model,
     }
 

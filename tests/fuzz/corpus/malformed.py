@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from corpus.gguf_files import gguf_files, llama2c_files, llama2c_tokenizers
+
 MEBI = 1 << 20
 HUGE = (1 << 63) - 1
 
@@ -42,6 +44,9 @@ def malformed_files() -> list[Malformed]:
         *(Malformed("state, for its dtype", name, make, ignored=True) for name, make in states()),
         *(Malformed("tokenizer", name, make) for name, make in tokenizers()),
         *(Malformed("data set", name, make) for name, make in datasets()),
+        *(Malformed("GGUF", name, make) for name, make in gguf_files()),
+        *(Malformed("llama2.c", name, make) for name, make in llama2c_files()),
+        *(Malformed("tokenizer of llama2.c", name, make) for name, make in llama2c_tokenizers()),
         *others(),
     ]
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import tomli_w
 
+from corpus.gguf_files import F32, TEXT, U32, Listed, Parts, parse
+from corpus.gguf_files import joined as joined_gguf
 from corpus.malformed import joined, split
 
 VALUES: list[Any] = [
@@ -132,6 +134,42 @@ def mutated_safetensors(draw: random.Random, data: bytes) -> bytes:
         one[field], other[field] = other[field], one[field]
         return joined(header, body)
     return damaged(draw, data)
+
+
+def mutated_gguf(draw: random.Random, data: bytes) -> bytes:
+    """A GGUF file with one to three lies in its header."""
+    if draw.random() < 0.2:
+        return damaged(draw, data)
+    parts = parse(data)
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        lie(draw, parts)
+    return joined_gguf(parts, alignment=draw.choice([32, 32, 32, 1]))
+
+
+def lie(draw: random.Random, parts: Parts) -> None:
+    number = draw.choice([0, 1, 2, 7, 31, 33, 255, 1 << 16, 1 << 31, 1 << 32, 1 << 53, 1 << 63, -1, -32])
+    one, (key, value_type, value) = draw.choice(parts.tensors), draw.choice(parts.fields)
+    kind = draw.randrange(9)
+    if kind == 0:
+        setattr(parts, draw.choice(["num_tensors", "num_fields"]), number)
+    elif kind == 1:
+        one.dimensions[draw.randrange(len(one.dimensions))] = number
+    elif kind == 2:
+        one.offset = draw.choice([number, one.offset + 32, one.offset - 32, parts.tensors[0].offset])
+    elif kind == 3:
+        one.kind, one.name = draw.choice([0, 1, 2, 8, 12, 30, 99]), draw.choice([one.name, parts.tensors[0].name])
+    elif kind == 4:
+        draw.shuffle(parts.tensors)
+    elif kind == 5 and isinstance(value, Listed):
+        value.length = draw.choice([number, len(value.values) - 1, len(value.values) + 1])
+    elif kind == 6 and isinstance(value, Listed) and value.kind == TEXT and value.values:
+        value.values[draw.randrange(len(value.values))] = draw.choice(
+            [b"", b"a", b"<0x-1>", b"\xff", b"a b c", b"z" * 4000]
+        )
+    elif value_type == U32:
+        parts.set(key.decode(), U32, abs(number) % (1 << 32))
+    else:
+        parts.set(key.decode(), *draw.choice([(TEXT, b"x"), (U32, 1), (7, True), (F32, float("nan"))]))
 
 
 def mutated_shard(draw: random.Random, data: bytes) -> bytes:

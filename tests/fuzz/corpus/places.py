@@ -49,6 +49,11 @@ PLACES = {
     "data set": Place(f"{DATA}/dataset.json", (["data", "show", DATA], ["verify", DATA])),
     "plan": Place("unfinished/plan.json", (GO_ON,), ignored=True),
     "piece": Place("unfinished/piece-00000.json", (GO_ON,), ignored=True),
+    "GGUF": Place(
+        "model.gguf", (["generate", "model.gguf", "--prompt", "the", "--max-new-tokens", "1"], ["verify", "model.gguf"])
+    ),
+    "llama2.c": Place("llama2c.bin", (["generate", "llama2c.bin", "--prompt", "the"], ["sizes", "llama2c.bin"])),
+    "tokenizer of llama2.c": Place("tokenizer.bin", (["generate", "llama2c.bin", "--prompt", "the"],)),
     "MODEL": Place("hostile.pth", (["generate", "hostile.pth", "--prompt", "the"], ["eval", "hostile.pth"])),
     "--data.tokenizer": Place(
         "hostile.json", (["train", "debug", "--data.tokenizer", "hostile.json", "--out", "new"],)

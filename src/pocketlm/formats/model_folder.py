@@ -1,0 +1,51 @@
+"""A model in a Hugging Face folder, read: ours, or one of the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pocketlm.errors import FileError
+from pocketlm.formats import huggingface, huggingface_weights
+from pocketlm.formats.release import Release
+from pocketlm.reading import read_json, read_text
+from pocketlm.text.tokenizer import load_tokenizer
+
+
+def read_folder(folder: Path) -> Release:
+    """The model in a folder; whether it kept documents apart in training is not said there.
+
+    Raises:
+        FileError: a file is missing, damaged, or of a model that pocketlm does not have.
+        DataError: its tokenizer is of a kind that is not known.
+    """
+    tree = read_json(folder / "config.json")
+    config = huggingface.model_config(tree)
+    weights = huggingface_weights.read_weights(folder, tree, config)
+    file, tokenizer = folder / "generation_config.json", load_tokenizer(str(folder))
+    generation = read_json(file) if file.is_file() else {}
+    return Release(
+        config,
+        weights,
+        tokenizer,
+        huggingface.sample_config(generation),
+        _chat_template(folder),
+        huggingface.end_ids(generation or tree) - {tokenizer.end_id},
+    )
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template in a file of its own, as newer folders have it, or in tokenizer_config.json.
+
+    Raises:
+        FileError: it is no text.
+    """
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return read_text(file)
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):  # several by name
+        defaults = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = defaults[0].get("template") if defaults else None
+    if not isinstance(template, str | None):
+        raise FileError(f"{config} is damaged: its chat_template is no text")
+    return template

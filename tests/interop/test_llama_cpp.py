@@ -1,0 +1,118 @@
+"""llama.cpp opens what we export, gives every text the same ids, and every prompt the same next token.
+
+It is built from its source by `make interop`, in some minutes; without it these tests are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exports import CASES, TEXTS, release
+
+from pocketlm.checkpoint import read_release
+from pocketlm.cli.main import main
+from pocketlm.files import write_file
+from pocketlm.formats.gguf_writer import gguf_bytes
+from pocketlm.formats.release import Release
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not in this .venv; `make interop` builds it there")
+
+pytestmark = pytest.mark.goal("R16")
+
+PROMPTS = 200
+CONTEXT = 32
+APART = {"llama": 1e-4, "qwen3": 1e-4, "gpt2": 5e-3}
+"""By how much logits may differ. llama.cpp looks up its GELU in a table of float16: the likeliest token of a gpt2 may
+be another one where two are as near."""
+ROUNDED = {"F16": 0.01, "BF16": 0.05, "Q8_0": 0.15, "Q5_1": 0.15, "Q4_1": 0.15, "Q4_0": 0.15}
+"""By how much of their size, where weights are rounded: llama.cpp then rounds activations, too, to 16 or 8 bits."""
+
+
+@pytest.fixture(autouse=True)
+def exact_products() -> Iterator[None]:
+    """On one thread: these models are too small for more."""
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(1)
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.set_num_threads(before[1])
+
+
+def opened(path: Path, context: int = CONTEXT) -> Any:
+    """llama.cpp with a model; its cache would be float16 if not asked to be as exact as the file."""
+    sizes = {"n_ctx": context, "n_batch": context, "n_threads": 1}
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "flash_attn": False}
+    return llama_cpp.Llama(str(path), logits_all=True, verbose=True, **sizes, **exact)
+
+
+def last_logits(theirs: Any, ids: list[int]) -> np.ndarray:
+    theirs.reset()
+    theirs.eval(ids)
+    return np.array(theirs.scores[len(ids) - 1])
+
+
+def prompts(made: Release) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(5)
+    ids = made.tokenizer.vocab_size
+    return [torch.randint(ids, (1 + number % 24,), generator=draw).tolist() for number in range(PROMPTS)]
+
+
+def test_there_are_thirty() -> None:
+    assert len(CASES) == 30
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_an_export_is_the_model(name: str, tmp_path: Path) -> None:
+    """In F32 every next token is ours, whatever the case is stored in."""
+    made, path = release(CASES[name]), tmp_path / "model.gguf"
+    write_file(path, gguf_bytes(made, name=name))
+    theirs, ours, tokenizer = opened(path), made.transformer(), made.tokenizer
+    for text in TEXTS:
+        assert theirs.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text), text
+    begin = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
+    assert theirs.tokenize(b"the raven", add_bos=True) == begin + tokenizer.encode("the raven")
+
+    apart = APART[name.split()[0].strip(",")]
+    for prompt in prompts(made):
+        expected, given = ours(torch.tensor([prompt]))[0, -1].numpy(), last_logits(theirs, prompt)
+        behind = expected.max() - expected[given.argmax()]
+        assert behind <= (2 * apart if name.startswith("gpt2") else 0)
+        np.testing.assert_allclose(given, expected, rtol=0, atol=apart)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.type_name != "F32"])
+@torch.no_grad()
+def test_a_rounded_export_is_as_we_read_it(name: str, tmp_path: Path) -> None:
+    case, path = CASES[name], tmp_path / "model.gguf"
+    write_file(path, gguf_bytes(release(case), name=name, type_name=case.type_name))
+    theirs, made = opened(path), read_release(path)
+    ours = made.transformer()
+    for prompt in prompts(made)[:50]:
+        expected, given = ours(torch.tensor([prompt]))[0, -1].numpy(), last_logits(theirs, prompt)
+        assert np.linalg.norm(given - expected) <= ROUNDED[case.type_name] * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("file", ["stories260K.bin", "stories260K.gguf"])
+def test_stories260k_writes_the_same(file: str, shared: Path, tmp_path: Path) -> None:
+    """Imported, exported again, read by llama.cpp: the greedy text of the reference, id by id."""
+    stories = shared / "models/stories260K"
+    reference = json.loads((stories / "reference.json").read_text())
+    assert main(["import", str(stories / file), "--out", str(tmp_path / "imported")]) == 0
+    assert main(["export", "gguf", str(tmp_path / "imported"), "--out", str(tmp_path / "again.gguf")]) == 0
+    theirs = opened(tmp_path / "again.gguf", 512)
+    scored = reference["teacher_forced"]
+    assert theirs.tokenize(scored["text"].encode(), add_bos=True) == scored["ids_with_bos"]
+    ids, written = [1], list[int]()
+    for _ in range(256):
+        theirs.eval(ids)
+        ids = [int(theirs.scores[theirs.n_tokens - 1].argmax())]
+        written += ids
+    assert written == reference["greedy_from_bos"]["ids"]

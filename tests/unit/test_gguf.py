@@ -1,0 +1,235 @@
+"""GGUF files written and read: the `gguf` package's own reader and decoder say whether both are right."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pocketlm.checkpoint import read_release
+from pocketlm.config import Config, ModelConfig, SampleConfig
+from pocketlm.errors import DataError, FileError, UsageError
+from pocketlm.files import write_file
+from pocketlm.formats import gguf_file
+from pocketlm.formats.gguf_model import architecture
+from pocketlm.formats.gguf_writer import TYPES, gguf_bytes
+from pocketlm.formats.pairs import halves, neighbours
+from pocketlm.formats.release import Release
+from pocketlm.model.transformer import allocate
+from pocketlm.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 64,
+    "norm_eps": 1e-5,
+    "rope_theta": 12345.678,
+}
+GPT2 = {"position": "learned", "norm": "layer", "mlp": "gelu", "bias": True, "num_key_value_heads": 4, "head_dim": 16}
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama with biases, untied": LLAMA | {"bias": True, "tie_word_embeddings": False},
+    "llama 3": LLAMA | {"rope_llama3": (8.0, 1.0, 4.0, 512)},
+    "qwen3": LLAMA | {"qk_norm": True},
+    "gpt2": LLAMA | GPT2 | {"rope_theta": 10000.0},
+}
+
+
+def release(fields: dict[str, Any], tokenizer: Tokenizer | None = None, template: str | None = None) -> Release:
+    config = ModelConfig.model_validate(fields)
+    model = allocate(config)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(generator=draw)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    return Release(config, weights, tokenizer or byte_tokenizer(), chat_template=template)
+
+
+def written(path: Path, made: Release, type_name: str = "F32") -> gguf.GGUFReader:
+    write_file(path, gguf_bytes(made, name="a model", type_name=type_name))
+    return gguf.GGUFReader(path)
+
+
+def fields_of(reader: gguf.GGUFReader) -> dict[str, Any]:
+    return {name: one.contents() for name, one in reader.fields.items()}
+
+
+# --- there and back
+
+
+@pytest.mark.goal("R16")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_reads_back(kind: str, tmp_path: Path) -> None:
+    made = replace(
+        release(KINDS[kind], template="{{ messages }}"),
+        sample=SampleConfig(temperature=0.25, top_k=7, top_p=0.75),
+        other_end_ids=frozenset([10]),
+    )
+    written(tmp_path / "a.gguf", made)
+    again = read_release(tmp_path / "a.gguf")
+    assert again.model == made.model
+    assert again.weights.keys() == made.weights.keys()
+    assert all(torch.equal(again.weights[name], weight) for name, weight in made.weights.items())
+    assert again.tokenizer.token_bytes == made.tokenizer.token_bytes
+    assert (again.tokenizer.end_token, again.tokenizer.end_id) == ("<|endoftext|>", 256)
+    assert (again.sample, again.other_end_ids) == (made.sample, made.other_end_ids)
+    assert again.chat_template == "{{ messages }}"
+
+
+def test_equal_models_make_equal_files(tmp_path: Path) -> None:
+    first, second = (b"".join(map(bytes, gguf_bytes(release(LLAMA), name="a"))) for _ in range(2))
+    assert first == second
+    assert len(first) % 32 == 0
+
+
+def test_the_fields_are_llama_cpps(tmp_path: Path) -> None:
+    fields = fields_of(written(tmp_path / "a.gguf", release(LLAMA)))
+    assert fields["general.architecture"] == "llama"
+    assert fields["general.name"] == "a model"
+    assert (fields["general.file_type"], fields["general.quantization_version"]) == (0, 2)
+    assert fields["llama.block_count"] == 2
+    assert fields["llama.vocab_size"] == 300
+    assert (fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]) == (4, 2)
+    assert fields["llama.attention.key_length"] == fields["llama.rope.dimension_count"] == 24
+    assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    assert fields["llama.rope.freq_base"] == pytest.approx(12345.678)
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert len(fields["tokenizer.ggml.tokens"]) == len(set(fields["tokenizer.ggml.tokens"])) == 300
+    assert fields["tokenizer.ggml.token_type"] == [1] * 256 + [3] + [5] * 43
+    assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.eos_token_id"] == 256
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_pairs_of_a_llama_are_neighbours_and_of_a_qwen3_halves(tmp_path: Path) -> None:
+    """The score of a query and a key, both turned as each side turns them, is the same: so it is the same model."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64)  # 3 heads of 8
+    angles = torch.tensor([0.3, 1.0, 2.0, 0.1], dtype=torch.float64)
+
+    def by_halves(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), -1)
+
+    def by_neighbours(x: Tensor) -> Tensor:
+        a, b = x[..., ::2], x[..., 1::2]
+        turned = torch.stack((a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()), -1)
+        return turned.flatten(-2)
+
+    here = (by_halves(q) * k).sum(-1)
+    there = (by_neighbours(neighbours(q.flatten(), 3).view(3, 8)) * neighbours(k.flatten(), 3).view(3, 8)).sum(-1)
+    torch.testing.assert_close(here, there)
+
+    for kind, turn in (("llama", neighbours), ("qwen3", lambda weight, heads: weight)):
+        made = release(KINDS[kind])
+        tensors = {tensor.name: tensor.data for tensor in written(tmp_path / f"{kind}.gguf", made).tensors}
+        for projection, heads in (("q", 4), ("k", 2), ("v", None)):
+            weight = made.weights[f"model.layers.1.self_attn.{projection}_proj.weight"]
+            expected = turn(weight, heads) if heads else weight
+            assert np.array_equal(tensors[f"blk.1.attn_{projection}.weight"], expected.numpy())
+            assert not heads or torch.equal(halves(neighbours(weight, heads), heads), weight)
+
+
+# --- rounded
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_rounded_weights_are_read_as_the_package_reads_them(type_name: str, tmp_path: Path) -> None:
+    made = release(KINDS["qwen3"] | {"tie_word_embeddings": False})
+    reader = written(tmp_path / "a.gguf", made, type_name)
+    ours = dict(gguf_file.read_tensors(gguf_file.read_header(tmp_path / "a.gguf")))
+    types = {}
+    for tensor in reader.tensors:
+        theirs = gguf.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(ours[tensor.name].numpy(), theirs.reshape(ours[tensor.name].shape)), tensor.name
+        types[tensor.name] = tensor.tensor_type.name
+    blocks = type_name.startswith("Q")
+    assert types["blk.0.attn_norm.weight"] == types["blk.0.attn_q_norm.weight"] == "F32"
+    assert types["blk.0.attn_q.weight"] == type_name
+    assert types["blk.0.ffn_down.weight"] == ("F16" if blocks else type_name)  # 80 is no multiple of 32
+    assert types["token_embd.weight"] == types["output.weight"] == ("Q8_0" if blocks else type_name)
+    step = {"F32": 0, "F16": 2**-10, "BF16": 2**-7, "Q8_0": 1 / 127, "Q5_1": 1 / 8, "Q5_0": 1 / 8, "Q4_1": 1 / 4}
+    weight, again = made.weights["model.layers.0.mlp.up_proj.weight"], ours["blk.0.ffn_up.weight"]
+    assert (weight - again).abs().max() <= step.get(type_name, 1 / 4) * weight.abs().max()
+
+
+def test_a_weight_that_does_not_fit_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
+    made = release(LLAMA)
+    made.weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 70000.0
+    with pytest.raises(FileError, match=r"blk\.0\.ffn_up\.weight has a weight of 70000, too large for F16"):
+        write_file(tmp_path / "a.gguf", gguf_bytes(made, name="a", type_name="F16"))
+    assert list(tmp_path.iterdir()) == []
+    written(tmp_path / "a.gguf", made, "BF16")
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"block": "parallel"}, "block parallel"),
+        ({"mlp": "relu2"}, "mlp relu2"),
+        ({"logit_softcap": 15.0}, "logit_softcap 15.0"),
+        ({"position": "learned"}, "position learned"),
+        ({"qk_norm": True, "bias": True}, "qk_norm True"),
+        ({"qk_norm": True, "rope_llama3": (8.0, 1.0, 4.0, 512)}, "qk_norm True"),
+        (GPT2 | {"bias": False}, "bias False"),
+        (GPT2 | {"num_key_value_heads": 2}, "num_key_value_heads 2"),
+        (GPT2 | {"head_dim": 24}, "head_dim 24"),
+    ],
+    ids=str,
+)
+def test_no_architecture_no_file(fields: dict[str, Any], words: str) -> None:
+    assert architecture(ModelConfig.model_validate(LLAMA | fields)) is None
+    with pytest.raises(FileError) as refusal:
+        gguf_bytes(release(LLAMA | fields), name="a")
+    assert f"no architecture for a model with {words}" in str(refusal.value)
+    assert "pocketlm train debug" in str(refusal.value)
+
+
+def test_the_preset_that_would_do_is_the_nearest() -> None:
+    model = Config.preset("smallm").model
+    with torch.device("meta"):
+        weights = {"w": torch.empty(1)}
+    with pytest.raises(FileError, match=r"with block parallel, position learned; the nearest preset .* smollm2-135m"):
+        gguf_bytes(Release(model, weights, byte_tokenizer()), name="smallm")
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K_M", "F64", ""])
+def test_types_that_there_are_not(type_name: str) -> None:
+    with pytest.raises(UsageError, match="allowed are F32, F16, BF16, Q8_0"):
+        gguf_bytes(release(LLAMA), name="a", type_name=type_name)
+
+
+def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused() -> None:
+    tree = json.loads(byte_tokenizer().to_json())
+    tree["pre_tokenizer"]["add_prefix_space"] = True
+    with pytest.raises(DataError, match=r"llama\.cpp has no name for the way this tokenizer cuts text"):
+        gguf_bytes(release(LLAMA, Tokenizer(json.dumps(tree))), name="a")
+
+
+# --- a vocabulary of llama.cpp's own
+
+
+def test_gpt2s_vocabulary_has_gpt2s_ids(shared: Path) -> None:
+    from pocketlm.formats.gguf_tokenizer import tokenizer_in
+
+    tokenizer = tokenizer_in(gguf_file.read_header(shared / "models/gguf/ggml-vocab-gpt-2.gguf"))
+    inputs = (shared / "tokenizers/gpt2/llamacpp-vectors.inp").read_text().split("\n__ggml_vocab_test__\n")
+    outputs = (shared / "tokenizers/gpt2/llamacpp-vectors.out").read_text().splitlines()
+    for text, ids in zip(inputs, outputs, strict=False):
+        assert tokenizer.encode(text) == [int(number) for number in ids.split()]
+    assert tokenizer.fingerprint == load_tokenizer(str(shared / "tokenizers/gpt2")).fingerprint
