@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -17,7 +18,8 @@ from pocketlm.evaluate.source import ArrayStream, encode_documents
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import allocate
 from pocketlm.text.documents import Document
-from pocketlm.text.tokenizer import load_tokenizer
+from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
+from pocketlm.text.tokenizer_json import with_begin
 
 
 def test_bits_per_byte_by_hand() -> None:
@@ -42,6 +44,18 @@ def test_every_token_but_the_first_is_scored_once(num_tokens: int, context: int,
         if window.start:  # each of these has at least context - stride tokens before it
             assert window.skip == context - stride
     assert scored == list(range(1, num_tokens))
+
+
+@pytest.mark.parametrize(("begin", "expected"), [(None, "ab.c."), (257, "^ab.^c."), (256, "ab.c.")])
+def test_what_a_model_wants_before_a_text_stands_before_each(begin: int | None, expected: str) -> None:
+    tree = load_tokenizer("byte").tree
+    added = [*tree["added_tokens"], tree["added_tokens"][0] | {"id": 257, "content": "<s>"}]
+    tree = tree | {"added_tokens": added}
+    if begin is not None:
+        tree = with_begin(tree, "<s>" if begin == 257 else "<|endoftext|>", begin)
+    tokenizer = Tokenizer(json.dumps(tree), "<|endoftext|>")
+    tokens = encode_documents([Document(text=text, name="x") for text in ("ab", "c")], tokenizer)
+    assert tokens.tolist() == [{".": 256, "^": 257}.get(letter, ord(letter)) for letter in expected]
 
 
 @pytest.mark.parametrize("stride", [32, 10, 1])

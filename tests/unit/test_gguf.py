@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.checkpoint import read_release
-from pocketlm.config import Config, ModelConfig
+from pocketlm.config import Config, ModelConfig, SampleConfig
 from pocketlm.errors import DataError, FileError, UsageError
 from pocketlm.files import write_file
 from pocketlm.formats import gguf_file
@@ -72,7 +73,11 @@ def fields_of(reader: gguf.GGUFReader) -> dict[str, Any]:
 @pytest.mark.goal("R16")
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_written_reads_back(kind: str, tmp_path: Path) -> None:
-    made = release(KINDS[kind], template="{{ messages }}")
+    made = replace(
+        release(KINDS[kind], template="{{ messages }}"),
+        sample=SampleConfig(temperature=0.25, top_k=7, top_p=0.75),
+        other_end_ids=frozenset([10]),
+    )
     written(tmp_path / "a.gguf", made)
     again = read_release(tmp_path / "a.gguf")
     assert again.model == made.model
@@ -80,6 +85,7 @@ def test_what_is_written_reads_back(kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(again.weights[name], weight) for name, weight in made.weights.items())
     assert again.tokenizer.token_bytes == made.tokenizer.token_bytes
     assert (again.tokenizer.end_token, again.tokenizer.end_id) == ("<|endoftext|>", 256)
+    assert (again.sample, again.other_end_ids) == (made.sample, made.other_end_ids)
     assert again.chat_template == "{{ messages }}"
 
 

@@ -20,7 +20,7 @@ from pocketlm.formats.hub_model import fetch_model, is_hub_id
 from pocketlm.formats.huggingface import config_json
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import allocate
-from pocketlm.text.tokenizer import byte_tokenizer
+from pocketlm.text.tokenizer import byte_tokenizer, load_tokenizer
 from stand_in import StandIn, standing_in
 
 CONFIG = Config.preset("debug")
@@ -90,6 +90,7 @@ def test_all_files_are_of_one_commit(hub: StandIn) -> None:
     assert first_weight(f"someone/model@{old}") == first
     assert first_weight("someone/model") == first, "what is in the cache is taken"
     assert first_weight(f"someone/model@{repository.main}") != first
+    assert load_tokenizer(f"someone/model@{old}").fingerprint == byte_tokenizer().fingerprint
 
 
 def test_sizes_fetches_no_weights(hub: StandIn, capsys: pytest.CaptureFixture[str]) -> None:

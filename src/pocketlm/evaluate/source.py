@@ -164,10 +164,14 @@ def _data_settings(checkpoint: Path) -> DataConfig:
 
 
 def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents' tokens in a line, each document followed by the end-of-text id, as in training."""
-    end = np.array([tokenizer.end_id])
+    """All documents' tokens in a line, each document followed by the end-of-text id, as in training.
+
+    A model of others that wants another token before a text gets it before each.
+    """
+    begin_id, end_id = tokenizer.begin_id, tokenizer.end_id
+    begin, end = np.array([] if begin_id in (None, end_id) else [begin_id], dtype=np.int64), np.array([end_id])
     texts = [document.text for document in documents]
-    return np.concatenate([part for ids in tokenizer.encode_batch(texts) for part in (ids, end)] or [end[:0]])
+    return np.concatenate([part for ids in tokenizer.encode_batch(texts) for part in (begin, ids, end)] or [end[:0]])
 
 
 def first_tokens(documents: Iterable[Document], tokenizer: Tokenizer, enough: int) -> np.ndarray:

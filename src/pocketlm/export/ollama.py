@@ -74,7 +74,9 @@ def modelfile(release: Release) -> str:
         FileError: a chat template that has no words here.
     """
     chat = _chat(release.chat_template)
-    stops = dict.fromkeys([*(chat.stops if chat else ()), release.tokenizer.end_token])
+    texts = {number: text for text, number in release.tokenizer.special_tokens.items()}
+    others = [texts[number] for number in sorted(release.other_end_ids) if number in texts]
+    stops = dict.fromkeys([*(chat.stops if chat else ()), release.tokenizer.end_token, *others])
     sample = release.sample
     parameters = {
         "num_ctx": release.model.max_position_embeddings,

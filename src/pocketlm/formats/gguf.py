@@ -1,19 +1,23 @@
-"""A model in a GGUF file, read: its architecture, weights, tokenizer and chat template."""
+"""A model in a GGUF file, read: its architecture, weights, tokenizer, chat template and sampling."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
-from pocketlm.config import ModelConfig
+from pocketlm.clashes import problems
+from pocketlm.config import ModelConfig, SampleConfig
 from pocketlm.errors import FileError
 from pocketlm.formats import gguf_model
 from pocketlm.formats.gguf_file import Header, read_header, read_tensors
-from pocketlm.formats.gguf_tokenizer import tokenizer_in
+from pocketlm.formats.gguf_tokenizer import eot_id, tokenizer_in
 from pocketlm.formats.release import Release
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
+SAMPLING = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p"}
+"""Ours, and what stands behind `general.sampling.` in a file."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -28,13 +32,16 @@ def read_gguf(path: Path) -> Release:
     """
     header = read_header(path)
     model = gguf_model.model_config(header)
+    sample, template = _sample(header), _chat_template(header)
     tokenizer = tokenizer_in(header)
+    eot = eot_id(header)
+    others = frozenset() if eot in (None, tokenizer.end_id) else frozenset([eot])
     arch = str(header.fields["general.architecture"])
     weights = gguf_model.from_tensors(model, arch, read_tensors(header))
     if HEAD in weights and torch.equal(weights[HEAD], weights[EMBEDDING]):
         del weights[HEAD]
         model = model.model_copy(update={"tie_word_embeddings": True})
-    return Release(model, weights, tokenizer, chat_template=_chat_template(header))
+    return Release(model, weights, tokenizer, sample, template, others)
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -44,6 +51,20 @@ def read_config(path: Path) -> ModelConfig:
         FileError: as `read_gguf`.
     """
     return gguf_model.model_config(read_header(path))
+
+
+def sampling_fields(sample: SampleConfig) -> dict[str, int | float]:
+    """How a model speaks, as a file says it; llama.cpp would cut off unlikely tokens if not told otherwise."""
+    ours = {f"general.sampling.{theirs}": getattr(sample, name) for name, theirs in SAMPLING.items()}
+    return ours | {"general.sampling.min_p": 0.0}
+
+
+def _sample(header: Header) -> SampleConfig:
+    fields = {name: header.fields.get(f"general.sampling.{theirs}") for name, theirs in SAMPLING.items()}
+    try:
+        return SampleConfig.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise FileError(f"{header.path} is damaged: {problems(error)[0]}") from None
 
 
 def _chat_template(header: Header) -> str | None:

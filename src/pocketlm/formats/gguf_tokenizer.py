@@ -78,6 +78,17 @@ def tokenizer_in(header: Header) -> Tokenizer:
     raise DataError(f"{origin} is of the kind {one_line(repr(fields.get('model')))[:60]}; allowed are llama and gpt2")
 
 
+def eot_id(header: Header) -> int | None:
+    """What ends a turn, of a model that converses; None if the file does not say.
+
+    Raises:
+        DataError: it is no id of the vocabulary.
+    """
+    tokens, name = header.fields.get(f"{KEY}tokens"), "eot_token_id"
+    fields = {name: header.fields[KEY + name]} if KEY + name in header.fields else {}
+    return _id(fields, name, tokens if isinstance(tokens, list) else [], f"{header.path}: its tokenizer")
+
+
 # --- SentencePiece
 
 

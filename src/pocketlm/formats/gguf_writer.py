@@ -4,10 +4,9 @@ The package packs the header and rounds the weights; it opens no file: the piece
 so the file appears whole or not at all, and no more than one tensor is in memory twice. It is an extra: importing this
 file without it is refused.
 
-Norms and biases stay float32, as in llama.cpp's own files; what does not divide into blocks is
-F16 where the rest is in blocks.
-The embedding and the head are stored in 8 bits where the rest has fewer: a small model is mostly these, and every token
-goes through both.
+Norms and biases stay float32, as in llama.cpp's own files; where the rest is in blocks, what does not divide into them
+is float16. The embedding and the head are stored in 8 bits where the rest has fewer: a small model is mostly these, and
+every token goes through both.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from pocketlm.config import Config, ModelConfig
 from pocketlm.errors import FileError, UsageError
-from pocketlm.formats import gguf_model, gguf_tokenizer
+from pocketlm.formats import gguf, gguf_model, gguf_tokenizer
 from pocketlm.formats.gguf_file import ALIGNMENT
 from pocketlm.formats.release import Release
 from pocketlm.model.sizes import parameters
@@ -70,9 +69,11 @@ def gguf_bytes(release: Release, *, name: str, type_name: str = "F32") -> Iterat
         raise UsageError(_no_type(type_name))
     arch = architecture_of(release.model)
     writer = GGUFWriter(None, arch)
-    _add_fields(writer, {"general.name": name})
+    _add_fields(writer, {"general.name": name, **gguf.sampling_fields(release.sample)})
     _add_fields(writer, gguf_model.fields_of(release.model, arch))
     _add_fields(writer, gguf_tokenizer.fields_of(release.tokenizer, release.model.vocab_size))
+    for end_id in sorted(release.other_end_ids)[:1]:  # there is room for one, beside those that llama.cpp knows by name
+        writer.add_eot_token_id(end_id)
     if release.chat_template:
         writer.add_chat_template(release.chat_template)
     writer.add_file_type(LlamaFileType["ALL_F32" if type_name == "F32" else f"MOSTLY_{type_name}"])

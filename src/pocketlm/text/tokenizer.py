@@ -50,7 +50,7 @@ from pocketlm.text.tokenizer_json import (
     without_cutting,
 )
 
-SPECS = "gpt2 | byte | bpe:SIZE | a tokenizer.json or its folder | a Hub id OWNER/NAME"
+SPECS = "gpt2 | byte | bpe:SIZE | a tokenizer.json or its folder | a Hub id OWNER/NAME[@REVISION]"
 BYTE_TOKENS = 256
 
 # The files behind tiktoken's "gpt2", as tiktoken_ext/openai_public.py names and hashes them.
@@ -281,7 +281,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         raise DataError(f"tokenizer {spec!r} is trained on text; give a trained one by --data.tokenizer PATH")
     if os.path.exists(path):  # Path.exists raises for a name that is too long
         return _from_path(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", spec) and path.suffix != ".json":
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@\S+)?", spec) and path.suffix != ".json":
         return _from_hub(spec)
     raise DataError(f"no tokenizer {spec!r}; allowed is {SPECS}")
 
@@ -330,14 +330,15 @@ def _eos_token(config: Path) -> str | None:
     return token
 
 
-def _from_hub(repository: str) -> Tokenizer:
+def _from_hub(spec: str) -> Tokenizer:
     from pocketlm.text.hub_file import hub_file  # its client takes a while to import
 
-    file = hub_file(repository, "tokenizer.json", instead=_LOCAL)
+    repository, _, revision = spec.partition("@")
+    file = hub_file(repository, "tokenizer.json", instead=_LOCAL, revision=revision or None)
     if file is None:
         raise DataError(f"{repository} on the Hub has no tokenizer.json; {_LOCAL}")
-    config = hub_file(repository, "tokenizer_config.json", instead=_LOCAL)
-    return Tokenizer(_read(file), _eos_token(config) if config else None, repository)
+    config = hub_file(repository, "tokenizer_config.json", instead=_LOCAL, revision=revision or None)
+    return Tokenizer(_read(file), _eos_token(config) if config else None, spec)
 
 
 _LOCAL = "give a local tokenizer.json by --data.tokenizer PATH"
