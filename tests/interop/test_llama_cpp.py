@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from exports import CASES, TEXTS, release
+from exports import CASES, LLAMA, TEXTS, Case, release
 
 from pocketlm.checkpoint import read_release
 from pocketlm.cli.main import main
 from pocketlm.files import write_file
 from pocketlm.formats.gguf_writer import gguf_bytes
 from pocketlm.formats.release import Release
+from pocketlm.text.tokenizer import load_tokenizer
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp is not in this .venv; `make interop` builds it there")
 
@@ -116,3 +118,18 @@ def test_stories260k_writes_the_same(file: str, shared: Path, tmp_path: Path) ->
         ids = [int(theirs.scores[theirs.n_tokens - 1].argmax())]
         written += ids
     assert written == reference["greedy_from_bos"]["ids"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "smollm2"])
+def test_released_tokenizers_give_the_same_ids(name: str, shared: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(shared / "tokenizers" / name))
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": tokenizer.vocab_size}
+    case = Case(LLAMA | small)
+    write_file(tmp_path / "a.gguf", gguf_bytes(replace(release(case), tokenizer=tokenizer), name=name))
+    theirs = llama_cpp.Llama(str(tmp_path / "a.gguf"), vocab_only=True, verbose=True)
+    vectors = (shared / "tokenizers/test_vectors.jsonl").read_text().split("\n")
+    texts = [*TEXTS, *(json.loads(line)["text"] for line in vectors if line)]
+    texts += (shared / "tokenizers/gpt2/llamacpp-vectors.inp").read_text().split("\n__ggml_vocab_test__\n")
+    for text in texts:
+        if "\0" not in text:  # at which llama.cpp's Python binding ends a text
+            assert theirs.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text), text

@@ -22,6 +22,7 @@ from pocketlm.generate import engine
 from pocketlm.generate.sampling import Sampling
 from pocketlm.model.transformer import Transformer
 from pocketlm.text.tokenizer import Tokenizer, train_tokenizer
+from pocketlm.text.tokenizer_json import with_begin
 from pocketlm.toml_trees import preset_names
 from pocketlm.training import resolve
 
@@ -123,6 +124,16 @@ def test_there_and_back(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None
     assert reader(plain)["input_ids"] == tokenizer.encode(plain)
     assert reader.decode(tokenizer.encode(plain), clean_up_tokenization_spaces=False) == plain
     assert reader.eos_token_id == tokenizer.end_id
+
+
+def test_a_token_that_begins_a_text_is_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As Llamas have it: in transformers it comes by itself, here `generate` puts it there."""
+    llama = Tokenizer(json.dumps(with_begin(tokenizer.tree, "<|endoftext|>", 0)))
+    config = CASES["multi-query"][1]
+    write_hub_folder(tmp_path / "out", Release(config, random_model(config).state_dict(), llama))
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert reader("3 ravens")["input_ids"] == [0, *tokenizer.encode("3 ravens")]
+    assert pocketlm.load(tmp_path / "out").tokenizer.begin_id == 0
 
 
 def test_its_code_is_not_run_unless_it_is_trusted(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from exact import assert_as_exact_as
 from safetensors.torch import load_file, save_file
 
 import pocketlm
+from pocketlm.cli.main import main
 from pocketlm.errors import FileError
 from pocketlm.text.tokenizer import byte_tokenizer
 
@@ -123,6 +124,18 @@ def test_what_older_files_hold_beside_their_weights(family: str, tmp_path: Path,
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(FileError, match=r"lm_head\.weight is not the embedding"):
         pocketlm.load(tmp_path)
+
+
+def test_what_ends_a_text_is_in_its_generation_settings(tmp_path: Path) -> None:
+    random_theirs("SmolLM2").save_pretrained(tmp_path)
+    add_tokenizer(tmp_path)
+    assert pocketlm.load(tmp_path).other_end_ids == set()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [256, 7, 9], "top_k": 3, "do_sample": true}')
+    speaker = pocketlm.load(tmp_path)
+    assert (speaker.other_end_ids, speaker.sampling.top_k) == ({7, 9}, 3)
+    assert main(["export", "hf", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (theirs.eos_token_id, theirs.top_k) == ([256, 7, 9], 3)
 
 
 def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:

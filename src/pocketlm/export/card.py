@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pocketlm import checkpoint
 from pocketlm.config import Config, DataConfig
-from pocketlm.errors import DataError, UsageError, one_line
+from pocketlm.errors import DataError, FileError, UsageError, one_line
 from pocketlm.field_types import Dtype
-from pocketlm.formats.hub_model import ID
+from pocketlm.formats.hub_model import is_hub_id
 from pocketlm.formats.release import Release
 from pocketlm.model.sizes import parameters
 from pocketlm.text.hub_names import Address
@@ -67,12 +67,14 @@ def story_of(path: Path) -> tuple[Story, int] | None:
     """The run that a checkpoint lies in, as far as it, and the tokens that it had seen; None for any other model.
 
     Raises:
-        FileError: a file of the run is damaged.
+        FileError: its state, or a file of the run, is damaged.
     """
     if not (path / checkpoint.STATE).is_file():
         return None
     state, run = checkpoint.read_state(path), path.resolve().parent.parent
-    step, tokens = int(state["step"]), int(state["tokens"])
+    step, tokens = state.get("step"), state.get("tokens")
+    if type(step) is not int or type(tokens) is not int:
+        raise FileError(f"{path / checkpoint.STATE} is damaged: it does not say at which step it is")
     if (run / "config.toml").is_file() and (run / "metrics.jsonl").is_file():
         story = read_story(run)
     else:
@@ -95,8 +97,8 @@ def _head(subject: Subject) -> Iterator[str]:
     if subject.story and (datasets := _datasets(subject.story.config.data)):
         fields["datasets"] = datasets
     begun = subject.story.config.init.model if subject.story else None
-    if begun and (match := ID.fullmatch(begun)) and not Path(begun).exists():
-        fields["base_model"] = match["repo"]
+    if begun and is_hub_id(begun):
+        fields["base_model"] = begun.partition("@")[0]
     yield "---"
     for name, value in fields.items():
         yield f"{name}: {json.dumps(value)}"

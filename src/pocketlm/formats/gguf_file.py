@@ -69,7 +69,18 @@ ENCODINGS = {
 OTHERS = {9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"}
 """Known by name, and not read."""
 
-Value = bool | int | float | str | list[str] | NDArray[Any]
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Numbers:
+    """A list of numbers; it equals nothing, where an array would ask which of them."""
+
+    values: NDArray[Any]
+
+    def __repr__(self) -> str:
+        return f"a list of {len(self.values):,} numbers"
+
+
+Value = bool | int | float | str | list[str] | Numbers
 
 
 @dataclass(frozen=True)
@@ -245,7 +256,7 @@ def _value(cursor: _Cursor, key: str) -> Value | None:
     kind, length = cursor.number("I"), cursor.number("Q")
     if kind in NUMBERS:
         data = cursor.take(length * struct.calcsize("<" + NUMBERS[kind]))
-        return np.frombuffer(data, dtype=np.dtype("<" + NUMBERS[kind]))
+        return Numbers(np.frombuffer(data, dtype=np.dtype("<" + NUMBERS[kind])))
     if kind != TEXT:
         raise FileError(f"{cursor.path} is damaged: {one_line(key)} is a list of type {kind}")
     return _texts(cursor, key, length)

@@ -263,6 +263,8 @@ def _scaling(header: Header, numbers: _Numbers, head_dim: Number, theta: Number)
 def _refuse_other_options(header: Header, numbers: _Numbers) -> None:
     """What a file may ask for and our model does not compute."""
     arch, path = numbers.arch, header.path
+    if header.fields.get("split.count", 1) not in (0, 1):
+        raise FileError(f"{path} is one of several parts; llama.cpp joins them: llama-gguf-split --merge FIRST WHOLE")
     scaling = header.fields.get(f"{arch}.rope.scaling.type", "none")
     if scaling != "none":
         raise FileError(

@@ -13,10 +13,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from pocketlm.errors import DataError, FileError, one_line
-from pocketlm.formats.gguf_file import Header, Value
+from pocketlm.formats.gguf_file import Header, Numbers, Value
 from pocketlm.text.sentencepiece import Kind, Pieces, pieces_of, tokenizer_of
 from pocketlm.text.tokenizer import Tokenizer
 from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, byte_level_bpe, with_begin
@@ -176,9 +174,9 @@ def _numbers(fields: Mapping[str, Value], name: str, length: int, *, default: An
     values = fields.get(name)
     if values is None and default is not None:
         return [default] * length
-    if not isinstance(values, np.ndarray) or len(values) != length:
+    if not isinstance(values, Numbers) or len(values.values) != length:
         raise FileError(f"{origin} has {length:,} tokens, and not as many numbers in {KEY}{name}")
-    return [number.item() for number in values]
+    return [number.item() for number in values.values]
 
 
 def _id(fields: Mapping[str, Value], name: str, tokens: Sequence[str], origin: str) -> int | None:

@@ -82,6 +82,7 @@ def put_rows(table: Tensor, old: Tensor, source: Tensor) -> None:
     Args:
         source: (rows,) int64: which old row each row gets; -1 for the mean of all, added to what stands there.
     """
+    old, source = old.to(table.device), source.to(table.device)
     new = source < 0
     fresh = table[new] + old.mean(0)
     table.copy_(old[source.clamp(min=0)])

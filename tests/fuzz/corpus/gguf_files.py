@@ -255,6 +255,12 @@ def _numbers() -> Iterator[tuple[str, Make]]:
     }.items():
         for value in values:
             yield f"{key} is {value}", to(f"llama.{key}", U32, value)
+    yield "one part of several", to("split.count", 2, 3)
+    for key in (
+        *("general.architecture", "general.alignment", "split.count", "llama.rope.scaling.type"),
+        *(f"tokenizer.ggml.{name}" for name in ("model", "pre", "eos_token_id", "eot_token_id")),
+    ):
+        yield f"{key} is a list of two", to(key, LIST, Listed(U32, [1, 2]))
     yield "a number of heads for each layer", to("llama.attention.head_count", LIST, Listed(U32, [2, 2]))
     yield "a number that is text", to("llama.block_count", TEXT, b"2")
     yield "a number that is true", to("llama.block_count", 7, True)

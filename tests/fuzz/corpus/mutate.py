@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from corpus.gguf_files import F32, TEXT, U32, Listed, Parts, parse
+from corpus.gguf_files import F32, LIST, TEXT, U32, Listed, Parts, parse
 from corpus.gguf_files import joined as joined_gguf
 from corpus.malformed import joined, split
 
@@ -169,7 +169,9 @@ def lie(draw: random.Random, parts: Parts) -> None:
     elif value_type == U32:
         parts.set(key.decode(), U32, abs(number) % (1 << 32))
     else:
-        parts.set(key.decode(), *draw.choice([(TEXT, b"x"), (U32, 1), (7, True), (F32, float("nan"))]))
+        kind = draw.choice([U32, F32, TEXT])
+        lists = (LIST, Listed(kind, [b"a", b"b"] if kind == TEXT else [1, 2]))
+        parts.set(key.decode(), *draw.choice([(TEXT, b"x"), (U32, 1), (7, True), (F32, float("nan")), lists]))
 
 
 def mutated_shard(draw: random.Random, data: bytes) -> bytes:
