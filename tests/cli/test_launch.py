@@ -155,12 +155,14 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
     assert it.end()[::2] == (143, "pocketlm: stopped by SIGTERM\n")
 
 
-def test_a_signal_before_the_ranks_can_hear_it_starts_nothing_anew(tmp_path: Path) -> None:
-    """They die of it, as a Python does that is just coming up, and torchrun takes that for a crash."""
+def test_a_signal_before_the_ranks_can_hear_it_ends_them_all(tmp_path: Path) -> None:
+    """They die of it, as a Python does that is just coming up, and torchrun takes that for a crash: what it starts anew
+    is ended, too, though it may have come to say so."""
     it = Launched.program(tmp_path / "run", "fresh,fresh", "wait,wait", max_restarts=1)
     it.until(is_there, times=2)
     it.process.send_signal(TERM)
-    assert it.end()[::2] == (143, "pocketlm: stopped by SIGTERM\n")
+    code, _, said = it.end()
+    assert (code, said.splitlines()[-1]) == (143, "pocketlm: stopped by SIGTERM")
 
 
 @pytest.mark.goal("R20")
@@ -305,8 +307,11 @@ def test_a_run_goes_on_after_a_crash_and_after_a_signal_bit_for_bit(
     it = Launched(*words, "--out", "run", "--max-restarts", "1")
     it.until(lambda line: "step-00000020" in line)
     it.look()
+    words_of = {process.pid: process.cmdline() for process in it.seen.values()}
     ranks = [
-        process for process in it.seen.values() if "debug" in process.cmdline() and "--log-dir" not in process.cmdline()
+        process
+        for process in it.seen.values()
+        if "debug" in words_of[process.pid] and "pocketlm.cli.agent" not in words_of[process.pid]
     ]
     assert len(ranks) == 2
     ranks[1].kill()
