@@ -34,7 +34,8 @@ from pocketlm.formats import huggingface, huggingface_weights
 from pocketlm.formats.hub_model import fetch_model, is_hub_id
 from pocketlm.formats.model_file import is_model_file, read_model_config, read_model_file
 from pocketlm.formats.model_folder import read_folder
-from pocketlm.formats.release import Release, folder_texts, json_bytes
+from pocketlm.formats.pickles import ask, is_pickled
+from pocketlm.formats.release import Release, check_vocabulary, folder_texts, json_bytes
 from pocketlm.model.arithmetic import Arithmetic
 from pocketlm.model.transformer import Transformer
 from pocketlm.moments import INDEX, OPTIMIZER, Rows, Shares, read_moments, read_shares, rows_of, share_file
@@ -291,8 +292,10 @@ def find_checkpoint(path: Path, warn: Warn) -> Path:
     fetched from the Hub.
 
     Raises:
-        FileError: nothing there, nothing valid there, or a checkpoint that does not verify.
+        FileError: nothing there, nothing valid there, a pickle, or a checkpoint that does not verify.
     """
+    if path.is_file() and is_pickled(path):
+        raise FileError(ask(path))
     if (path / "checkpoints").is_dir():
         if (newest := newest_valid(path, warn)) is None:
             raise FileError(f"{path} has no valid checkpoint; train it again with the same command")
@@ -342,9 +345,7 @@ def read_release(path: Path, tokenizer: Path | None = None) -> Release:
         release = read_model_file(path, tokenizer)
     else:
         release = replace(read_folder(path), document_masks=masked_documents(path))
-    ids, rows = release.tokenizer.vocab_size, release.model.vocab_size
-    if ids > rows:
-        raise FileError(f"{path}: its tokenizer has {ids} ids, its model {rows}")
+    check_vocabulary(path, release)
     return release
 
 

@@ -35,6 +35,7 @@ from pocketlm.reading import MANIFEST, PLAIN_NAME, Entry, manifest_bytes, verify
 DISK = Disk()
 
 SET_ASIDE = ".set-aside"
+HANDED_OVER = ".handed-over"
 OLD = ".old"  # what is about to be replaced is named NAME.old.tmp-PID
 BLOCK_BYTES = 1 << 20  # is written at once: Linux takes four times as long over the same bytes in larger calls
 BESIDE_BYTES = 1 << 20  # a chunk from here on is hashed in a thread while it is written
@@ -187,6 +188,26 @@ def open_log(path: Path) -> int:
     make_folder(path.parent)
     remove_file(path)
     return DISK.create(path)
+
+
+@contextlib.contextmanager
+def handed_over(beside: Path, *names: str) -> Iterator[tuple[Path, list[int]]]:
+    """New files for another process to write, in a folder of their own beside a path, and their descriptors.
+
+    They are gone afterwards; nothing is synced.
+    """
+    make_folder(beside.parent)
+    folder = _temporary(beside.with_name(beside.name + HANDED_OVER))
+    _remove(folder)
+    descriptors = list[int]()
+    try:
+        DISK.make_folder(folder)
+        descriptors += [DISK.create(folder / name) for name in names]
+        yield folder, descriptors
+    finally:
+        for descriptor in descriptors:
+            DISK.close(descriptor)
+        _remove_if_possible(folder)
 
 
 def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:

@@ -141,7 +141,7 @@ def read_tensors(
         slices = {name: file.get_slice(name) for name in names}
         shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         _check_dtypes(path, {name: part.get_dtype() for name, part in slices.items()}, dtypes)
-        _check_shapes(path, shapes, shapes if expected is None else expected)
+        check_shapes(path, shapes, shapes if expected is None else expected)
         # Copies: a mapped file could change after it was verified, and lies less aligned than what was trained.
         return {name: _read(file, name, (rows or {}).get(name), into) for name in shapes}
 
@@ -209,7 +209,16 @@ def check_names(path: Path, names: Collection[str], expected: Collection[str]) -
         raise FileError(f"{path} does not fit its configuration: {extra[0]} has no place in it")
 
 
-def _check_shapes(path: Path, shapes: Shapes, expected: Shapes) -> None:
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Their shapes, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_shapes(path: Path, shapes: Shapes, expected: Shapes) -> None:
+    """
+    Raises:
+        FileError: other names than expected, or a shape that is another one.
+    """
     check_names(path, shapes, expected)
     for name, shape in expected.items():
         if shapes[name] != tuple(shape):

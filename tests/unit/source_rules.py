@@ -92,7 +92,9 @@ OS_READS = {
         "path",
     ),
     *(
+        "pathsep",
         "pread",
+        "strerror",
         "sched_getaffinity",
         "set_inheritable",
         "walk",

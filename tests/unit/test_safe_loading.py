@@ -33,9 +33,19 @@ ALLOWED = {
     ("src/pocketlm/cli/agent.py", "writes"): "its own stderr is the log that files.py has opened",
     ("src/pocketlm/data/feed.py", "module that runs files"): "this Python on the feeder's module, and nothing else",
     ("src/pocketlm/data/feeder.py", "writes"): "its own stdout, a pipe to the run; and it ends itself when that ends",
+    (
+        "src/pocketlm/formats/unpickle.py",
+        "runs code",
+    ): "torch.load with weights_only: the one place, a process of its own",
+    ("src/pocketlm/formats/unpickle.py", "module that runs files"): "torch.serialization's lists; zip files' tables",
+    ("src/pocketlm/formats/unpickle.py", "module not on the list"): "zipfile, of which nothing is unpacked",
+    ("src/pocketlm/formats/unpickle.py", "C code"): "unshare, of the C library that is in the process already",
+    ("src/pocketlm/formats/unpickle.py", "writes"): "its two files, which files.py has made; and it ends itself",
+    ("src/pocketlm/formats/unpickling.py", "module that runs files"): "this Python on unpickle.py, and nothing else",
     ("src/pocketlm/training/signals.py", "writes"): "a last line on stderr",
     ("src/pocketlm/cli/arguments.py", "writes"): "a stream that nobody reads is pointed to /dev/null",
 }
+UNPICKLES = "src/pocketlm/formats/unpickle.py"
 WRITING_FILES = {"src/pocketlm/files.py", "src/pocketlm/disk.py"}
 """The one door to the disk, and the operations behind it."""
 
@@ -326,6 +336,20 @@ def test_what_is_written_for_transformers_is_imported_nowhere() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in SOURCES if path.name != "modeling_pocketlm.py")
     assert "import modeling_pocketlm" not in text
     assert "export.modeling_pocketlm" not in text
+
+
+def test_one_file_unpickles() -> None:
+    """A process of its own: no other file imports what loads, and the child is told so itself."""
+    loaders = {name for name, rule in ALLOWED if rule == "runs code"}
+    assert {name for name in loaders if "weights_only" in (ROOT / name).read_text(encoding="utf-8")} == {UNPICKLES}
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    froms = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported = {alias.name for node in froms if node.module == "pocketlm.formats.unpickle" for alias in node.names}
+    assert imported == {"cpu_limit_s"}
+    calls = [node for node in ast.walk(trees[ROOT / UNPICKLES]) if isinstance(node, ast.Call)]
+    (load,) = [node for node in calls if name_of(node.func) == "torch.load"]
+    given = {word.arg: getattr(word.value, "value", None) for word in load.keywords}
+    assert given["weights_only"] is True
 
 
 def test_no_allowance_is_left_over() -> None:

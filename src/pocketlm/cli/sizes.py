@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pocketlm.cli.arguments import Parser, print_json, print_table
 from pocketlm.cli.fields import parse_overrides
 from pocketlm.config import Config
+from pocketlm.formats.pickles import SUFFIXES as PICKLED
 
 if TYPE_CHECKING:
     from pocketlm.model.sizes import Parameters
@@ -59,7 +60,11 @@ def run(argv: list[str]) -> int:
 
 def _config(what: str, fields: list[str]) -> Config:
     path = _fetched(what) if "/" in what else Path(what)
-    if (path / "config.json").is_file() or (path / "checkpoints").is_dir() or path.suffix in (".gguf", ".bin"):
+    if (
+        (path / "config.json").is_file()
+        or (path / "checkpoints").is_dir()
+        or path.suffix in (".gguf", ".bin", *PICKLED)
+    ):
         return _model_config(what, path, fields)
     if what.endswith(".toml"):
         return Config.from_toml(Path(what), parse_overrides(fields))

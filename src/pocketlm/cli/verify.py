@@ -197,7 +197,10 @@ def _check_model(path: Path) -> Part:
 def _check_model_file(path: Path) -> Part:
     """A .gguf or llama2.c .bin: what it says of itself, as far as its length goes."""
     from pocketlm.formats.model_file import is_model_file, read_model_config
+    from pocketlm.formats.pickles import ask, is_pickled
 
+    if is_pickled(path):
+        raise FileError(ask(path))
     if not is_model_file(path):
         raise FileError(f"{path} is none of them; give a run, a checkpoint, an imported model or a data set")
     unsure = f"{path}: its length is right, but it has no hash, so nothing to check its weights against"

@@ -17,7 +17,7 @@ from pocketlm.formats.huggingface_weights import INDEX, WEIGHTS, read_index
 from pocketlm.reading import read_json
 
 ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>\S+))?")
-FILES = (".gguf", ".bin", ".json", ".toml", ".safetensors", ".pt", ".pth")
+FILES = (".gguf", ".bin", ".json", ".toml", ".safetensors", ".pt", ".pth", ".ckpt")
 BESIDE = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 LOCAL = "give a model folder that is here"
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+from pocketlm.config import ModelConfig
 from pocketlm.errors import FileError
 from pocketlm.formats import huggingface, huggingface_weights
 from pocketlm.formats.release import Release
 from pocketlm.reading import read_json, read_text
-from pocketlm.text.tokenizer import load_tokenizer
+from pocketlm.tensors import Tensors
+from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
+
+ReadWeights = Callable[[Path, Mapping[str, Any], ModelConfig], Tensors]
 
 
-def read_folder(folder: Path) -> Release:
+def read_folder(
+    folder: Path, read_weights: ReadWeights = huggingface_weights.read_weights, tokenizer: Tokenizer | None = None
+) -> Release:
     """The model in a folder; whether it kept documents apart in training is not said there.
+
+    Args:
+        read_weights: how its weights are read, by its config.json as it is and as a model's.
+        tokenizer: instead of the folder's own.
 
     Raises:
         FileError: a file is missing, damaged, or of a model that pocketlm does not have.
@@ -20,8 +32,8 @@ def read_folder(folder: Path) -> Release:
     """
     tree = read_json(folder / "config.json")
     config = huggingface.model_config(tree)
-    weights = huggingface_weights.read_weights(folder, tree, config)
-    file, tokenizer = folder / "generation_config.json", load_tokenizer(str(folder))
+    weights = read_weights(folder, tree, config)
+    file, tokenizer = folder / "generation_config.json", tokenizer or load_tokenizer(str(folder))
     generation = read_json(file) if file.is_file() else {}
     return Release(
         config,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pocketlm.config import ModelConfig, SampleConfig
+from pocketlm.errors import FileError
 from pocketlm.formats import huggingface
 from pocketlm.model.transformer import Transformer
 from pocketlm.text.tokenizer import Tokenizer
@@ -40,6 +42,16 @@ class Release:
         model.load_state_dict(dict(self.weights), assign=True)
         model.document_end = self.tokenizer.end_id if self.document_masks else None
         return model.eval().requires_grad_(False)
+
+
+def check_vocabulary(path: Path, release: Release) -> None:
+    """
+    Raises:
+        FileError: the tokenizer makes ids that the model does not have.
+    """
+    ids, rows = release.tokenizer.vocab_size, release.model.vocab_size
+    if ids > rows:
+        raise FileError(f"{path}: its tokenizer has {ids} ids, its model {rows}")
 
 
 def folder_texts(release: Release) -> dict[str, bytes]:
