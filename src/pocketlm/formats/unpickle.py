@@ -42,7 +42,11 @@ STATE_DICTS = ("model_state_dict", "state_dict", "model")
 HARMLESS = re.compile(r"pathlib\.\w*(\.\w+)?Path|argparse\.Namespace|types\.SimpleNamespace|datetime\.\w+|__main__\..+")
 FORBIDDEN = re.compile(r"os\.(?!listdir$|scandir$).+|(socket|subprocess|shutil|pty|ctypes|code|pickle)\..+")
 """Events of the interpreter (PEP 578) that reading weights has no need of; an import lists folders."""
-MAX_VALUES, MAX_DEPTH, MAX_CHARS = 200_000, 32, 4096
+NAMES = "names {}, which no weights have need of; nothing of it was run, and it is not read"
+UNKNOWN = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
+TOO_LARGE = "is damaged: it asks for more memory than a file of its size has need of"
+ADVICE = re.compile(r"\n|\. |Please ")
+MAX_VALUES, MAX_DEPTH, MAX_CHARS = 50_000, 32, 1000
 
 
 class Refused(Exception):
@@ -153,7 +157,7 @@ def stand_ins(names: list[str]) -> list[Callable[..., Any] | tuple[Callable[...,
     """
     for name in sorted(names):
         if name.partition(".")[0] in sys.stdlib_module_names and not HARMLESS.fullmatch(name):
-            raise Refused(f"names {name}, which no weights have need of; nothing of it was run, and it is not read")
+            raise Refused(NAMES.format(name))
     return [(type(name, (StandIn,), {}), name) for name in names]
 
 
@@ -258,17 +262,21 @@ def answer(out: int) -> dict[str, Any]:
     except (Refused, Forbidden) as error:
         return {"refused": str(error)}
     except MemoryError:
-        return {"refused": "is damaged: it asks for more memory than a file of its size has need of"}
+        return {"refused": TOO_LARGE}
     except OSError:
         raise
     except Exception as error:  # of an unpickler that is fed anything at all
-        return {"refused": f"is damaged, or holds what weights are not made of: {reason(error)}"}
+        return {"refused": reason(error)}
 
 
 def reason(error: Exception) -> str:
-    """The one sentence in PyTorch's message that is about the file, without its advice to read it unsafely."""
+    """What PyTorch's message says of the file, without its advice to read it unsafely."""
+    if name := UNKNOWN.search(str(error)):
+        return NAMES.format(name[1])
+    if "allocate" in str(error):
+        return TOO_LARGE
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
-    return re.split(r"\n|\. |Please ", text)[0][:300]
+    return f"is damaged, or holds what weights are not made of: {re.split(ADVICE, text)[0][:300]}"
 
 
 def main() -> None:

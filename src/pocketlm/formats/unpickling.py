@@ -55,12 +55,20 @@ def unpickled(path: Path, beside: Path) -> Held:
     refuse_others(path)
     with handed_over(beside, ANSWER, TENSORS) as (folder, (answer, tensors)):
         _run(path, answer, tensors)
+        return _held(path, folder)
+
+
+def _held(path: Path, folder: Path) -> Held:
+    """What the process has written."""
+    try:
         said = read_json(folder / ANSWER)
         values = said.get("values")
-        if not isinstance(values, dict):
-            raise FileError(f"{path} {said.get('refused')}")
-        read = read_tensors(folder / TENSORS, dtypes=FLOATS, into=torch.float32)
-    return Held(read, values, said.get("network") is not False)
+        if isinstance(values, dict):
+            tensors = read_tensors(folder / TENSORS, dtypes=FLOATS, into=torch.float32)
+            return Held(tensors, values, said.get("network") is not False)
+    except FileError:  # it names a file that is about to go
+        raise FileError(f"{path} was not read: what the process that unpickles it has left is damaged") from None
+    raise FileError(f"{path} {said.get('refused')}")
 
 
 def _run(path: Path, answer: int, tensors: int) -> None:
