@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pocketlm.checkpoint import find_checkpoint, read_release
 from pocketlm.cli.main import main
 from pocketlm.config import ModelConfig
+from pocketlm.errors import FileError
 from pocketlm.formats import gpt2, unpickling
 from pocketlm.formats.huggingface import tensor_shapes
 from pocketlm.formats.old_pickle import read_pickled
@@ -331,21 +332,48 @@ def test_python_code_in_it_could_do_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_it_sees_nothing_of_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+NAMES = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS", "LC_CTYPE", "KMP_INIT_AT_FORK"}
+"""The last two Python and OpenMP set themselves."""
+FOOLED = """
+import os, resource
+from pathlib import Path
+from pocketlm.formats import unpickle
+
+def load(size):
+    import torch
+    limits = [resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_AS]
+    links = [line.split(":")[0].strip() for line in Path("/proc/net/dev").read_text().splitlines()[2:]]
+    ACT
+    most = [resource.getrlimit(kind)[0] for kind in limits]
+    return {"w": torch.ones(2), "links": links, "most": most, "names": sorted(os.environ), "at": os.getcwd()}
+
+unpickle.load = load
+unpickle.main()
+"""
+"""The process, its unpickler fooled."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_were_it_fooled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def of(act: str) -> unpickling.Held:
+        code = FOOLED.replace("ACT", act)
+        monkeypatch.setattr(unpickling, "COMMAND", (sys.executable, "-P", "-c", code))
+        return unpickling.unpickled(Path("a.pth"), Path("out"))
+
     monkeypatch.setenv("HF_TOKEN", "secret")
-
-    def popen(*command: Any, **options: Any) -> Any:
-        seen.update(options)
-        raise RuntimeError("as far as that")
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
     torch.save({"w": torch.ones(1)}, "a.pth")
-    with pytest.raises(RuntimeError, match="as far as that"):
-        unpickling.unpickled(Path("a.pth"), Path("out"))
-    assert seen["env"].keys() == {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS"}
-    assert (seen["stderr"], seen["cwd"]) == (subprocess.DEVNULL, "/")
-    assert list(Path().glob("out*")) == []
+    held, size = of("pass"), Path("a.pth").stat().st_size
+    assert {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS"} <= set(held.values["names"]) <= NAMES
+    assert held.values["at"] == "/"
+    cpu, file, core, memory = held.values["most"]
+    assert (cpu, file, core) == (60, 2 * size + (4 << 20), 0)
+    assert 0 < memory < 1 << 40
+    assert held.had_network or held.values["links"] == ["lo"]
+    with pytest.raises(FileError, match=r"asked for os\.mkdir, of which no weights have need"):
+        of(f"os.mkdir({str(tmp_path / 'canary')!r})")
+    with pytest.raises(FileError, match="is damaged: it asks for more memory"):
+        of("torch.ones(1 << 40)")
+    assert [path.name for path in Path().iterdir()] == ["a.pth"]
 
 
 def test_one_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
