@@ -200,7 +200,7 @@ def _check_model_file(path: Path) -> Part:
     from pocketlm.formats.pickles import ask, is_pickled
 
     if is_pickled(path):
-        raise FileError(ask(path))
+        return Part(path, ask(path))
     if not is_model_file(path):
         raise FileError(f"{path} is none of them; give a run, a checkpoint, an imported model or a data set")
     unsure = f"{path}: its length is right, but it has no hash, so nothing to check its weights against"
