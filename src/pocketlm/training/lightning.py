@@ -134,6 +134,16 @@ class Steps(LightningModule):
         self._log_what_is_read()
         return {"loss": outcome.loss, "grad_norm": outcome.grad_norm, "lr": rate}
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._stop_together()
+
+    def on_train_epoch_end(self) -> None:
+        self._stop_together()
+
+    def _stop_together(self) -> None:
+        """A callback of one rank, by its own clock perhaps, has stopped all of them."""
+        self.trainer.should_stop = bool(self._run.ranks.most(self.trainer.should_stop))
+
     def _log_what_is_read(self) -> None:
         """What the bar shows too: only what waits for no GPU."""
         now = self._state.progress

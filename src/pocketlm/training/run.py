@@ -251,10 +251,13 @@ def _as_before(stored: Scalars, config: Config, runtime: machine.Runtime, listen
     resolved = stored.resolved
     changes = machine.changes(stored.versions | {"device": resolved.device}, runtime.device)
     strategy, why_so = choose_strategy(config, runtime)
+    if config.train.strategy == "auto" and runtime.ranks == resolved.ranks:
+        strategy = resolved.strategy
     if (before := (resolved.ranks, resolved.strategy)) != (now := (runtime.ranks, strategy)):
         changes.append(f"it had {_ranks_in_words(*before)}, has {_ranks_in_words(*now)}")
-        reasons = resolved.reasons | {"strategy": why_so}
-        resolved = resolved.model_copy(update={"ranks": runtime.ranks, "strategy": strategy, "reasons": reasons})
+        threads = runtime.threads if config.train.threads == "auto" else resolved.threads  # a rank's share of the cores
+        other = {"ranks": runtime.ranks, "strategy": strategy, "threads": threads}
+        resolved = resolved.model_copy(update={**other, "reasons": resolved.reasons | {"strategy": why_so}})
     arithmetic, why = usable(resolved.arithmetic, runtime.device) if changes else (resolved.arithmetic, "")
     if why:
         listener.note(f"the run computes otherwise from here on: {why}")
@@ -287,8 +290,8 @@ def compile_if_wanted(state: TrainState, config: Config, resolved: Resolved, not
     state.precision.compute.compile_blocks()
     refusal = _warm_up(state, config)
     state.precision.drop_gradients()
-    if refusal:
-        raise micro_batch.OutOfMemory(refusal)
+    if state.ranks.most(bool(refusal)):
+        raise micro_batch.OutOfMemory(refusal or "on another rank")
     note(f"compiled in {time.perf_counter() - started_at:.0f} s")
 
 
@@ -300,7 +303,9 @@ def _warm_up(state: TrainState, config: Config) -> str:
             ids = torch.zeros(size, config.data.context, dtype=torch.int64, device=model.head.device)
             model.hidden(ids).sum().backward()  # type: ignore[no-untyped-call]
     except (RuntimeError, MemoryError) as error:
-        if not micro_batch.is_out_of_memory(error):
+        if (
+            not micro_batch.is_out_of_memory(error) or state.precision.shared
+        ):  # the others wait for its share of a block
             raise
         return one_line(str(error)) or type(error).__name__
     return ""
