@@ -65,7 +65,8 @@ def test_on_other_ranks_it_takes_todays_share_of_cores_and_state_and_says_so(mon
     monkeypatch.setattr(resolve, "available_bytes", lambda device: 1000)
     then, told = begun_on(1, "ddp", threads=8), list[str]()
     runtime = Runtime(torch.device("cpu"), 2, "bitwise", ranks=4, ranks_here=4)
-    now = as_before.as_before(then, versions(), Config.preset("debug"), runtime, told.append)
+    config = Config.preset("debug", {"train.threads": "auto"})
+    now = as_before.as_before(then, versions(), config, runtime, told.append)
     assert (now.ranks, now.strategy, now.threads, now.determinism) == (4, "fsdp", 2, "same-data")
     assert "it had 1 process, has 4 processes, each with a share of the state (fsdp)" in told[0]
     given = Config.preset("debug", {"train.threads": 8, "train.strategy": "ddp"})
