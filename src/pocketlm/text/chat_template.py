@@ -170,4 +170,4 @@ def _ended(code: int, cpu_s: int) -> FileError:
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return FileError(f"the chat template computes for more than {cpu_s} s; it is refused")
     how = f"by signal {-code}" if code < 0 else f"with code {code}"
-    return FileError(f"the process that runs the chat template ended {how}")
+    return FileError(f"the chat template is refused: the process that it runs in ended {how}")
