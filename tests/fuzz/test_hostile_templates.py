@@ -200,7 +200,7 @@ def test_the_caller_is_told_and_no_process_is_left_when_one_goes_wrong(monkeypat
         subprocess, "Popen", lambda *given, **named: started.append(start(*given, **named)) or started[-1]
     )
     monkeypatch.setattr(chat_template, "COMMAND", (sys.executable, "-c", "raise SystemExit(7)"))
-    with pytest.raises(FileError, match="ended with code 7"):
+    with pytest.raises(FileError, match="to an end with code 7"):
         run_template("x", {"long": "x" * (1 << 22)})
     monkeypatch.setattr(chat_template, "COMMAND", (sys.executable, "-c", "while True: print('x' * 65536)"))
     with pytest.raises(FileError, match="does not come to an end"):

@@ -207,5 +207,6 @@ def test_the_verb_answers_by_the_template(
     file.unlink()
     assert (code, err.splitlines()[-1]) == (
         3,
-        "pocketlm: the chat template reaches for what no template may have: '__class__' of a str",
+        "pocketlm: the chat template reaches for what no template may have: '__class__' of a str; "
+        "pocketlm chat --plain does without it",
     )

@@ -33,6 +33,8 @@ CPU_S = 2
 WALL_S = 10.0  # a template cannot wait, it can only compute; this is for a machine that is busy
 REPLY_BYTES = 1 << 26  # twelve for each of the 4,194,304 characters, and then some
 
+INSTEAD = "pocketlm chat --plain does without it"
+
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """What templates call special tokens, as tokenizer_config.json does."""
 
@@ -132,7 +134,7 @@ def _told(request: bytes) -> tuple[bytes, int]:
             try:
                 reply = _exchanged(ours, request)
             except (_Endless, TimeoutError):
-                raise FileError(f"the chat template does not come to an end in {WALL_S:g} s; it is refused") from None
+                raise FileError(f"the chat template does not come to an end in {WALL_S:g} s; {INSTEAD}") from None
             finally:
                 process.kill()  # after its last word it is ending, and its exit code is decided
     return reply, process.returncode
@@ -163,11 +165,11 @@ def _refusal(kind: str, why: str) -> PocketError:
         return DataError(f"the chat template refuses these messages: {why}")
     if kind == "fails":
         return DataError(f"the chat template fails on these messages: {why}")
-    return FileError(f"the chat template {WHAT_IT_DOES.get(kind, kind)} {why}")
+    return FileError(f"the chat template {WHAT_IT_DOES.get(kind, kind)} {why}; {INSTEAD}")
 
 
 def _ended(code: int, cpu_s: int) -> FileError:
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
-        return FileError(f"the chat template computes for more than {cpu_s} s; it is refused")
+        return FileError(f"the chat template computes for more than {cpu_s} s; {INSTEAD}")
     how = f"by signal {-code}" if code < 0 else f"with code {code}"
-    return FileError(f"the chat template is refused: the process that it runs in ended {how}")
+    return FileError(f"the chat template has brought its process to an end {how}; {INSTEAD}")
