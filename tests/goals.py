@@ -64,7 +64,7 @@ GOALS = {
         "60 malformed files and 100,000 fuzzed ones: pocketlm's own errors, memory of 2 x the file + 64 MB",
         "the memory for a valid tokenizer.json above about 2.6 MB, and for metrics.jsonl, is not bounded",
     ),
-    "R24": Goal("1 MB of one letter, of blanks, of joiners: round trip exact, time linear", "chat templates"),
+    "R24": Goal("1 MB of one letter, of blanks, of joiners: exact, time linear; 50 hostile chat templates: no escape"),
     # server
     "R25": Goal("64 clients for 10 minutes: no error, no cross-talk, no leak", SERVER),
     "R26": Goal("slow and broken clients are cut off and the others do not notice", SERVER),

@@ -1,6 +1,6 @@
 """pocketlm: train, understand and ship small language models on the hardware you have.
 
-    pocketlm.load(MODEL)      -> a model with its tokenizer: .generate(prompt), .stream(prompt), .model, .tokenizer
+    pocketlm.load(MODEL)      -> a model with a tokenizer: .generate(prompt), .stream(prompt), .reply(messages), .model
     pocketlm.train(config)    -> trains, and returns the run's folder (the code is in pocketlm.training)
     pocketlm.Config           what a run is: Config.preset("tiny"), Config.from_toml(path)
 

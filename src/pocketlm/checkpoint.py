@@ -304,7 +304,7 @@ def find_checkpoint(path: Path, warn: Warn) -> Path:
         verify_model(path)
     elif is_hub_id(str(path)):
         return fetch_model(str(path))
-    elif not (path / "config.json").is_file() and not is_model_file(path):
+    if not (path / "config.json").is_file() and not is_model_file(path):
         what = "is no model: it has no config.json" if path.exists() else "does not exist"
         raise FileError(f"{path} {what}; give a run, a model folder or Hub id, a .gguf or a llama2.c .bin")
     return path

@@ -1,12 +1,13 @@
 """Text in, text out: a model together with its tokenizer and its way of speaking.
 
-    prompt -> tokenizer -> engine -> token ids -> TextStream -> StopStrings -> pieces of text
+    prompt   -> tokenizer     -+
+    messages -> chat template -+-> engine -> token ids -> TextStream -> StopStrings -> pieces of text
 
 Both filters at the end hold back what is not yet certain: `TextStream` the bytes of an unfinished character,
 `StopStrings` what may be the beginning of a stop string. So a piece that was given out is never taken back, and the
 pieces joined are the text, whatever the tokens were cut into.
 
-This file completes text. It makes no conversation of it: chat templates are not built yet.
+`stream` completes a text as it stands; `reply` answers in a conversation, where the model has a template for it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from typing import Literal, Unpack, get_args
 import torch
 
 from pocketlm.checkpoint import Warn, find_checkpoint, newest_run, read_release
-from pocketlm.errors import UsageError
+from pocketlm.errors import DataError, UsageError
 from pocketlm.generate import engine
 from pocketlm.generate.engine import Window
 from pocketlm.generate.sampling import Sampling, SamplingOptions
 from pocketlm.machine import default_device
 from pocketlm.model.arithmetic import ATTENTION_ON
 from pocketlm.model.transformer import Transformer
+from pocketlm.text.chat_template import ChatTemplate, Message
 from pocketlm.text.tokenizer import TextStream, Tokenizer
 
 LoadDtype = Literal["auto", "fp32", "bf16"]
@@ -38,12 +40,16 @@ DEFAULT_NEW_TOKENS = 128
 
 
 class CompletionOptions(SamplingOptions, total=False):
-    """What `generate` and `stream` take beside the prompt; every sampling field is among them."""
+    """What `generate`, `stream` and `reply` take beside the prompt; every sampling field is among them."""
 
     max_new_tokens: int
+    """It may go far beyond the model's context, see `window`."""
     stop: str | Sequence[str]
+    """Strings that end the text, and are not part of it."""
     seed: int | None
+    """Repeats a completion; by default another one each time, told in `Completion.seed`."""
     window: Window
+    """What is kept when the context is full: `halves` is fast, `exact` slow; see generate/engine.py."""
 
 
 def load(
@@ -76,8 +82,8 @@ def load(
         transformer.use_attention(ATTENTION_ON[here.type][0])
     sample = release.sample
     sampling = Sampling(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p)
-    template = release.chat_template is not None
-    return LanguageModel(transformer, release.tokenizer, sampling, path, template, release.other_end_ids)
+    template = release.chat_template and ChatTemplate(release.chat_template, release.tokenizer, release.token_names)
+    return LanguageModel(transformer, release.tokenizer, sampling, path, template or None, release.other_end_ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +97,8 @@ class LanguageModel:
     """How it speaks unless told otherwise: its generation_config.json."""
     folder: Path | None = None
     """The folder, or file, that it was loaded from."""
-    has_chat_template: bool = False
-    """Whether its folder has a chat template. Nothing here applies it yet."""
+    chat_template: ChatTemplate | None = None
+    """How it reads a conversation; None of a base model, which was never taught one."""
     other_end_ids: frozenset[int] = frozenset()
     """What ends a text beside the tokenizer's own id."""
 
@@ -105,39 +111,69 @@ class LanguageModel:
         """The text that follows `prompt`, all at once; takes what `stream` takes."""
         return "".join(self.stream(prompt, **options))
 
-    def stream(
+    def stream(self, prompt: str, **options: Unpack[CompletionOptions]) -> Completion:
+        """The text that follows `prompt`, piece by piece, until the end-of-text id, a stop string or the last token.
+
+        Args:
+            prompt: what is continued; an empty one begins a new document. Special tokens in it are plain text.
+            options: see `CompletionOptions`; fields of `Sampling` replace the model's own.
+
+        Raises:
+            UsageError, DataError: a setting or a prompt that is not allowed, before anything is generated.
+            FileError: while reading: the model's logits are not finite.
+        """
+        begin_id = self.tokenizer.begin_id
+        begin = [] if begin_id is None else [begin_id]
+        ids = [*begin, *self.tokenizer.encode(prompt)] or [self.tokenizer.end_id]
+        return self._completion(ids, begin, whole=not prompt, **options)  # where the next would begin, this has ended
+
+    def reply(self, messages: Sequence[Message], **options: Unpack[CompletionOptions]) -> Completion:
+        """The model's next message in a conversation, piece by piece.
+
+        It ends at what ends a text, and at every special token that the template wrote into the conversation: these
+        stand between messages, and a model that comes to one has gone on to the next.
+
+        Args:
+            messages: `{"role": "user", "content": "Hi"}` and so on. Special tokens in them are plain text.
+            options: see `CompletionOptions`; fields of `Sampling` replace the model's own.
+
+        Raises:
+            UsageError: the model has no chat template; or a setting, or a message, that is not allowed.
+            DataError: the template refuses these messages, or fails on them.
+            FileError: the template is wrong, or takes too long; while reading: the model's logits are not finite.
+        """
+        if self.chat_template is None:
+            raise UsageError(f"{self.folder or 'this model'} has no chat template: it completes text, and answers none")
+        ids = self.chat_template.encode(messages)
+        if not ids:
+            raise DataError("the chat template makes nothing of these messages")
+        return self._completion(ids, self.tokenizer.special_ids.intersection(ids), whole=True, **options)
+
+    def _completion(
         self,
-        prompt: str,
+        ids: Sequence[int],
+        end_ids: Collection[int],
         *,
+        whole: bool,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         stop: str | Sequence[str] = (),
         seed: int | None = None,
         window: Window = "halves",
         **sampling: Unpack[SamplingOptions],
     ) -> Completion:
-        """The text that follows `prompt`, piece by piece, until the end-of-text id, a stop string or the last token.
+        """What follows these ids; the other options are those of `CompletionOptions`.
 
         Args:
-            prompt: what is continued; an empty one begins a new document. Special tokens in it are plain text.
-            max_new_tokens: may go beyond the model's context, see `window`.
-            stop: strings that end the text, and are not part of it.
-            seed: repeats a completion; by default another one each time, told in `Completion.seed`.
-            window: what is kept when the context is full: `halves` is fast, `exact` slow; see generate/engine.py.
-            sampling: fields of `Sampling` that replace the model's own.
-
-        Raises:
-            UsageError, DataError: a setting or a prompt that is not allowed, before anything is generated.
-            FileError: while reading: the model's logits are not finite.
+            end_ids: what ends it, beside what always does.
+            whole: whether it is a text of its own, and not the rest of one.
         """
         rules = replace(self.sampling, **sampling)
         _check(max_new_tokens, seed, window)
         seed = secrets.randbits(32) if seed is None else seed
-        end_id, begin_id = self.tokenizer.end_id, self.tokenizer.begin_id
-        begin = [] if begin_id is None else [begin_id]
-        end_ids = {end_id, *begin, *self.other_end_ids}  # where the next text would begin, this one has ended
+        end_ids = {self.tokenizer.end_id, *self.other_end_ids, *end_ids}
         tokens = engine.generate(
             self.model,
-            [*begin, *self.tokenizer.encode(prompt)] or [end_id],
+            ids,
             rules,
             max_new_tokens=max_new_tokens,
             stop_ids=end_ids,
@@ -145,7 +181,7 @@ class LanguageModel:
             generator=torch.Generator().manual_seed(seed),  # on the CPU: a seed means the same on every device
             num_ids=self.tokenizer.vocab_size,
         )
-        text = TextStream(self.tokenizer, whole=not prompt)
+        text = TextStream(self.tokenizer, whole=whole)
         return Completion(tokens, text, StopStrings(stop), end_ids, seed)
 
 

@@ -120,7 +120,11 @@ CASES: list[tuple[str, int, list[str]]] = [
     ("eval run --data files:empty.txt", 3, ["empty.txt"]),
     ("sizes nowhere", 2, ["'nowhere'", "presets:"]),
     ("verify nowhere", 3, ["nowhere does not exist"]),
-    ("verify checkpointless", 3, ["checkpointless is none of them", "a run, a checkpoint or a data set"]),
+    (
+        "verify checkpointless",
+        3,
+        ["checkpointless is none of them", "a run, a checkpoint, an imported model or a data set"],
+    ),
     ("data show nowhere", 3, ["nowhere", "dataset.json"]),
     ("data show run", 3, ["run", "dataset.json"]),
     ("data shwo run", 2, ["prepare or show"]),

@@ -19,7 +19,7 @@ from pocketlm.cli.fields import parse_overrides
 from pocketlm.cli.main import VERBS, main
 from pocketlm.config import FIELDS, Config
 
-HEAVY = {"torch", "numpy", "pydantic", "tokenizers", "pyarrow", "huggingface_hub", "tiktoken", "rich", "tyro"}
+HEAVY = {"torch", "numpy", "pydantic", "tokenizers", "pyarrow", "huggingface_hub", "tiktoken", "rich", "tyro", "jinja2"}
 ANSWERED = """
 import contextlib, io, json, sys
 from pocketlm.cli.main import main
@@ -60,7 +60,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_the_help_of_a_verb_loads_no_torch(verb: str) -> None:
     code, names = modules_after(verb, "--help")
     assert code == 0
-    assert names & {"torch", "numpy", "tokenizers", "pyarrow"} == set()
+    assert names & {"torch", "numpy", "tokenizers", "pyarrow", "jinja2"} == set()
 
 
 def test_a_wrong_configuration_is_refused_before_torch_is_loaded() -> None:

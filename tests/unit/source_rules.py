@@ -75,7 +75,10 @@ RUNS = re.compile(r"os\.(exec|spawn|posix_spawn|system|popen|fork|startfile)\w*"
 INSIDES = {"__globals__", "__subclasses__", "__builtins__", "__loader__", "__code__", "__reduce__"}
 FROM_JINJA2 = {
     *("jinja2.StrictUndefined", "jinja2.sandbox.SandboxedEnvironment", "jinja2.sandbox.ImmutableSandboxedEnvironment"),
+    *("jinja2.exceptions.SecurityError", "jinja2.exceptions.TemplateError", "jinja2.exceptions.TemplateSyntaxError"),
+    *("jinja2.ext.Extension", "jinja2.nodes.Scope", "jinja2.parser.Parser", "jinja2.runtime.Undefined"),
 }
+"""Sandboxes, and what one is told apart by or extended with: nothing here runs a template without one."""
 OS_READS = {
     *(
         "PathLike",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from pocketlm.errors import DataError, UsageError
 from pocketlm.generate.sampling import Sampling
 
 SESSION = Session(Sampling(temperature=0.7, top_k=50))
+TALK = Session(SESSION.sampling, messages=())
+HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}
 
 
 @dataclass
@@ -38,14 +40,21 @@ class Model:
     """Answers with the given pieces and remembers what it was asked."""
 
     answers: list[list[Any]]
-    asked: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    asked: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
     folder: Path = Path("runs/x")
-    has_chat_template: bool = False
+    chat_template: object = None
+    sampling: Sampling = SESSION.sampling
 
     def stream(self, prompt: str, **options: Any) -> Answer:
         if "\udcff" in prompt:
             raise DataError("half a character")
         self.asked.append((prompt, options))
+        return Answer(iter(self.answers.pop(0)))
+
+    def reply(self, messages: list[dict[str, str]], **options: Any) -> Answer:
+        if messages[-1]["content"] == "refuse":
+            raise DataError("the template refuses")
+        self.asked.append((messages, options))
         return Answer(iter(self.answers.pop(0)))
 
 
@@ -96,6 +105,22 @@ def test_clear_forgets_the_text_and_keeps_the_settings() -> None:
     assert take(Session(SESSION.sampling, 9, "text"), "/clear").session == Session(SESSION.sampling, 9, "")
 
 
+def test_a_line_is_a_message_where_the_model_answers() -> None:
+    turn = take(replace(TALK, messages=(HI, YES)), " /and now?")
+    assert turn.complete
+    assert turn.session.messages == (HI, YES, {"role": "user", "content": " /and now?"})
+    turn = take(TALK, "  ")
+    assert (turn.complete, turn.session, turn.reply) == (False, TALK, "type a message; /help lists the commands")
+
+
+def test_the_system_message_stays_when_all_else_is_forgotten() -> None:
+    session = take(replace(TALK, messages=(HI, YES)), "/system  Be brief.  Now.").session
+    assert session == replace(TALK, messages=(HI, YES), system="Be brief.  Now.")
+    assert take(session, "/clear").session == replace(TALK, system="Be brief.  Now.")
+    assert take(session, "/system").reply == "the system message is: Be brief.  Now."
+    assert take(TALK, "/system").reply == "there is no system message"
+
+
 def test_exit_leaves() -> None:
     assert take(SESSION, "/exit").leave
 
@@ -105,7 +130,8 @@ def test_exit_leaves() -> None:
     [
         ("/hlep", "no command /hlep; did you mean /help?"),
         ("/quit", "no command /quit; did you mean /exit?"),
-        ("/load", "no command /load; commands: /help, /clear, /set, /exit"),
+        ("/load", "no command /load; commands: /help, /clear, /system, /set, /exit"),
+        ("/system Be brief.", "a text that is completed has no system message; type what it begins with"),
         ("/", "no command /; commands: "),
         ("/clear all", "/clear takes nothing after it"),
         ("/set temprature 1", "no setting 'temprature'; did you mean temperature?"),
@@ -168,6 +194,23 @@ def test_history_is_what_both_wrote() -> None:
     assert " there was.\n[max_new_tokens reached" in shown
 
 
+def test_history_is_messages_where_the_model_answers() -> None:
+    model = Model([["Y", "es."], ["No", KeyboardInterrupt], ["."]])
+    lines = ["Hi", "/system Be brief.", "refuse", "And?", "/set top_k 3", "/clear", "Hi"]
+    session, shown = converse(model, lines, TALK)
+    brief = {"role": "system", "content": "Be brief."}
+    assert [messages for messages, _ in model.asked] == [
+        [HI],
+        [brief, HI, YES, {"role": "user", "content": "And?"}],
+        [brief, HI],
+    ]
+    assert model.asked[2][1] == {"max_new_tokens": 10_240, **asdict(replace(SESSION.sampling, top_k=3))}
+    assert session.messages == (HI, {"role": "assistant", "content": "."})
+    assert "Yes.\n[max_new_tokens reached]\n" in shown
+    assert "the template refuses\n" in shown
+    assert "No\n[stopped]\n" in shown
+
+
 def test_settings_reach_the_model() -> None:
     model = Model([["x"]])
     converse(model, ["/set temperature 0.9", "/set max_new_tokens 5", "Once"])
@@ -203,16 +246,24 @@ def test_refusals_lose_nothing() -> None:
 
 def test_a_base_model_is_called_one() -> None:
     assert "base model" in chat.introduction(Model([]))  # type: ignore[arg-type]
-    templated = chat.introduction(Model([], has_chat_template=True))  # type: ignore[arg-type]
-    assert "base model" not in templated
-    assert "cannot apply yet" in templated
+    templated = Model([], chat_template="{{ messages }}")
+    assert "It answers" in chat.introduction(templated)  # type: ignore[arg-type]
+    assert "continued as it stands" in chat.introduction(templated, plain=True)  # type: ignore[arg-type]
+
+
+def test_who_has_a_template_answers_unless_told_otherwise() -> None:
+    base, templated = Model([]), Model([], chat_template="{{ messages }}")
+    assert chat.first_session(base) == SESSION  # type: ignore[arg-type]
+    assert chat.first_session(templated, system="x") == replace(TALK, system="x")  # type: ignore[arg-type]
+    assert chat.first_session(templated, plain=True) == SESSION  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="runs/x has no chat template: a system message has no place"):
+        chat.first_session(base, system="x")  # type: ignore[arg-type]
 
 
 def test_the_verb_reads_from_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from pocketlm import language_model
 
     model = Model([[" there was."]])
-    model.sampling = Sampling()  # type: ignore[attr-defined]
     monkeypatch.setattr(language_model, "load", lambda path, device, warn: model)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Once \xff\n/help\n/exit\n"), encoding="utf-8"))
     assert chat.run([]) == 0

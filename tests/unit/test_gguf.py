@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from torch import Tensor
 
@@ -87,6 +88,17 @@ def test_what_is_written_reads_back(kind: str, tmp_path: Path) -> None:
     assert (again.tokenizer.end_token, again.tokenizer.end_id) == ("<|endoftext|>", 256)
     assert (again.sample, again.other_end_ids) == (made.sample, made.other_end_ids)
     assert again.chat_template == "{{ messages }}"
+    assert again.token_names == {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+
+
+def test_what_a_template_calls_the_begin_of_a_text_is_kept(tmp_path: Path) -> None:
+    """Of a model that wants nothing before a text: its template alone knows the token."""
+    engine = tokenizers.Tokenizer.from_str(byte_tokenizer().to_json())
+    engine.add_special_tokens(["<|begin|>"])
+    made = replace(release(LLAMA, Tokenizer(engine.to_str())), token_names={"bos_token": "<|begin|>"})
+    written(tmp_path / "a.gguf", made)
+    again = read_release(tmp_path / "a.gguf")
+    assert (again.token_names["bos_token"], again.tokenizer.begin_id) == ("<|begin|>", None)
 
 
 def test_equal_models_make_equal_files(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def first_weight(spec: str) -> float:
 def test_a_model_is_fetched_once_and_without_its_code(hub: StandIn, shards: int) -> None:
     hub.add("someone/model", model_files(shards=shards))
     ours = pocketlm.load("someone/model")
-    assert ours.has_chat_template
+    assert ours.chat_template
     assert torch.equal(ours.model.state_dict()["model.norm.weight"], torch.ones(32))
     asked = {request.path for request in hub.requests}
     assert not asked & {"trap.py", "pytorch_model.bin"}

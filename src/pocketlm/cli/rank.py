@@ -84,4 +84,7 @@ def _code(folder: Path, rank: int, reason: Reason) -> int:
         reasons.leave(folder, rank, reason)
     except OSError:  # then the code itself has to say it, also at the price of starting anew
         return reason.exit_code
-    return reasons.towards_torchrun(reason.exit_code)
+    starts_anew = torchrun.agent() is not None or torchrun.restarts()[1] > 0
+    is_final = reason.exit_code in reasons.FINAL
+    # Of torchrun alone one failure fails the run, and ends the ranks that still speak: so it is the first rank's.
+    return 0 if is_final and (starts_anew or rank > 0) else reason.exit_code

@@ -12,7 +12,7 @@ from pocketlm.config import ModelConfig, SampleConfig
 from pocketlm.errors import FileError
 from pocketlm.formats import gguf_model
 from pocketlm.formats.gguf_file import Header, read_header, read_tensors
-from pocketlm.formats.gguf_tokenizer import eot_id, tokenizer_in
+from pocketlm.formats.gguf_tokenizer import eot_id, token_in, tokenizer_in
 from pocketlm.formats.release import Release
 
 CHAT_TEMPLATE = "tokenizer.chat_template"
@@ -41,7 +41,7 @@ def read_gguf(path: Path) -> Release:
     if HEAD in weights and torch.equal(weights[HEAD], weights[EMBEDDING]):
         del weights[HEAD]
         model = model.model_copy(update={"tie_word_embeddings": True})
-    return Release(model, weights, tokenizer, sample, template, others)
+    return Release(model, weights, tokenizer, sample, template, others, token_names=_token_names(header))
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -65,6 +65,12 @@ def _sample(header: Header) -> SampleConfig:
         return SampleConfig.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
         raise FileError(f"{header.path} is damaged: {problems(error)[0]}") from None
+
+
+def _token_names(header: Header) -> dict[str, str]:
+    """The two special tokens that llama.cpp gives to chat templates."""
+    texts = {name: token_in(header, f"{name}_id") for name in ("bos_token", "eos_token")}
+    return {name: text for name, text in texts.items() if text is not None}
 
 
 def _chat_template(header: Header) -> str | None:

@@ -82,9 +82,27 @@ def eot_id(header: Header) -> int | None:
     Raises:
         DataError: it is no id of the vocabulary.
     """
-    tokens, name = header.fields.get(f"{KEY}tokens"), "eot_token_id"
+    return _id_in(header, "eot_token_id")
+
+
+def token_in(header: Header, name: str) -> str | None:
+    """The text of the token whose id is in a field, `bos_token_id` for one; None if the file does not say.
+
+    Raises:
+        DataError: it is no id of the vocabulary.
+    """
+    number = _id_in(header, name)
+    return None if number is None else _tokens(header)[number]
+
+
+def _id_in(header: Header, name: str) -> int | None:
     fields = {name: header.fields[KEY + name]} if KEY + name in header.fields else {}
-    return _id(fields, name, tokens if isinstance(tokens, list) else [], f"{header.path}: its tokenizer")
+    return _id(fields, name, _tokens(header), f"{header.path}: its tokenizer")
+
+
+def _tokens(header: Header) -> list[str]:
+    tokens = header.fields.get(f"{KEY}tokens")
+    return tokens if isinstance(tokens, list) else []
 
 
 # --- SentencePiece

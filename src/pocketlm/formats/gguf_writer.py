@@ -71,7 +71,7 @@ def gguf_bytes(release: Release, *, name: str, type_name: str = "F32") -> Iterat
     writer = GGUFWriter(None, arch)
     _add_fields(writer, {"general.name": name, **gguf.sampling_fields(release.sample)})
     _add_fields(writer, gguf_model.fields_of(release.model, arch))
-    _add_fields(writer, gguf_tokenizer.fields_of(release.tokenizer, release.model.vocab_size))
+    _add_fields(writer, gguf_tokenizer.fields_of(release.tokenizer, release.model.vocab_size) | _named_begin(release))
     for end_id in sorted(release.other_end_ids)[:1]:  # there is room for one, beside those that llama.cpp knows by name
         writer.add_eot_token_id(end_id)
     if release.chat_template:
@@ -81,6 +81,14 @@ def gguf_bytes(release: Release, *, name: str, type_name: str = "F32") -> Iterat
     shapes = gguf_model.shapes_of(release.model, arch)
     stored = {tensor: _stored_as(tensor, shape, type_name) for tensor, shape in shapes.items()}
     return chain([_header(writer, shapes, stored)], _bodies(release, arch, stored))
+
+
+def _named_begin(release: Release) -> gguf_tokenizer.Fields:
+    """The token that a chat template calls `bos_token`, of a model that wants none before each text."""
+    number = release.tokenizer.special_tokens.get(release.token_names.get("bos_token", ""))
+    if number is None or release.tokenizer.begin_id is not None:
+        return {}
+    return {f"{gguf_tokenizer.KEY}bos_token_id": number}
 
 
 def architecture_of(model: ModelConfig) -> str:

@@ -12,9 +12,11 @@ from pocketlm.formats import huggingface, huggingface_weights
 from pocketlm.formats.release import Release
 from pocketlm.reading import read_json, read_text
 from pocketlm.tensors import Tensors
+from pocketlm.text.chat_template import TOKEN_NAMES
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 
 ReadWeights = Callable[[Path, Mapping[str, Any], ModelConfig], Tensors]
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def read_folder(
@@ -42,7 +44,17 @@ def read_folder(
         huggingface.sample_config(generation),
         _chat_template(folder),
         huggingface.end_ids(generation or tree) - {tokenizer.end_id},
+        token_names=_token_names(folder),
     )
+
+
+def _token_names(folder: Path) -> dict[str, str]:
+    """What tokenizer_config.json calls special tokens, {"bos_token": "<s>"}; older ones say more of each."""
+    config = folder / TOKENIZER_CONFIG
+    tree = read_json(config) if config.is_file() else {}
+    given = {name: tree.get(name) for name in TOKEN_NAMES}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in given.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _chat_template(folder: Path) -> str | None:
@@ -51,7 +63,7 @@ def _chat_template(folder: Path) -> str | None:
     Raises:
         FileError: it is no text.
     """
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    file, config = folder / "chat_template.jinja", folder / TOKENIZER_CONFIG
     if file.is_file():
         return read_text(file)
     template = read_json(config).get("chat_template") if config.is_file() else None

@@ -34,6 +34,8 @@ class Release:
     """What ends a text beside the tokenizer's own id, as Instruct models have it."""
     document_masks: bool = False
     """Whether attention and positions began anew at each document in training. No format but our own says so."""
+    token_names: Mapping[str, str] = field(default_factory=dict)
+    """What the chat template calls special tokens (`bos_token`), where the model's files say it."""
 
     def transformer(self) -> Transformer:
         """The model itself, in evaluation mode; its weights are the release's own."""
@@ -65,7 +67,7 @@ def folder_texts(release: Release) -> dict[str, bytes]:
             huggingface.generation_config_json(release.sample, tokenizer.end_id) | _begin(tokenizer) | ends
         ),
         "tokenizer.json": tokenizer.to_json().encode(),
-        "tokenizer_config.json": json_bytes(_tokenizer_config(tokenizer)),
+        "tokenizer_config.json": json_bytes(tokenizer_config(release)),
     }
     if release.chat_template is not None:
         texts["chat_template.jinja"] = release.chat_template.encode()
@@ -86,7 +88,10 @@ def json_bytes(tree: Mapping[str, Any]) -> bytes:
     return (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _tokenizer_config(tokenizer: Tokenizer) -> Mapping[str, Any]:
-    tree = huggingface.tokenizer_config_json(tokenizer.end_token)
+def tokenizer_config(release: Release) -> dict[str, Any]:
+    """tokenizer_config.json; special tokens have the names that the files of the model gave them."""
+    tokenizer = release.tokenizer
     tokens = {number: token for token, number in tokenizer.special_tokens.items()}
-    return tree if tokenizer.begin_id is None else tree | {"bos_token": tokens[tokenizer.begin_id]}
+    begin = {} if tokenizer.begin_id is None else {"bos_token": tokens[tokenizer.begin_id]}
+    names = {name: token for name, token in release.token_names.items() if token in tokenizer.special_tokens}
+    return huggingface.tokenizer_config_json(tokenizer.end_token) | names | begin | {"eos_token": tokenizer.end_token}

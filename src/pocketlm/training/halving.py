@@ -34,8 +34,7 @@ def step_that_fits(run: Run, state: TrainState, check: Callable[[], None]) -> Ou
         except (RuntimeError, MemoryError) as error:  # in the update: what it has changed cannot be done again
             if not is_out_of_memory(error):
                 raise
-            what = "the update" if state.precision.shared is None else f"a step of rank {run.ranks.rank}"
-            raise ConfigError(_line(run, state, what, one_line(str(error)), SMALLER)) from None
+            raise _too_large(run, state, "the update", error) from None
         # Outside of the `except`: the error would keep the step's tensors alive.
         _halve(run, state, reason)
         compile_that_fits(run, state)
@@ -53,7 +52,18 @@ def compile_that_fits(run: Run, state: TrainState) -> None:
             return
         except OutOfMemory as error:
             reason = str(error)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _too_large(run, state, "a step", error) from None
         _halve(run, state, reason)
+
+
+def _too_large(run: Run, state: TrainState, what: str, error: BaseException) -> ConfigError:
+    """What cannot be done again with fewer rows at once: an update that has begun, a block that the ranks share."""
+    if state.precision.shared:
+        what = f"a step of rank {run.ranks.rank}"
+    return ConfigError(_line(run, state, what, one_line(str(error)) or type(error).__name__, SMALLER))
 
 
 def _line(run: Run, state: TrainState, what: str, reason: str, hint: str) -> str:

@@ -109,7 +109,7 @@ def _refuse_streams(config: Config, ranks: Ranks) -> None:
 
 def _train(config: Config, folder: Path, asked: Asked, listener: Listener, ranks: Ranks, engine: Engine) -> None:
     with contextlib.ExitStack() as held:
-        found = ranks.from_first(lambda: _find(held, config, folder, asked, listener).packed())
+        found = ranks.from_first(lambda: _find(held, config, folder, asked, listener).packed(), "patient")
         beginning = Beginning.unpacked(found)
         if beginning.is_complete:
             return
@@ -280,7 +280,7 @@ def _loop(run: Run, state: TrainState, stop: StopRequest, engine: Engine) -> Non
                 _keep_in_trouble(run, state, late, saver)
                 raise
             except FileError as error:
-                if stop.received is None:  # on every rank alike: a save is heard of together
+                if stop.received is None or not run.ranks.alone:  # of which the others may not have heard
                     raise
                 run.listener.note(str(error))  # of a save before, perhaps; this state is still to be saved
                 state.precision.drop_gradients()

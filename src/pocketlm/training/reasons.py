@@ -27,11 +27,6 @@ class Reason:
     """Only because another one has ended."""
 
 
-def towards_torchrun(exit_code: int) -> int:
-    """What a rank ends with that has left its reason."""
-    return 0 if exit_code in FINAL else exit_code
-
-
 def leave(run: Path, rank: int, reason: Reason) -> None:
     """
     Raises:

@@ -8,7 +8,7 @@ GPU: its figures stay on the device until the loop reads them, one step later.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,22 +99,28 @@ def train_step(
 def _gradients_or_nothing(
     state: TrainState, loader: Rows, config: Config, micro_batch: int, check: Callable[[], None]
 ) -> Tensor:
-    """As `_gradients`, but where memory runs out, here or on another rank, all of them are as before the step.
+    """The sums of a step's gradients, as `precision.gradients()` gives them; returns the loss, () fp32.
 
-    Only here can a step be done again: once the update has begun, weights and moments are no longer those before it.
+    Where memory runs out, here or on another rank, all of them are as before the step. Only here can it be done again:
+    once the update has begun, weights and moments are no longer those before it.
     """
-    loss, reason = None, "on another rank"
-    try:
-        loss = _gradients(state, loader, config, micro_batch, check)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or state.precision.shared:  # the others wait for its share of a block
-            raise
-        reason = one_line(str(error))
-    if state.ranks.most(loss is None):
+    count = turns(config.rows_per_step, state.ranks.size, micro_batch)
+    losses = _micro_batches(state, loader, config, micro_batch, count)
+    loss, reason = None, ""
+    for _ in range(count):
+        check()  # also where memory has run out: every rank says as many words
+        if not reason:
+            try:
+                loss = next(losses)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or state.precision.shared:  # the others wait for its share of a block
+                    raise
+                reason = one_line(str(error)) or type(error).__name__
+    if state.ranks.most(bool(reason)):
         state.precision.drop_gradients()
-        raise OutOfMemory(reason)
+        raise OutOfMemory(reason or "on another rank")
     assert loss is not None
-    return loss
+    return _unscaled(loss, state.scaler)
 
 
 def _moved(rows: Tensor, device: torch.device) -> Tensor:
@@ -122,11 +128,8 @@ def _moved(rows: Tensor, device: torch.device) -> Tensor:
     return rows.pin_memory().to(device, non_blocking=True) if device.type in COPIES_BESIDE else rows.to(device)
 
 
-def _gradients(state: TrainState, loader: Rows, config: Config, micro_batch: int, check: Callable[[], None]) -> Tensor:
-    """The sums of a step's gradients, as `precision.gradients()` gives them; returns the loss, () fp32.
-
-    In fp16 the gradients are times the loss scale.
-    """
+def _micro_batches(state: TrainState, loader: Rows, config: Config, micro_batch: int, count: int) -> Iterator[Tensor]:
+    """Forward and backward of each micro-batch; gives the loss until there, () fp32. In fp16 all is times the scale."""
     model, rows = state.precision.compute, config.rows_per_step
     state.precision.before_reading()
     own = state.ranks.share(rows)
@@ -134,9 +137,7 @@ def _gradients(state: TrainState, loader: Rows, config: Config, micro_batch: int
     mean = 1.0 / (rows * config.data.context)  # every target of the step weighs the same, whatever the micro-batch
     scale = mean * state.scaler.scale if state.scaler else mean
     loss = torch.zeros((), device=batch.device)
-    parts = _parts(batch, micro_batch, turns(rows, state.ranks.size, micro_batch))
-    for inputs, targets in parts:
-        check()
+    for inputs, targets in _parts(batch, micro_batch, count):
         hidden = model.hidden(inputs).flatten(0, 1)  # (B * T, C)
         part_loss = linear_cross_entropy(
             hidden,
@@ -148,10 +149,10 @@ def _gradients(state: TrainState, loader: Rows, config: Config, micro_batch: int
             num_ids=config.model.vocab_size,
         )
         part_loss.backward()  # type: ignore[no-untyped-call]
-        if len(parts) > 1:
+        if count > 1:
             state.precision.collect_gradients()
         loss += part_loss.detach()
-    return _unscaled(loss, state.scaler)
+        yield loss
 
 
 def _parts(batch: Tensor, micro_batch: int, count: int) -> list[tuple[Tensor, Tensor]]:
