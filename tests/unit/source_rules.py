@@ -14,7 +14,7 @@ ALLOWED_MODULES = {
     *("__future__", "argparse", "array", "base64", "bisect", "codecs", "collections", "contextlib", "ctypes"),
     "datetime",
     *("dataclasses", "difflib", "errno", "fcntl", "functools", "glob", "hashlib", "html", "importlib", "io"),
-    *("enum", "queue", "subprocess"),
+    *("enum", "inspect", "queue", "subprocess"),
     *("itertools", "json", "math", "os", "pathlib", "platform", "random", "re", "readline", "secrets", "shlex"),
     *(
         "shutil",
