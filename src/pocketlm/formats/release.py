@@ -52,9 +52,7 @@ def folder_texts(release: Release) -> dict[str, bytes]:
         "generation_config.json": json_bytes(
             huggingface.generation_config_json(release.sample, tokenizer.end_id) | _begin(tokenizer) | ends
         ),
-        "tokenizer.json": tokenizer.to_json().encode(),
-        "tokenizer_config.json": json_bytes(_tokenizer_config(tokenizer)),
-    }
+    } | tokenizer_texts(tokenizer, context=release.model.max_position_embeddings)
     if release.chat_template is not None:
         texts["chat_template.jinja"] = release.chat_template.encode()
     return texts
@@ -74,7 +72,8 @@ def json_bytes(tree: Mapping[str, Any]) -> bytes:
     return (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _tokenizer_config(tokenizer: Tokenizer) -> Mapping[str, Any]:
-    tree = huggingface.tokenizer_config_json(tokenizer.end_token)
-    tokens = {number: token for token, number in tokenizer.special_tokens.items()}
-    return tree if tokenizer.begin_id is None else tree | {"bos_token": tokens[tokenizer.begin_id]}
+def tokenizer_texts(tokenizer: Tokenizer, *, context: int | None = None) -> dict[str, bytes]:
+    """The two files of a tokenizer in a Hugging Face folder; `context`: tokens that its model takes."""
+    begin = next((token for token, number in tokenizer.special_tokens.items() if number == tokenizer.begin_id), None)
+    config = huggingface.tokenizer_config_json(tokenizer.end_token, begin_token=begin, context=context)
+    return {"tokenizer.json": tokenizer.to_json().encode(), "tokenizer_config.json": json_bytes(config)}
