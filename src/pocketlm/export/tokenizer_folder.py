@@ -43,7 +43,9 @@ encoding = tiktoken.Encoding(
 ```
 
 Give the hash: without it tiktoken takes a file of the same name from its cache, whatever is in it.
-`encoding.encode_ordinary(text)` gives the ids that pocketlm gives. {bytes_said}
+`encoding.encode_ordinary(text)` gives the ids that pocketlm gives.
+
+{bytes_said}
 """
 
 
@@ -77,7 +79,7 @@ def bytes_said(ranks: Ranks) -> str:
     """What to know of bytes that are no tokens; empty if all are."""
     if not (missing := ranks.missing_bytes):
         return ""
-    return f"At text with one of the bytes {missing.hex(' ')}, which are no tokens, tiktoken panics."
+    return f"These bytes are no tokens, and at text with one of them tiktoken panics: {missing.hex(' ')}."
 
 
 def _write(out: Path, files: Mapping[str, bytes]) -> None:
@@ -102,13 +104,13 @@ def read_ranks(path: Path, pre_tokenizer: str | None = None, special: Mapping[st
         if pre_tokenizer or special:
             raise UsageError(f"{path} is a folder and says its own --cut and --special; leave them out")
         return _read_folder(path)
+    data = read_bytes(path, TEXT_LIMIT_BYTES)
     if not pre_tokenizer or not special:
         raise UsageError(
             f"a rank file does not say how text is cut, nor its special tokens; add --cut {'|'.join(PATTERNS)} and "
             "--special '<|endoftext|>=ID'"
         )
-    ranks = read_rank_lines(read_bytes(path, TEXT_LIMIT_BYTES), str(path))
-    return Ranks(ranks, special, pre_tokenizer, next(iter(special)))
+    return Ranks(read_rank_lines(data, str(path)), special, pre_tokenizer, next(iter(special)))
 
 
 def _read_folder(folder: Path) -> Ranks:
