@@ -225,6 +225,7 @@ def test_the_verbs_refuse_in_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
         ("import a.tiktoken --out x", 2, "add --cut gpt-2|smollm|qwen2 and --special '<|endoftext|>=ID'"),
         ("import a.tiktoken --cut cl100k --special <s>=300 --out x", 2, "invalid choice: 'cl100k'"),
         ("import a.tiktoken --cut gpt-2 --special <s>=x --out x", 2, "--special '<s>=x': allowed is TOKEN=ID"),
+        ("import a.tiktoken --cut gpt-2 --special <s>=300 --special <s>=301 --out x", 2, "names a token twice"),
         ("import a.tiktoken --cut gpt-2 --special <s>=5 --out x", 3, "has the id 5 of another token"),
         ("import a.tiktoken --cut gpt-2 --special <s>=900000000 --out x", 3, "allowed are ids below"),
         ("import odd --out x", 3, "special_tokens is not as pocketlm writes it"),

@@ -104,7 +104,10 @@ def _import(argv: list[str]) -> int:
 
     out: Path = arguments.out
     refuse_what_stands(out)
-    ranks = read_ranks(arguments.ranks, arguments.cut, dict(map(_special, arguments.special)))
+    special = dict(map(_special, arguments.special))
+    if len(special) < len(arguments.special):
+        raise UsageError("--special names a token twice; give each once")
+    ranks = read_ranks(arguments.ranks, arguments.cut, special)
     tokenizer = tokenizer_of(ranks, str(arguments.ranks))
     write_tokenizer(out, tokenizer)
     _told(tokenizer, out, f"pocketlm train tiny --data.tokenizer {out}", as_json=arguments.json)
