@@ -90,13 +90,17 @@ def ranks_of(tokenizer: Tokenizer, origin: str) -> Ranks:
         if first != second:
             raise DataError(
                 f"{origin} has no form for tiktoken: its merges are not the order of its ids; the first that is "
-                f"another one is {' + '.join(first or ('none',))}, tiktoken's {' + '.join(second or ('none',))}"
+                f"another one is {_sum(first)}, tiktoken's {_sum(second)}"
             )
     special = dict(sorted(tokenizer.special_tokens.items(), key=lambda item: item[1]))
     begin = next((token for token, number in special.items() if number == tokenizer.begin_id), None)
     made = Ranks(vocabulary, special, str(tokenizer.pre_tokenizer_name), tokenizer.end_token, begin)
     check_equal(tokenizer, made, origin)
     return made
+
+
+def _sum(pair: tuple[str, ...] | None) -> str:
+    return one_line(" + ".join(pair or ["none"]))
 
 
 def _unlike(tokenizer: Tokenizer) -> str | None:
@@ -111,7 +115,7 @@ def _unlike(tokenizer: Tokenizer) -> str | None:
     if not merges_alone(tree):
         return "its ids do not follow from merges alone"
     if plain := [entry["content"] for entry in tree.get("added_tokens") or () if not entry.get("special")]:
-        return f"it has added tokens that text makes ({plain[0]!r})"
+        return f"it has added tokens that text makes ({_shown(plain[0])})"
     return None
 
 
@@ -142,8 +146,8 @@ def _parts(token: bytes, rank: int, ranks: Mapping[bytes, int], origin: str) -> 
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     if len(parts) > 2 or any(ranks.get(part, rank) >= rank for part in parts):
         raise DataError(
-            f"{origin}: token {rank} ({token!r}) is not made of two tokens with lower ids, so tiktoken's ids are not "
-            "those of any merges"
+            f"{origin}: token {rank} ({_shown(token)}) is not made of two tokens with lower ids, so no merges give "
+            "tiktoken's ids"
         )
     return parts[0], parts[1]
 
@@ -198,17 +202,21 @@ def tokenizer_of(ranks: Ranks, origin: str) -> Tokenizer:
 
 def _check_special(ranks: Ranks, tokens: Mapping[str, int], origin: str) -> None:
     if ranks.pre_tokenizer not in PRE_TOKENIZERS:
-        raise DataError(f"{origin} cuts text by {ranks.pre_tokenizer!r}; allowed are {', '.join(PRE_TOKENIZERS)}")
+        raise DataError(f"{origin} cuts text by {_shown(ranks.pre_tokenizer)}; allowed are {', '.join(PRE_TOKENIZERS)}")
     for name in filter(None, (ranks.end_token, ranks.begin_token)):
         if name not in ranks.special:
-            raise DataError(f"{origin}: {name!r} is none of its special tokens")
+            raise DataError(f"{origin}: {_shown(name)} is none of its special tokens")
     taken = set(ranks.ranks.values())
     for token, number in ranks.special.items():
         if not token or token in tokens:
-            raise DataError(f"{origin}: the special token {token!r} is a token of text, too")
+            raise DataError(f"{origin}: the special token {_shown(token)} is a token of text, too")
         if number in taken:
-            raise DataError(f"{origin}: the special token {token!r} has the id {number} of another token")
+            raise DataError(f"{origin}: the special token {_shown(token)} has the id {number} of another token")
         taken.add(number)
+
+
+def _shown(text: str | bytes) -> str:
+    return one_line(repr(text))[:60]
 
 
 # --- the file
@@ -237,8 +245,7 @@ def read_rank_lines(data: bytes, origin: str) -> dict[bytes, int]:
             ranks[token] = _rank(rank)
         except ValueError:
             raise DataError(
-                f"{origin} is no rank file: line {number} is {one_line(repr(line))[:60]}; allowed is bytes in base64 "
-                "and a rank"
+                f"{origin} is no rank file: line {number} is {_shown(line)}; allowed is bytes in base64 and a rank"
             ) from None
     if not ranks or len(set(ranks.values())) < len(ranks):
         raise DataError(f"{origin}: {'two tokens have one rank' if ranks else 'no tokens in it'}")
