@@ -104,7 +104,7 @@ def test_parts_by_hand() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: tokenizer_with("a b", "ab c", "b c", "a bc"), "its merges are not the order of its ids"),
+        (lambda: tokenizer_with("a b", "ab c", "b c", "a bc"), "its merges are not in the order of its ids"),
         (lambda: train_tokenizer_with_ids_turned(), "is not made of two tokens with lower ids"),
         (lambda: changed(ignore_merges=True), "do not follow from merges alone"),
         (
@@ -113,7 +113,7 @@ def test_parts_by_hand() -> None:
         ),
         (lambda: tokenizer_with("a b", pre_tokenizer=None), "in a way that has no name here"),
         (lambda: with_plain(), "added tokens that text makes"),
-        (lambda: changed(vocab_too={"ab": 300}), "its merges are not the order of its ids"),
+        (lambda: changed(vocab_too={"ab": 300}), "its merges are not in the order of its ids"),
     ],
 )
 def test_tokenizers_without_ranks(make: Callable[[], Tokenizer], words: str) -> None:

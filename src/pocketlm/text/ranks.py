@@ -78,29 +78,14 @@ def ranks_of(tokenizer: Tokenizer, origin: str) -> Ranks:
     Raises:
         DataError: tiktoken would give other ids.
     """
-    if why := _unlike(tokenizer):
-        raise DataError(f"{origin} has no form for tiktoken: {why}; pocketlm tokenizer export hf takes it")
     vocabulary = {token: number for number, token in enumerate(tokenizer.token_bytes) if token}
-    if len(vocabulary) < sum(map(bool, tokenizer.token_bytes)):
-        raise DataError(f"{origin} has no form for tiktoken: two of its tokens have the same bytes")
-    letters = byte_alphabet()
-    theirs = [tuple(_spelled(part, letters) for part in pair) for pair in merges_of(vocabulary, origin)]
-    ours = [tuple(pair) for pair in tokenizer.tree["model"]["merges"]]
-    for first, second in zip_longest(ours, theirs):
-        if first != second:
-            raise DataError(
-                f"{origin} has no form for tiktoken: its merges are not the order of its ids; the first that is "
-                f"another one is {_sum(first)}, tiktoken's {_sum(second)}"
-            )
+    if why := _unlike(tokenizer) or _unlike_merges(tokenizer, vocabulary, origin):
+        raise DataError(f"{origin} has no form for tiktoken: {why}; pocketlm tokenizer export hf takes it")
     special = dict(sorted(tokenizer.special_tokens.items(), key=lambda item: item[1]))
     begin = next((token for token, number in special.items() if number == tokenizer.begin_id), None)
     made = Ranks(vocabulary, special, str(tokenizer.pre_tokenizer_name), tokenizer.end_token, begin)
     check_equal(tokenizer, made, origin)
     return made
-
-
-def _sum(pair: tuple[str, ...] | None) -> str:
-    return one_line(" + ".join(pair or ["none"]))
 
 
 def _unlike(tokenizer: Tokenizer) -> str | None:
@@ -117,6 +102,23 @@ def _unlike(tokenizer: Tokenizer) -> str | None:
     if plain := [entry["content"] for entry in tree.get("added_tokens") or () if not entry.get("special")]:
         return f"it has added tokens that text makes ({_shown(plain[0])})"
     return None
+
+
+def _unlike_merges(tokenizer: Tokenizer, vocabulary: Mapping[bytes, int], origin: str) -> str | None:
+    """Where the merges are others than those of the ids; None if nowhere."""
+    if len(vocabulary) < sum(map(bool, tokenizer.token_bytes)):
+        return "two of its tokens have the same bytes"
+    letters = byte_alphabet()
+    theirs = [tuple(_spelled(part, letters) for part in pair) for pair in merges_of(vocabulary, origin)]
+    ours = [tuple(pair) for pair in tokenizer.tree["model"]["merges"]]
+    for first, second in zip_longest(ours, theirs):
+        if first != second:
+            return f"its merges are not in the order of its ids: {_sum(first)}, where tiktoken has {_sum(second)}"
+    return None
+
+
+def _sum(pair: tuple[str, ...] | None) -> str:
+    return one_line(" + ".join(pair or ["none"]))
 
 
 def merges_of(ranks: Mapping[bytes, int], origin: str) -> list[Pair]:
