@@ -74,3 +74,8 @@ def vectors(shared: Path) -> list[str]:
     chats = [json.loads(line) for line in (folder / "smollm2/chat_vectors.jsonl").read_text().split("\n") if line]
     pieces = (folder / "gpt2/llamacpp-vectors.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     return [*pieces, *(row["text"] for row in rows), *(chat["rendered"] for chat in chats)]
+
+
+def without(text: str, missing: bytes) -> str:
+    """A text without the characters that have one of these bytes: SmolLM2 has no tokens for some."""
+    return "".join(character for character in text if not {*missing} & {*character.encode()})
