@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pocketlm.text.tokenizer import GPT2_FILES, GPT2_URL
+import interchange
+from pocketlm.text.tokenizer import GPT2_FILES, GPT2_URL, Tokenizer, train_tokenizer
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 pytest_plugins = ["proof", "pytester"]
 
@@ -35,10 +38,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real texts and tokenizers that may lie beside the repository."""
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    if not folder.is_dir():
+    if not SHARED.is_dir():
         pytest.skip("no ../shared/data beside the repository: real texts and test vectors are there")
-    return folder
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def shared_or_none() -> Path | None:
+    """That folder, for tests that have something else to take."""
+    return SHARED if SHARED.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def trained(shared_or_none: Path | None) -> dict[str, Tokenizer]:
+    """A tokenizer trained on code and one on prose."""
+    sources = {"code": interchange.code()[0], "prose": interchange.prose(shared_or_none)}
+    return {kind: train_tokenizer(source, 2048) for kind, source in sources.items()}
 
 
 @pytest.fixture(scope="session")

@@ -268,7 +268,7 @@ def flags() -> dict[str, set[str]]:
     commands = {verb: [[verb]] for verb in VERBS}
     commands["data"] = [["data", "prepare"], ["data", "show"]]
     commands["runs"] = [["runs"], ["runs", "compare"]]
-    commands["tokenizer"] = [["tokenizer", "train"]]
+    commands["tokenizer"] = [["tokenizer", each] for each in ("train", "export", "import")]
     known = {verb: set().union(*(flags_of(words) for words in each)) for verb, each in commands.items()}
     known["fields"] = {f"--{name.replace('_', '-')}" for name in FIELDS}
     known["main"] = {"--help", "--version", "--section.field"}

@@ -30,12 +30,14 @@ from pocketlm.data.prepare import prepare
 from pocketlm.data.shards import describe, open_dataset
 from pocketlm.disk import Disk
 from pocketlm.errors import PocketError
+from pocketlm.export.tokenizer_folder import read_ranks, write_ranks
 from pocketlm.formats import huggingface
 from pocketlm.formats.model_file import read_model_file
 from pocketlm.journal import Journal
 from pocketlm.reading import read_json, verify_folder
 from pocketlm.tensors import read_tensors
 from pocketlm.text.documents import read_documents
+from pocketlm.text.ranks import ranks_of, tokenizer_of
 from pocketlm.text.tokenizer import load_tokenizer
 from pocketlm.training import state
 
@@ -48,6 +50,9 @@ SENTENCE = "the 3 ravens  flew\n\n\tover caf\u00e9s \U0001f468\u200d\U0001f469 <
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32, "vocab_size": 257}
 GPT2 |= {"n_inner": None, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+
+
+CUT = "gpt-2", {"<|endoftext|>": 60_000}
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,10 @@ def targets() -> Iterator[Target]:
     yield bytes_of("model.gguf", mutated_gguf, lambda path: read_model_file(path).tokenizer.encode(SENTENCE))
     yield bytes_of("llama2c.bin", damaged, read_model_file)
     yield bytes_of("tokenizer.bin", damaged, lambda path: read_model_file(path.with_name("llama2c.bin")))
+    if not Path("ranks").exists():
+        write_ranks(Path("ranks"), ranks_of(load_tokenizer("foreign/tokenizer.json"), "foreign"))
+    yield tree_of("ranks/encoding.json", lambda path: tokenizer_of(read_ranks(path.parent), "ranks"))
+    yield bytes_of("ranks/ranks.tiktoken", damaged, lambda path: tokenizer_of(read_ranks(path, *CUT), "ranks"))
     yield bytes_of("run/metrics.jsonl", damaged, Journal.read)
     yield from sources()
 

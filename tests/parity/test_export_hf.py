@@ -4,6 +4,8 @@ way back."""
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from exact import assert_as_exact_as, random_model
 from safetensors.torch import load_file
 
 import pocketlm
+from interchange import texts, vectors
 from pocketlm.cli.main import main
 from pocketlm.config import Config, ModelConfig, SampleConfig
 from pocketlm.errors import FileError
@@ -22,7 +25,7 @@ from pocketlm.generate import engine
 from pocketlm.generate.sampling import Sampling
 from pocketlm.model.transformer import Transformer
 from pocketlm.text.tokenizer import Tokenizer, train_tokenizer
-from pocketlm.text.tokenizer_json import with_begin
+from pocketlm.text.tokenizer_json import special_entry, with_begin
 from pocketlm.toml_trees import preset_names
 from pocketlm.training import resolve
 
@@ -67,7 +70,11 @@ CASES |= {name: (PRESETS.get(name, "llama"), small(name)) for name in preset_nam
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer([f"{n} ravens flew over {n * n % 97} hills\n" for n in range(900)], 300)
+    """With a second special token, and two that are text, as Qwen's has them."""
+    trained = train_tokenizer([f"{n} ravens flew over {n * n % 97} hills\n" for n in range(900)], 300)
+    added = [special_entry(text, 300 + n) | {"special": False} for n, text in enumerate(("<tool_call>", "<think>"))]
+    added = [*trained.tree["added_tokens"], *added, special_entry("<|im_end|>", 302)]
+    return Tokenizer(json.dumps(trained.tree | {"added_tokens": added}))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +101,9 @@ def greedy(model: Transformer, prompt: list[int]) -> list[int]:
 
 @pytest.mark.goal("R16")
 @pytest.mark.parametrize("name", CASES)
-def test_there_and_back(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_there_and_back(
+    name: str, tmp_path: Path, tokenizer: Tokenizer, shared_or_none: Path | None, said: pytest.LogCaptureFixture
+) -> None:
     kind, config = CASES[name]
     model, out = random_model(config), tmp_path / "out"
     release = Release(config, model.state_dict(), tokenizer, SampleConfig(temperature=0.7, top_k=50))
@@ -119,11 +128,36 @@ def test_there_and_back(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None
     ids = torch.randint(313, (3, 64), generator=torch.Generator().manual_seed(12))
     assert assert_as_exact_as(theirs, model, ids) <= 2e-5
 
-    reader = transformers.AutoTokenizer.from_pretrained(out)
-    plain = TEXT.replace("<|endoftext|>", "")
-    assert reader(plain)["input_ids"] == tokenizer.encode(plain)
-    assert reader.decode(tokenizer.encode(plain), clean_up_tokenization_spaces=False) == plain
-    assert reader.eos_token_id == tokenizer.end_id
+    reader = transformers.AutoTokenizer.from_pretrained(out, trust_remote_code=kind == "pocketlm")
+    assert_reads_as(
+        reader, tokenizer, [*texts(shared_or_none).values(), *(vectors(shared_or_none) if shared_or_none else [])]
+    )
+    assert said.messages == []
+
+
+def assert_reads_as(reader: Any, tokenizer: Tokenizer, some: list[str]) -> None:
+    """Ids and text are ours; `split_special_tokens` makes of special tokens in a text what we make of them."""
+    for text in [TEXT, "a<tool_call> {}</tool_call><think>\n", "<|im_end|>", *(text[:2000] for text in some)]:
+        ids = tokenizer.encode(text)
+        assert reader(text, split_special_tokens=True, verbose=False)["input_ids"] == ids, text[:80]
+        assert reader.decode(ids) == tokenizer.decode(ids) == text
+    assert reader("<|im_end|>a<|endoftext|>")["input_ids"] == [302, *tokenizer.encode("a"), 0]
+    assert reader.decode([0, 302, 300, 0], skip_special_tokens=True) == "<tool_call>"
+    assert (reader.bos_token_id, reader.eos_token_id, reader.unk_token_id, len(reader)) == (0, 0, None, 303)
+    one, two = tokenizer.encode("3 ravens"), tokenizer.encode("3 ravens flew over")
+    padded = reader(["3 ravens", "3 ravens flew over"], padding=True)
+    assert padded["input_ids"] == [[0] * (len(two) - len(one)) + one, two]
+    assert sum(padded["attention_mask"][0]) == len(one)
+    assert len(reader("ravens " * 90, truncation=True)["input_ids"]) == 64
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What transformers warns of."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 def test_a_token_that_begins_a_text_is_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:

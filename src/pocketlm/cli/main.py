@@ -24,7 +24,7 @@ VERBS = {
     "bench": "tokens/s and MFU of this machine",
     "sizes": "parameters, FLOPs and memory of a preset or model",
     "data": "prepare a data set, or look into one",
-    "tokenizer": "train a tokenizer",
+    "tokenizer": "train a tokenizer, or bring one to another tool",
     "runs": "list runs, or compare some of them",
     "export": "write a model for transformers, llama.cpp or Ollama",
     "import": "make a model folder of a .gguf or a llama2.c .bin",

@@ -145,7 +145,7 @@ def _load(subject: Subject) -> Iterator[str]:
     yield "```python"
     yield "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
     yield f"model = AutoModelForCausalLM.from_pretrained({name}{trust})"
-    yield f"tokenizer = AutoTokenizer.from_pretrained({name})"
+    yield f"tokenizer = AutoTokenizer.from_pretrained({name}{trust})"
     yield "```\n"
     yield "With pocketlm, which runs no code of a folder:\n"
     yield "```python"

@@ -135,17 +135,25 @@ def end_ids(tree: Mapping[str, Any]) -> frozenset[int]:
     return frozenset(ids)
 
 
-def tokenizer_config_json(end_token: str) -> Tree:
+def tokenizer_config_json(end_token: str, *, begin_token: str | None = None, context: int | None = None) -> Tree:
     """tokenizer_config.json beside a tokenizer.json whose end-of-text token is `end_token`.
 
     The class is always named: without it transformers picks one by model type, which may split text in other ways.
+    Padding is on the left, where generating wants it, and with what ends a text, which a mask then hides.
+
+    Args:
+        begin_token: what the tokenizer.json puts before a text.
+        context: how many tokens the model takes, where there is one.
     """
+    longest = {} if context is None else {"model_max_length": context}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end_token,
+        "bos_token": begin_token or end_token,
         "eos_token": end_token,
+        "pad_token": end_token,
+        "padding_side": "left",
         "clean_up_tokenization_spaces": False,
-    }
+    } | longest
 
 
 def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -7,8 +7,10 @@ from pathlib import Path
 from pocketlm.config import ModelConfig
 from pocketlm.errors import UsageError
 from pocketlm.formats import gguf, llama2c
-from pocketlm.formats.gguf_file import MAGIC
+from pocketlm.formats.gguf_file import MAGIC, read_header
+from pocketlm.formats.gguf_tokenizer import tokenizer_in
 from pocketlm.formats.release import Release
+from pocketlm.text.tokenizer import Tokenizer
 
 
 def is_model_file(path: Path) -> bool:
@@ -42,6 +44,15 @@ def read_model_config(path: Path) -> ModelConfig:
     """
     is_llama2c = not is_gguf(path) and path.suffix == ".bin"
     return llama2c.read_config(path) if is_llama2c else gguf.read_config(path)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer alone; a GGUF file may hold nothing else.
+
+    Raises:
+        FileError, DataError: as `read_model_file`.
+    """
+    return tokenizer_in(read_header(path)) if is_gguf(path) else read_model_file(path).tokenizer
 
 
 def is_gguf(path: Path) -> bool:

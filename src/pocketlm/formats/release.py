@@ -66,9 +66,7 @@ def folder_texts(release: Release) -> dict[str, bytes]:
         "generation_config.json": json_bytes(
             huggingface.generation_config_json(release.sample, tokenizer.end_id) | _begin(tokenizer) | ends
         ),
-        "tokenizer.json": tokenizer.to_json().encode(),
-        "tokenizer_config.json": json_bytes(tokenizer_config(release)),
-    }
+    } | tokenizer_texts(tokenizer, release.token_names, context=release.model.max_position_embeddings)
     if release.chat_template is not None:
         texts["chat_template.jinja"] = release.chat_template.encode()
     return texts
@@ -88,10 +86,17 @@ def json_bytes(tree: Mapping[str, Any]) -> bytes:
     return (json.dumps(tree, indent=2, allow_nan=False) + "\n").encode()
 
 
-def tokenizer_config(release: Release) -> dict[str, Any]:
-    """tokenizer_config.json; special tokens have the names that the files of the model gave them."""
-    tokenizer = release.tokenizer
-    tokens = {number: token for token, number in tokenizer.special_tokens.items()}
-    begin = {} if tokenizer.begin_id is None else {"bos_token": tokens[tokenizer.begin_id]}
-    names = {name: token for name, token in release.token_names.items() if token in tokenizer.special_tokens}
-    return huggingface.tokenizer_config_json(tokenizer.end_token) | names | begin | {"eos_token": tokenizer.end_token}
+def tokenizer_texts(
+    tokenizer: Tokenizer, names: Mapping[str, str] | None = None, *, context: int | None = None
+) -> dict[str, bytes]:
+    """The two files of a tokenizer in a Hugging Face folder.
+
+    Args:
+        names: what files of its model called special tokens: `bos_token` and so on.
+        context: tokens that its model takes.
+    """
+    begin = next((token for token, number in tokenizer.special_tokens.items() if number == tokenizer.begin_id), None)
+    config = huggingface.tokenizer_config_json(tokenizer.end_token, begin_token=begin, context=context)
+    given = {name: token for name, token in (names or {}).items() if token in tokenizer.special_tokens}
+    own = {"eos_token": tokenizer.end_token} | ({"bos_token": begin} if begin else {})
+    return {"tokenizer.json": tokenizer.to_json().encode(), "tokenizer_config.json": json_bytes(config | given | own)}

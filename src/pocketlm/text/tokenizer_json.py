@@ -18,7 +18,7 @@ END_OF_TEXT = "<|endoftext|>"
 END_TOKENS = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<eos>", "<|eot_id|>")
 
 # https://huggingface.co/Qwen/Qwen2-0.5B tokenizer.json; llama.cpp's LLAMA_VOCAB_PRE_TYPE_QWEN2.
-_QWEN2_PATTERN = (
+QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
@@ -91,10 +91,14 @@ def is_special(tree: Tree, token: str) -> bool:
 
 
 def make_special(tree: Tree, token: str, number: int) -> None:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     others = [entry for entry in tree.get("added_tokens") or () if entry["content"] != token]
-    added = [*others, {"id": number, "content": token} | flags]
-    tree["added_tokens"] = sorted(added, key=lambda entry: int(entry["id"]))
+    tree["added_tokens"] = sorted([*others, special_entry(token, number)], key=lambda entry: int(entry["id"]))
+
+
+def special_entry(token: str, number: int) -> Tree:
+    """A special token as it stands among the added ones."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": number, "content": token} | flags
 
 
 def token_bytes(
@@ -189,7 +193,7 @@ PRE_TOKENIZERS: dict[str, Tree] = {
     "qwen2": {
         "type": "Sequence",
         "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": _QWEN2_PATTERN}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated", "invert": False},
             _BYTE_LEVEL | {"use_regex": False},
         ],
     },
@@ -229,6 +233,6 @@ def _steps_are(name: str, steps: list[Tree], tree: Tree) -> bool:
     if byte_level.get("add_prefix_space") or byte_level.get("use_regex", True) != (name != "qwen2"):
         return False
     if name == "qwen2":
-        pattern = steps[0].get("pattern") == {"Regex": _QWEN2_PATTERN} and steps[0].get("behavior") == "Isolated"
+        pattern = steps[0].get("pattern") == {"Regex": QWEN2_PATTERN} and steps[0].get("behavior") == "Isolated"
         return pattern and not steps[0].get("invert") and (tree.get("normalizer") or {"type": "NFC"}) == {"type": "NFC"}
     return not tree.get("normalizer") and (name == "gpt-2" or bool(steps[0].get("individual_digits")))
