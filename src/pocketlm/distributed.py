@@ -29,7 +29,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocketlm import errors
+from pocketlm import errors, torchrun
 from pocketlm.errors import PocketError, RankLost, one_line
 
 T = TypeVar("T")
@@ -234,9 +234,10 @@ def join(timeout_s: float) -> Iterator[Ranks]:
         timeout_s: after which a rank that says nothing is given up.
 
     Raises:
+        UsageError: the environment speaks of several, and not how they meet.
         RankLost: the others do not come.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = torchrun.world_size()
     if size == 1:
         yield ALONE
         return

@@ -6,9 +6,11 @@ even that where the launcher stands above, which reads it from the run's folder 
 
 from __future__ import annotations
 
+import socket
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pocketlm import torchrun
@@ -81,10 +83,10 @@ def _say(rank: int, reason: Reason, text: str) -> None:
 
 def _code(folder: Path, rank: int, reason: Reason) -> int:
     try:
-        reasons.leave(folder, rank, reason)
+        reasons.leave(folder, rank, replace(reason, host=socket.gethostname()))
     except OSError:  # then the code itself has to say it, also at the price of starting anew
         return reason.exit_code
     starts_anew = torchrun.agent() is not None or torchrun.restarts()[1] > 0
     is_final = reason.exit_code in reasons.FINAL
-    # torchrun alone takes a run for done if all ranks end with 0; if one ends so before the first has spoken, all go on.
+    # torchrun alone takes a run for done if all ranks end with 0; one that ends so before the first speaks ends none.
     return 0 if is_final and (starts_anew or rank > 0) else reason.exit_code
