@@ -38,7 +38,7 @@ def world_size() -> int:
             f"WORLD_SIZE={size} is in the environment, and {', '.join(lacking)} not: torchrun sets them all; "
             f"unset WORLD_SIZE, and give --devices N for several ranks"
         )
-    if size > 1 and not _number("RANK", 0) < size:
+    if size > 1 and _number("MASTER_PORT", 1) and own_rank() >= size:
         raise UsageError(f"RANK: given {own_rank()}, allowed with WORLD_SIZE={size} is 0 to {size - 1}")
     return size
 

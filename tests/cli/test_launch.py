@@ -9,6 +9,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,11 +20,14 @@ import psutil
 import pytest
 
 from pocketlm import checkpoint
-from pocketlm.cli import launch, rank, train
-from pocketlm.cli.launch import Plan, outcome
+from pocketlm.cli import addresses, launch, rank, train, watch
+from pocketlm.cli.addresses import Place
+from pocketlm.cli.launch import Plan
 from pocketlm.cli.main import main
+from pocketlm.cli.outcome import End, Failures, Host
 from pocketlm.distributed import lost
-from pocketlm.errors import UsageError
+from pocketlm.errors import RankLost, UsageError
+from pocketlm.training import reasons
 from pocketlm.training.reasons import Reason
 
 PROGRAM = Path(__file__).parent / "rank_program.py"
@@ -35,15 +39,15 @@ TERM, KILL = signal.SIGTERM, signal.SIGKILL
 class Launched:
     """A launcher, what it and its ranks have said so far, and every process that was seen below it."""
 
-    def __init__(self, *words: str) -> None:
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True)
+    def __init__(self, *words: str, stdout: int = subprocess.PIPE) -> None:
+        self.process = subprocess.Popen([sys.executable, *words], stdout=stdout, stderr=subprocess.PIPE, text=True)
         self.said: list[str] = []
         self.seen: dict[int, psutil.Process] = {}
 
     @classmethod
-    def program(cls, folder: Path, *attempts: str, **plan: Any) -> Self:
-        return cls(str(PROGRAM), "launch", json.dumps({"devices": 2} | plan), str(folder), *attempts)
+    def program(cls, folder: Path, *attempts: str, stdout: int = subprocess.PIPE, **plan: Any) -> Self:
+        words = [str(PROGRAM), "launch", json.dumps({"devices": 2} | plan), str(folder), *attempts]
+        return cls(*words, stdout=stdout)
 
     def lines(self) -> Iterator[str]:
         """Each line that is said, until nobody is left who could say one."""
@@ -147,12 +151,37 @@ def test_a_scheduler_may_send_a_signal_to_every_process(tmp_path: Path) -> None:
 
 @pytest.mark.goal("R20")
 def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
-    it = Launched.program(tmp_path / "run", "deaf,deaf")
+    it = Launched.program(tmp_path / "run", "deaf,deaf", again_s=0)
     it.until(is_there, times=2)
     it.process.send_signal(TERM)
     it.until(lambda line: '"signal"' in line, times=2)
     it.process.send_signal(TERM)
     assert it.end()[::2] == (143, "pocketlm: stopped by SIGTERM\n")
+
+
+@pytest.mark.goal("R19")
+def test_a_terminal_that_is_closed_loses_nothing(tmp_path: Path) -> None:
+    """The shell says SIGHUP, and the kernel again; and what ranks print goes to a terminal that refuses each write."""
+    terminal, end = os.openpty()
+    it = Launched.program(tmp_path / "run", "held,held", "done,done", max_restarts=1, again_s=0, stdout=end)
+    os.close(end)
+    it.until(is_there, times=2)
+    it.process.send_signal(signal.SIGHUP)
+    it.until(lambda line: '"signal"' in line, times=2)
+    it.process.send_signal(signal.SIGHUP)
+    os.close(terminal)
+    (tmp_path / "run" / "go").touch()
+    assert it.end()[::2] == (143, "pocketlm: stopped by SIGHUP, nothing lost\n")
+    assert {tree["attempt"] for tree in it.trees()} == {0}
+
+
+def test_what_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the same stop said in two ways at once, nor ever a SIGHUP."""
+    agent = watch.Agent([], {}, dict)
+    for at, number in [(5.0, TERM), (5.1, signal.SIGUSR1), (9.0, signal.SIGHUP), (9.1, signal.SIGINT)]:
+        monkeypatch.setattr(watch.time, "monotonic", lambda at=at: at)
+        agent._note(number, None)
+    assert agent.asked == [TERM, signal.SIGINT]
 
 
 def test_a_signal_before_the_ranks_can_hear_it_ends_them_all(tmp_path: Path) -> None:
@@ -178,6 +207,52 @@ def test_kill_9_leaves_nothing_behind(whom: str, code: int, tmp_path: Path) -> N
     assert ("torchrun was ended by SIGKILL" in said) == (whom == "torchrun")
 
 
+# --- hosts that do not meet
+
+
+def test_hosts_that_do_not_come_are_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    it = Launched.program(tmp_path / "run", "done", devices=1, nodes=2, rendezvous=place, meet_s=1)
+    code, _, said = it.end()
+    assert code == 1
+    assert f"pocketlm: the other hosts did not come to {place} within 15 minutes; the same command" in said
+
+
+def test_a_second_launcher_of_a_host_joins_the_first_and_another_server_is_no_place_to_meet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UsageError, match=r"port \d+ cannot be opened on this host \(Address already in use\)"):
+            addresses.meeting(place, 0).__enter__()
+    with addresses.meeting(place, 0) as first, addresses.meeting(place, 0) as second:
+        assert (first, second) == (Place("127.0.0.1", True), Place("127.0.0.1", sys.platform != "linux"))
+    with addresses.meeting(place, 0) as alone:
+        assert alone.is_host
+
+
+def test_a_host_that_nobody_knows_is_asked_for_until_the_time_is_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr(addresses, "TRY_EVERY_S", 0)
+    with pytest.raises(RankLost, match=r"--rendezvous: nohost was not found within 0 minutes \(Name or service"):
+        addresses.meeting("nohost:1", 0.001).__enter__()
+    assert capsys.readouterr().err == "nohost is not found yet (Name or service not known); it is tried again\n"
+
+
+def test_a_reason_of_the_run_before_is_none_of_this_one(tmp_path: Path) -> None:
+    """Where hosts share the folder none may remove what another is about to read."""
+    reasons.leave(tmp_path, 0, REFUSED)
+    reasons.leave(tmp_path, 1, REFUSED)
+    before = reasons.stamps(tmp_path)
+    assert reasons.left(tmp_path, before) == {}
+    reasons.leave(tmp_path, 1, REFUSED)
+    assert reasons.left(tmp_path, before) == {1: REFUSED}
+
+
 # --- what is asked for, and what is answered
 
 
@@ -186,11 +261,13 @@ def test_kill_9_leaves_nothing_behind(whom: str, code: int, tmp_path: Path) -> N
     [
         ("--devices 0", "--devices: given 0, allowed is auto or a whole number >= 1"),
         ("--devices 3", "--devices: given 3, this machine has 2; take 2 or fewer, or add --device cpu"),
+        ("--devices 1000 --device cpu", "--devices: given 1000, allowed without a GPU is "),
         ("--nodes 0", "--nodes: given 0, allowed is a whole number >= 1"),
         ("--max-restarts -1", "--max-restarts: given -1, allowed is a whole number >= 0"),
         ("--nodes 2", "several hosts meet somewhere: give --nodes M and --rendezvous HOST:PORT"),
         ("--rendezvous a:1", "several hosts meet somewhere: give --nodes M and --rendezvous HOST:PORT"),
         ("--nodes 2 --rendezvous a", "--rendezvous: given a, allowed is HOST:PORT"),
+        ("--nodes 2 --rendezvous a..b:1", "--rendezvous: given a..b:1, allowed is HOST:PORT"),
         ("--nodes 2 --rendezvous localhost:70000", "--rendezvous: given localhost:70000, allowed is HOST:PORT"),
         ("--max-restarts 1 --resume run/checkpoints/step-1", "--resume PATH goes back, --max-restarts goes on"),
         ("--devices 2 --optim.lrr 1", "no field 'optim.lrr'; did you mean --optim.lr?"),
@@ -237,8 +314,8 @@ def test_how_many_processes_there_are(
 
 
 LOST = Reason(1, "another rank has ended", is_lost=True)
-STOPPED, REFUSED = Reason(143, "stopped"), Reason(3, "refused")
-LOG = Path("run/ranks/host.log")
+STOPPED, REFUSED = Reason(143, "stopped", host="here"), Reason(3, "refused")
+HERE = Host(Path("run/ranks"), "here")
 
 
 @pytest.mark.parametrize(
@@ -246,6 +323,7 @@ LOG = Path("run/ranks/host.log")
     [
         (0, [], {}, {}, (0, "")),
         (0, [], {0: STOPPED, 1: STOPPED}, {}, (143, "")),
+        (0, [], {0: REFUSED}, {}, (3, "refused")),  # it has said so to the person of another host
         (0, [TERM], {}, {}, (0, "")),  # it came when all was done
         (1, [], {0: LOST, 1: REFUSED}, {0: 1}, (3, "refused")),
         (0, [], {8: REFUSED, 9: REFUSED}, {}, (3, "refused")),  # the first rank is on another host
@@ -273,11 +351,37 @@ def test_the_most_telling_end_is_that_of_the_command(
     failures: dict[int, int],
     expected: tuple[int, str],
 ) -> None:
-    ended, line = outcome(code, asked, left, failures, LOG)
+    ended, line = End(code, asked, left, Failures(failures), HERE).outcome()
     line = line.replace("another rank has ended (gloo: no)", "GONE")
-    crashed = f"; the same command goes on from the newest checkpoint (details: {LOG})"
+    crashed = f"; the same command goes on from the newest checkpoint (details: {HERE.log})"
     assert (ended, line.removesuffix(crashed)) == expected
     assert line.endswith(crashed) == (ended == 1)
+
+
+@pytest.mark.parametrize(
+    ("world", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is in the environment, and RANK, MASTER_ADDR, MASTER_PORT not: torchrun"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: given abc in the environment, allowed is a whole number >= 1"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK: given 2, allowed with WORLD_SIZE=2 is 0 to 1",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "http"},
+            "MASTER_PORT: given http in the environment, allowed is a whole number >= 1",
+        ),
+    ],
+)
+def test_an_environment_that_tells_half_of_a_world_is_refused(
+    world: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in world.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "debug"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"pocketlm: {message}")
+    assert said.count("\n") == 1
 
 
 def test_torchrun_by_itself_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +398,22 @@ def test_torchrun_by_itself_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatc
 
 
 # --- with training
+
+
+def test_torchrun_by_itself_does_not_take_a_refusal_for_an_end(tmp_path: Path) -> None:
+    """Ranks that leave a reason end with 0 for its sake; the first one must not where nobody reads that."""
+    words = ["--standalone", "--nproc-per-node=2", "-m", "pocketlm", "train", "debug", "--additional-steps", "5"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, "--out", "run"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "pocketlm: run holds no run to add steps to; begin one with --total-steps\n" in done.stderr
+
 
 FIELDS = "--train.total-steps 100000 --train.checkpoint-every 20 --train.eval-every 0 --train.log-every 1"
 
