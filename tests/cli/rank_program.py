@@ -30,7 +30,7 @@ from pathlib import Path
 from types import FrameType
 
 from pocketlm import torchrun
-from pocketlm.cli import launch, rank, watch
+from pocketlm.cli import launch, rank, supervise
 from pocketlm.cli import main as entry
 from pocketlm.errors import DataError, Interrupted, RankLost
 from pocketlm.training.signals import StopRequest, exit_signal, handled_by, stop_on_signal
@@ -128,7 +128,7 @@ def be_launcher(plan: str, folder: str, *attempts: str) -> int:
     words = [folder, *attempts]
     tree = json.loads(plan)
     launch.MEET_S = tree.pop("meet_s", launch.MEET_S)
-    watch.AGAIN_S = tree.pop("again_s", watch.AGAIN_S)
+    supervise.AGAIN_S = tree.pop("again_s", supervise.AGAIN_S)
     return launch.launch(launch.Plan(**tree), "debug", Path(folder), words, PROGRAM)
 
 

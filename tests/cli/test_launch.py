@@ -5,97 +5,29 @@ Most of it with ranks that train nothing (rank_program.py), under the real torch
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import select
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
 
 import psutil
 import pytest
+from launched import Launched, is_there
 
 from pocketlm import checkpoint
-from pocketlm.cli import addresses, launch, rank, train, watch
-from pocketlm.cli.addresses import Place
+from pocketlm.cli import launch, rank, supervise, train
 from pocketlm.cli.launch import Plan
 from pocketlm.cli.main import main
 from pocketlm.cli.outcome import End, Failures, Host
 from pocketlm.distributed import lost
-from pocketlm.errors import RankLost, UsageError
+from pocketlm.errors import UsageError
 from pocketlm.training import reasons
 from pocketlm.training.reasons import Reason
 
-PROGRAM = Path(__file__).parent / "rank_program.py"
-GONE_S = 60.0
-"""What is still there then was left behind."""
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
-
-
-class Launched:
-    """A launcher, what it and its ranks have said so far, and every process that was seen below it."""
-
-    def __init__(self, *words: str, stdout: int = subprocess.PIPE) -> None:
-        self.process = subprocess.Popen([sys.executable, *words], stdout=stdout, stderr=subprocess.PIPE, text=True)
-        self.said: list[str] = []
-        self.seen: dict[int, psutil.Process] = {}
-
-    @classmethod
-    def program(cls, folder: Path, *attempts: str, stdout: int = subprocess.PIPE, **plan: Any) -> Self:
-        words = [str(PROGRAM), "launch", json.dumps({"devices": 2} | plan), str(folder), *attempts]
-        return cls(*words, stdout=stdout)
-
-    def lines(self) -> Iterator[str]:
-        """Each line that is said, until nobody is left who could say one."""
-        assert self.process.stderr
-        torn = b""
-        while True:
-            assert select.select([self.process.stderr], [], [], GONE_S)[0], f"nothing more after\n{''.join(self.said)}"
-            data = os.read(self.process.stderr.fileno(), 1 << 16)
-            if not data:
-                assert not torn
-                return
-            *whole, torn = (torn + data).split(b"\n")
-            self.look()
-            for line in whole:
-                self.said.append(line.decode() + "\n")
-                yield self.said[-1]
-
-    def until(self, is_there: Callable[[str], bool], times: int = 1) -> None:
-        """Returns when so many lines have been said."""
-        for line in self.lines():
-            times -= is_there(line)
-            if times == 0:
-                return
-        pytest.fail(f"it has ended before:\n{''.join(self.said)}")
-
-    def look(self) -> None:
-        if self.process.poll() is None:
-            below = psutil.Process(self.process.pid).children(recursive=True)
-            self.seen |= {process.pid: process for process in below}
-
-    def trees(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.said if line.startswith("{")]
-
-    def end(self) -> tuple[int, str, str]:
-        """Exit code, stdout, and what was said to the person; then nothing is left that it has started."""
-        for _ in self.lines():
-            pass
-        printed, _ = self.process.communicate()
-        code = self.process.returncode
-        _, left = psutil.wait_procs(self.seen.values(), GONE_S)
-        for process in left:
-            process.kill()
-        assert not left, "left behind"
-        return code, printed, "".join(line for line in self.said if not line.startswith("{"))
-
-
-def is_there(line: str) -> bool:
-    return '"there"' in line
 
 
 # --- ranks that end by themselves
@@ -177,9 +109,9 @@ def test_a_terminal_that_is_closed_loses_nothing(tmp_path: Path) -> None:
 
 def test_what_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the same stop said in two ways at once, nor ever a SIGHUP."""
-    agent = watch.Agent([], {}, dict)
+    agent = supervise.Agent([], {}, dict)
     for at, number in [(5.0, TERM), (5.1, signal.SIGUSR1), (9.0, signal.SIGHUP), (9.1, signal.SIGINT)]:
-        monkeypatch.setattr(watch.time, "monotonic", lambda at=at: at)
+        monkeypatch.setattr(supervise.time, "monotonic", lambda at=at: at)
         agent._note(number, None)
     assert agent.asked == [TERM, signal.SIGINT]
 
@@ -207,52 +139,6 @@ def test_kill_9_leaves_nothing_behind(whom: str, code: int, tmp_path: Path) -> N
     assert ("torchrun was ended by SIGKILL" in said) == (whom == "torchrun")
 
 
-# --- hosts that do not meet
-
-
-def test_hosts_that_do_not_come_are_named(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        place = f"127.0.0.1:{free.getsockname()[1]}"
-    it = Launched.program(tmp_path / "run", "done", devices=1, nodes=2, rendezvous=place, meet_s=1)
-    code, _, said = it.end()
-    assert code == 1
-    assert f"pocketlm: the other hosts did not come to {place} within 15 minutes; the same command" in said
-
-
-def test_a_second_launcher_of_a_host_joins_the_first_and_another_server_is_no_place_to_meet() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        place = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(UsageError, match=r"port \d+ cannot be opened on this host \(Address already in use\)"):
-            addresses.meeting(place, 0).__enter__()
-    with addresses.meeting(place, 0) as first, addresses.meeting(place, 0) as second:
-        assert (first, second) == (Place("127.0.0.1", True), Place("127.0.0.1", sys.platform != "linux"))
-    with addresses.meeting(place, 0) as alone:
-        assert alone.is_host
-
-
-def test_a_host_that_nobody_knows_is_asked_for_until_the_time_is_up(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def unknown(*_: object, **__: object) -> None:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr(addresses, "TRY_EVERY_S", 0)
-    with pytest.raises(RankLost, match=r"--rendezvous: nohost was not found within 0 minutes \(Name or service"):
-        addresses.meeting("nohost:1", 0.001).__enter__()
-    assert capsys.readouterr().err == "nohost is not found yet (Name or service not known); it is tried again\n"
-
-
-def test_a_reason_of_the_run_before_is_none_of_this_one(tmp_path: Path) -> None:
-    """Where hosts share the folder none may remove what another is about to read."""
-    reasons.leave(tmp_path, 0, REFUSED)
-    reasons.leave(tmp_path, 1, REFUSED)
-    before = reasons.stamps(tmp_path)
-    assert reasons.left(tmp_path, before) == {}
-    reasons.leave(tmp_path, 1, REFUSED)
-    assert reasons.left(tmp_path, before) == {1: REFUSED}
-
-
 # --- what is asked for, and what is answered
 
 
@@ -261,7 +147,7 @@ def test_a_reason_of_the_run_before_is_none_of_this_one(tmp_path: Path) -> None:
     [
         ("--devices 0", "--devices: given 0, allowed is auto or a whole number >= 1"),
         ("--devices 3", "--devices: given 3, this machine has 2; take 2 or fewer, or add --device cpu"),
-        ("--devices 1000 --device cpu", "--devices: given 1000, allowed without a GPU is "),
+        ("--devices 1000 --device cpu", "--devices: given 1000, allowed here without a GPU is "),
         ("--nodes 0", "--nodes: given 0, allowed is a whole number >= 1"),
         ("--max-restarts -1", "--max-restarts: given -1, allowed is a whole number >= 0"),
         ("--nodes 2", "several hosts meet somewhere: give --nodes M and --rendezvous HOST:PORT"),
@@ -318,6 +204,29 @@ STOPPED, REFUSED = Reason(143, "stopped", host="here"), Reason(3, "refused")
 HERE = Host(Path("run/ranks"), "here")
 
 
+def test_a_reason_of_the_run_before_is_none_of_this_one(tmp_path: Path) -> None:
+    """Where hosts share the folder none may remove what another is about to read."""
+    reasons.leave(tmp_path, 0, REFUSED)
+    reasons.leave(tmp_path, 1, REFUSED)
+    before = reasons.stamps(tmp_path)
+    assert reasons.left(tmp_path, before) == {}
+    reasons.leave(tmp_path, 1, REFUSED)
+    assert reasons.left(tmp_path, before) == {1: REFUSED}
+
+
+def test_torchrun_is_not_waited_for_when_all_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may wait to start anew what has left; but while other ranks may save, it is not to take their store away."""
+
+    def looks(left: dict[int, Reason], *ranks: psutil.Process) -> int:
+        ended: list[None] = []
+        agent = supervise.Agent([], {}, dict)
+        monkeypatch.setattr(agent, "_end", lambda: ended.append(None))
+        return next(look for look in itertools.count(1) if agent._wait_less(left, list(ranks)) or ended)
+
+    assert looks({0: STOPPED}) == 2
+    assert looks({0: STOPPED}, psutil.Process()) == looks({1: REFUSED}) == 31
+
+
 @pytest.mark.parametrize(
     ("code", "asked", "left", "failures", "expected"),
     [
@@ -356,32 +265,6 @@ def test_the_most_telling_end_is_that_of_the_command(
     crashed = f"; the same command goes on from the newest checkpoint (details: {HERE.log})"
     assert (ended, line.removesuffix(crashed)) == expected
     assert line.endswith(crashed) == (ended == 1)
-
-
-@pytest.mark.parametrize(
-    ("world", "message"),
-    [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 is in the environment, and RANK, MASTER_ADDR, MASTER_PORT not: torchrun"),
-        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: given abc in the environment, allowed is a whole number >= 1"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            "RANK: given 2, allowed with WORLD_SIZE=2 is 0 to 1",
-        ),
-        (
-            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "http"},
-            "MASTER_PORT: given http in the environment, allowed is a whole number >= 1",
-        ),
-    ],
-)
-def test_an_environment_that_tells_half_of_a_world_is_refused(
-    world: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in world.items():
-        monkeypatch.setenv(name, value)
-    assert main(["train", "debug"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"pocketlm: {message}")
-    assert said.count("\n") == 1
 
 
 def test_torchrun_by_itself_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

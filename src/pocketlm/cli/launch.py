@@ -1,6 +1,6 @@
 """`pocketlm train --devices N`: the processes of a run on this host, and the one exit code that they end with.
 
-    this process    has read the command, starts torchrun, passes signals on (watch.py), says how it ended (outcome.py)
+    this process    has read the command, starts torchrun, passes signals on (supervise.py), says how it ended (outcome.py)
     torchrun        agent.py: meets those of other hosts, starts the ranks, and starts them anew after a crash
     ranks           rank.py: the same command, each with its number in its environment
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from pocketlm.cli.addresses import Place, endpoint, interface_of, meeting
 from pocketlm.cli.arguments import say
 from pocketlm.cli.outcome import MEET_S, End, Host
-from pocketlm.cli.watch import Agent
+from pocketlm.cli.supervise import Agent
 from pocketlm.errors import UsageError
 from pocketlm.files import Lock, make_folder, remove_file, remove_folder
 from pocketlm.limits import available_cores
@@ -96,7 +96,7 @@ def _devices(given: str, device: str) -> int:
             f"--devices: given {number}, this machine has {most}; take {most} or fewer, or add --device cpu"
         )
     if most == 0 and number > (bound := max(8, 2 * available_cores())):
-        raise UsageError(f"--devices: given {number}, allowed without a GPU is {bound} or fewer, two for each core")
+        raise UsageError(f"--devices: given {number}, allowed here without a GPU is {bound} or fewer")
     return number
 
 

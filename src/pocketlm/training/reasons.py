@@ -16,6 +16,8 @@ from typing import TypeVar
 from pocketlm.files import remove_file, write_file
 
 T = TypeVar("T")
+Stamp = tuple[int, int]
+"""Of a file: a new one of the same name has another."""
 RANKS = "ranks"
 FINAL = frozenset({2, 3, 4, 130, 143})
 """Exit codes after which starting anew would lead to the same end, or was not asked for."""
@@ -51,19 +53,24 @@ def forget_all(run: Path) -> None:
         remove_file(path)
 
 
-def stamps(run: Path) -> dict[int, int]:
+def stamps(run: Path) -> dict[int, Stamp]:
     """Which file of each rank is there now, by which `left` knows it again."""
-    return dict(_each(run, lambda path: path.stat().st_mtime_ns))
+    return dict(_each(run, _stamp))
 
 
-def left(run: Path, before: Mapping[int, int] | None = None) -> dict[int, Reason]:
+def left(run: Path, before: Mapping[int, Stamp] | None = None) -> dict[int, Reason]:
     """By rank, in their order.
 
     Args:
         before: `stamps` of then: a reason that was there already is none of this run's.
     """
-    old, found = before or {}, dict(_each(run, lambda path: (path.stat().st_mtime_ns, path.read_bytes())))
+    old, found = before or {}, dict(_each(run, lambda path: (_stamp(path), path.read_bytes())))
     return {rank: Reason(**json.loads(data)) for rank, (stamp, data) in found.items() if old.get(rank) != stamp}
+
+
+def _stamp(path: Path) -> Stamp:
+    about = path.stat()
+    return about.st_ino, about.st_mtime_ns
 
 
 def _each(run: Path, read: Callable[[Path], T]) -> Iterator[tuple[int, T]]:
