@@ -1,6 +1,6 @@
 """`pocketlm train --devices N`: the processes of a run on this host, and the one exit code that they end with.
 
-    this process    has read the command, starts torchrun, passes signals on (supervise.py), says how it ended (outcome.py)
+    this process    has read the command, starts torchrun, passes signals on (supervise.py), says its end (outcome.py)
     torchrun        agent.py: meets those of other hosts, starts the ranks, and starts them anew after a crash
     ranks           rank.py: the same command, each with its number in its environment
 
