@@ -6,6 +6,9 @@ method here answers at once, and nothing is sent. What they say is of two kinds:
     numbers of the computation   tensors, over the device's own backend (NCCL on a GPU, gloo on a CPU)
     words of the run             stop, save, refuse: over gloo between the hosts, so that they never wait for a GPU
 
+Threads that save leave each other notes on a board, the store in which the ranks have met: a disk is waited for longer
+than a rank.
+
 Every rank must say the same things in the same order. A rank that has ended, or that says nothing for
 `train.rank_timeout_s`, makes all others raise `RankLost`. What only one rank learns - a signal, a full disk - is made
 known to all at the next word, so that they leave the same step together. A rank that must leave without such a word
@@ -19,6 +22,7 @@ import datetime
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -30,16 +34,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pocketlm import errors, torchrun
-from pocketlm.errors import PocketError, RankLost, one_line
+from pocketlm.errors import PocketError, RankLost, UsageError, one_line
 
 T = TypeVar("T")
 Floats = NDArray[np.float64]
-Group = Literal["words", "patient", "saving"]
-"""What words go over: the one that they may not be long in coming on, one that they may, and that of the threads which
-save."""
+Group = Literal["words", "patient"]
+"""What words go over: the one that they may not be long in coming on, and one that they may."""
 
 PLACE = re.compile(r"^\[[^]]*\] |\. This is typically caused.*")
 """What gloo says before and after what has happened."""
+
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 0.5
+"""Between two looks at the board."""
 
 PATIENCE = datetime.timedelta(days=30)
 """For another that prepares data. One that has ended is noticed at once."""
@@ -57,6 +63,8 @@ class Ranks:
     """Ranks on its host."""
     groups: Mapping[Group, Any] = field(default_factory=dict, repr=False)
     """What words go over."""
+    board: Board | None = field(default=None, repr=False)
+    """Where threads leave notes; alone, there is none to leave them for."""
 
     @property
     def is_first(self) -> bool:
@@ -173,6 +181,38 @@ class Ranks:
         return share(rows, self.rank if rank is None else rank, self.size)
 
 
+class Board:
+    """Notes between threads of the ranks, of which nobody is made to wait: who looks for one, looks now and then."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+        self._topics = 0
+
+    def topic(self) -> str:
+        """A name that was not used before; every rank asks for as many."""
+        self._topics += 1
+        return f"topic {self._topics}"
+
+    def write(self, name: str, text: str) -> None:
+        with _another_may_be_gone():
+            self._store.set(name, text)
+
+    def read(self, name: str, look_on: Callable[[], None]) -> str:
+        """The note of this name, when it is there.
+
+        Args:
+            look_on: called before each look, perhaps for days; it raises where none is to be waited for any more.
+        """
+        pause_s = SHORTEST_PAUSE_S
+        while True:
+            look_on()
+            with _another_may_be_gone():
+                if self._store.check([name]):
+                    return self._store.get(name).decode()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+
 ALONE = Ranks()
 
 
@@ -234,35 +274,34 @@ def join(timeout_s: float) -> Iterator[Ranks]:
         timeout_s: after which a rank that says nothing is given up.
 
     Raises:
-        UsageError: the environment speaks of several, and not how they meet.
         RankLost: the others do not come.
+        UsageError: another part of the program has begun torch.distributed, or the environment does not say where the
+            ranks meet.
     """
     size = torchrun.world_size()
     if size == 1:
         yield ALONE
         return
-    began, limit = not dist.is_initialized(), datetime.timedelta(seconds=timeout_s)
-    refusals = Refusals()
-    if began:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        with _another_may_be_gone():
-            store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-            dist.init_process_group(
-                backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size, timeout=limit
-            )
-        refusals = Refusals(store, rank, size)
+    if dist.is_initialized():
+        raise UsageError("torch.distributed is initialised already, and a run begins it itself; leave that out")
+    limit = datetime.timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with _another_may_be_gone():
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        groups_store = dist.PrefixStore("groups", store)
+        dist.init_process_group(backend, store=groups_store, rank=rank, world_size=size, timeout=limit)
+    refusals, board = Refusals(store, rank, size), Board(dist.PrefixStore("board", store))
     try:
         with _another_may_be_gone():
-            limits: dict[Group, datetime.timedelta] = {"words": limit, "patient": PATIENCE, "saving": limit}
+            limits: dict[Group, datetime.timedelta] = {"words": limit, "patient": PATIENCE}
             groups = {over: dist.new_group(backend="gloo", timeout=timeout) for over, timeout in limits.items()}
         local_rank, local_size = (int(os.environ.get(f"LOCAL_{name}", "0")) for name in ("RANK", "WORLD_SIZE"))
-        ranks = Ranks(dist.get_rank(), dist.get_world_size(), local_rank, max(1, local_size), groups)
+        ranks = Ranks(rank, size, local_rank, max(1, local_size), groups, board)
         with refusals.heard(), _another_may_be_gone():
             yield ranks
     finally:
-        if began:
-            dist.destroy_process_group()
-            refusals.stay()
+        dist.destroy_process_group()
+        refusals.stay()
 
 
 class Refusals:
@@ -271,7 +310,7 @@ class Refusals:
     WHY, READ = "refusal", "read by"
     STAYS_S = 10.0
 
-    def __init__(self, store: dist.Store | None = None, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self._store, self._rank = store, rank
         self._all_read = [f"{self.READ} {one}" for one in range(size)]
         self._must_stay = False
@@ -292,28 +331,26 @@ class Refusals:
             raise
 
     def _leave(self, error: Exception) -> None:
-        if self._store:
-            with contextlib.suppress(RuntimeError):  # whoever has the store is gone
-                self._store.compare_set(self.WHY, "", _said(lambda: _raise(error))[0])
-                self._say_read(self._store)
+        with contextlib.suppress(RuntimeError):  # whoever has the store is gone
+            self._store.compare_set(self.WHY, "", _said(lambda: _raise(error))[0])
+            self._say_read()
 
     def _look(self) -> None:
         word = b""
-        if self._store:
-            with contextlib.suppress(RuntimeError):
-                if self._store.check([self.WHY]):
-                    word = self._store.get(self.WHY)
-                    self._say_read(self._store)
+        with contextlib.suppress(RuntimeError):
+            if self._store.check([self.WHY]):
+                word = self._store.get(self.WHY)
+                self._say_read()
         if word:
             _heard(word.decode())
 
-    def _say_read(self, store: dist.Store) -> None:
-        store.set(self._all_read[self._rank], "")
+    def _say_read(self) -> None:
+        self._store.set(self._all_read[self._rank], "")
         self._must_stay = self._rank == 0
 
     def stay(self) -> None:
         """The store goes with the first rank, which stays until the others have read; not for long: one may be dead."""
-        if self._store and self._must_stay:
+        if self._must_stay:
             with contextlib.suppress(RuntimeError):
                 self._store.wait(self._all_read, datetime.timedelta(seconds=self.STAYS_S))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import aim
 import pytest
+import torch
 from rig import Rig, Zygote
 from world import Whole, run_whole
+
+from pocketlm.training.resolve import why_not_compile
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +26,16 @@ def zygote() -> Iterator[Zygote]:
 def rig(zygote: Zygote, tmp_path: Path) -> Iterator[Rig]:
     with Rig(zygote, tmp_path) as rig:
         yield rig
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """For tests that compile; importing PyTorch's compiler warns of what it does itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reason = why_not_compile(torch.device("cpu"))
+    if reason:
+        pytest.skip(f"nothing compiles here: {reason}")
 
 
 @pytest.fixture(scope="session")

@@ -231,6 +231,19 @@ class Zygote:
         return dict(json.loads(answer))
 
 
+def environments(store: dist.TCPStore, size: int) -> list[dict[str, str]]:
+    """What torchrun tells so many ranks of one host, which meet in a store of another process."""
+    world = {
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
 class Rig:
     """Runs of one test, in one folder."""
 
@@ -293,18 +306,10 @@ class Rig:
         common = {name: value for name, value in options.items() if not name.startswith("only_")}
         own = {name.removeprefix("only_"): by for name, by in options.items() if name.startswith("only_")}
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        world = {
-            "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-        }
         children = []
-        for rank in range(size):
+        for rank, world in enumerate(environments(store, size)):
             extra = {name: by[rank] for name, by in own.items() if rank in by}
-            environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | common.get("environment", {})
+            environment = world | common.get("environment", {})
             children.append(self.start(words, **(common | extra | {"environment": environment})))
         return Ranks(children, store)
 

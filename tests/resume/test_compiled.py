@@ -11,7 +11,6 @@ import torch
 
 from pocketlm.config import Config
 from pocketlm.training.loop import train
-from pocketlm.training.resolve import why_not_compile
 
 # PyTorch's compiler warns of PyTorch's own parts, and hides what it does not mean.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning")
@@ -27,11 +26,8 @@ FIELDS = {
 
 
 @pytest.fixture(autouse=True)
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_a_new_folder(compiler: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch._dynamo.reset()
-    if reason := why_not_compile(torch.device("cpu")):
-        pytest.skip(f"nothing compiles here: {reason}")
 
 
 def trained(name: str, **fields: Any) -> Path:

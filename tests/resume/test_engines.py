@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import logging
+import os
 import random
 import re
 import signal
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 from inside import poison
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -31,7 +34,7 @@ from lightning.pytorch.callbacks import (
     TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
-from rig import Rig, flags
+from rig import Rig, environments, flags
 from world import STEPS, TRAIN, Whole
 from world import trained as trained_steps
 
@@ -300,6 +303,13 @@ def test_no_checkpoint_of_its_own_is_read_or_written(monkeypatch: pytest.MonkeyP
     assert not Path("unpickled").exists()
 
 
+def test_its_settings_are_not_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_TRAINER_FAST_DEV_RUN", "1")
+    monkeypatch.setenv("PL_TRAINER_LIMIT_TRAIN_BATCHES", "1")
+    trained("run", "smallm", {"train.total_steps": 4}, [L])
+    assert oracle.steps(Path("run"))[-1] == 4
+
+
 class Terminal(io.TextIOWrapper):
     def isatty(self) -> bool:
         return True
@@ -340,6 +350,34 @@ def test_several_ranks_make_the_same_run(strategy: str, rig: Rig) -> None:
     rig.run_ranks(2, [*words, "--train.stop-at-step", "7"])
     rig.run_ranks(2, [*words, "--engine", L])
     oracle.assert_equal(rig.folder / "run", rig.folder / "whole")
+
+
+ITS_CLOCK_HAS_STOPPED = """
+import os, sys
+from lightning.pytorch import Callback
+from pocketlm.config import Config
+from pocketlm.training.loop import train
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, *arguments):
+        if os.environ["RANK"] == "1" and trainer.global_step == 3:
+            trainer.should_stop = True
+
+fields = {"train.engine": "lightning", "train.total_steps": 10, "train.threads": 1, "train.rank_timeout_s": 20}
+print(train(Config.preset("debug", fields), callbacks=[Stop()]))
+"""
+
+
+def test_a_callback_of_one_rank_stops_all(tmp_path: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    command = [sys.executable, "-c", ITS_CLOCK_HAS_STOPPED]
+    ranks = [
+        subprocess.Popen(command, cwd=tmp_path, env=os.environ | world, stderr=subprocess.PIPE, text=True)
+        for world in environments(store, 2)
+    ]
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert oracle.steps(tmp_path / "runs/debug")[-1] == 3
 
 
 LIGHTNING = [*TRAIN, "--engine", "lightning"]

@@ -12,8 +12,6 @@ import pytest
 import torch
 from rig import Rig, flags
 
-from pocketlm.training.resolve import why_not_compile
-
 World = tuple[int, str]
 """How many ranks, and by which strategy they hold the state."""
 WORLDS: list[World] = [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (4, "ddp"), (4, "fsdp")]
@@ -63,10 +61,9 @@ def test_the_gradient_is_that_of_one_process(
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("compiler")
 def test_blocks_that_are_shared_compiled_and_recomputed(rig: Rig) -> None:
     """All three at once: FSDP2 puts a block together around what is compiled, and again where it is recomputed."""
-    if reason := why_not_compile(torch.device("cpu")):
-        pytest.skip(f"nothing compiles here: {reason}")
     fields = {"train.total_steps": 6, "train.micro_batch": 2, "train.gradient_checkpointing": "true"}
     rig.run(words("one", (1, "ddp"), fields))
     compiled = fields | {"train.compile": "on"}
@@ -80,6 +77,7 @@ def test_blocks_that_are_shared_compiled_and_recomputed(rig: Rig) -> None:
 def test_ranks_evaluate_and_write_as_one_process(rig: Rig) -> None:
     """The same weights give the same validation loss, bit for bit, and the same samples; only rank 0 says anything."""
     fields = {"train.total_steps": 4, "train.eval_every": 2, "sample.every": 2, "train.threads": 1}
+    fields |= {"sample.max_new_tokens": 12}
     for world in [(2, "ddp"), (2, "fsdp")]:
         out = "{}-{}".format(*world)
         ranks = rig.run_ranks(2, words(out, world, fields))
@@ -91,6 +89,9 @@ def test_ranks_evaluate_and_write_as_one_process(rig: Rig) -> None:
         assert evaluated["loss"] == measured[-1]["loss"]
         samples = [record for record in oracle.journal(rig.folder / out) if record["kind"] == "sample"]
         assert [record["step"] for record in samples] == [2, 4]
+        as_drawn = ["--max-new-tokens", "12", "--seed", "4"]  # the run's seed, 0, and the step
+        spoken = rig.run(["generate", out, "--prompt", samples[-1]["prompt"], *as_drawn])
+        assert spoken.stdout == samples[-1]["text"]
 
 
 # What `make test` tries stands first.

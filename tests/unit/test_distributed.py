@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pocketlm import errors
-from pocketlm.distributed import ALONE, Ranks, Refusals, Shared, share, sizes_at_once, turns
+from pocketlm.distributed import ALONE, Board, Ranks, Refusals, Shared, share, sizes_at_once, turns
 from pocketlm.errors import ConfigError, DataError, Diverged, FileError, Interrupted, PocketError, RankLost
 from pocketlm.optim.muon import Muon
 from pocketlm.training.log import Silent
@@ -94,7 +94,7 @@ def test_muon_of_shared_matrices_is_that_of_whole_ones(size: int) -> None:
     for step in range(3):
         whole.step(matrices(1 + step), 0.02, 0.9, clip, no)
 
-    barrier, places = threading.Barrier(size), dict[int, Tensor]()
+    barrier, places = threading.Barrier(size, timeout=60), dict[int, Tensor]()
     shapes = {name: torch.Size(shape) for name, shape in SHAPES.items()}
     shares = [Shared(Threads(rank, size).among(barrier, places), shapes) for rank in range(size)]
 
@@ -142,8 +142,27 @@ def test_a_refusal_of_one_rank_is_that_of_those_who_miss_it(error: Exception) ->
     assert store.check([Refusals.READ + f" {rank}" for rank in range(4)])
     refusals[0].stay()
 
-    with pytest.raises(RankLost, match="gone"), Refusals().heard():
+    with pytest.raises(RankLost, match="gone"), Refusals(dist.HashStore(), 0, 2).heard():
         raise RankLost("gone")
+
+
+def test_a_note_is_read_when_it_is_there_and_whoever_waits_may_be_told_that_none_comes() -> None:
+    store = dist.HashStore()
+    mine, theirs = Board(store), Board(store)
+    assert [mine.topic(), mine.topic()] == [theirs.topic(), theirs.topic()]
+    looks = list[int]()
+
+    def look_on() -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            theirs.write("a", "said at last")
+        if len(looks) > 9:
+            raise RankLost("gone")
+
+    assert mine.read("a", look_on) == "said at last"
+    assert len(looks) == 3
+    with pytest.raises(RankLost, match="gone"):
+        mine.read("b", look_on)
 
 
 def test_one_that_is_alone_is_answered_at_once() -> None:

@@ -88,5 +88,5 @@ def _code(folder: Path, rank: int, reason: Reason) -> int:
         return reason.exit_code
     starts_anew = torchrun.agent() is not None or torchrun.restarts()[1] > 0
     is_final = reason.exit_code in reasons.FINAL
-    # torchrun alone takes a run for done if all ranks end with 0; one that ends so before the first speaks ends none.
+    # Of torchrun alone one failure fails the run, and ends the ranks that still speak: so it is the first rank's.
     return 0 if is_final and (starts_anew or rank > 0) else reason.exit_code

@@ -19,6 +19,7 @@ This is the only file that imports lightning.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import sys
 import warnings
@@ -199,7 +200,9 @@ def _trainer(run: Run, state: TrainState, callbacks: Sequence[Callback], loggers
     has_bar = any(isinstance(callback, theirs.ProgressBar) for callback in callbacks)
     bar = [] if has_bar or not terminal(sys.stderr) else [Bar()]
     ends = run.stretches()
-    trainer = Trainer(
+    # All of them: what is not given would be taken from PL_TRAINER_* of the environment.
+    defaults = {name: parameter.default for name, parameter in inspect.signature(Trainer).parameters.items()}
+    given = dict[str, Any](
         accelerator=accelerator(run.runtime.device),
         devices=run.ranks.local_size,
         num_nodes=run.ranks.size // run.ranks.local_size,
@@ -220,6 +223,7 @@ def _trainer(run: Run, state: TrainState, callbacks: Sequence[Callback], loggers
         use_distributed_sampler=False,
         default_root_dir=run.folder,
     )
+    trainer = Trainer(**(defaults | given))
     _count_on(trainer, state.progress.step, sum(end <= state.progress.step for end in ends))
     return trainer
 

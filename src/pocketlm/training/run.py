@@ -20,20 +20,19 @@ from pocketlm.data.opened import RunData
 from pocketlm.data.shards import Dataset, unigram_entropy
 from pocketlm.distributed import ALONE, Ranks, sizes_at_once, turns
 from pocketlm.errors import ConfigError, DataError, one_line
-from pocketlm.field_types import Strategy
 from pocketlm.files import set_aside, write_file
 from pocketlm.journal import Journal
 from pocketlm.model import sizes
-from pocketlm.model.arithmetic import usable
 from pocketlm.model.transformer import Transformer, allocate
 from pocketlm.optim.optimizer import Optimizer
 from pocketlm.optim.schedule import described, ends, rests_on
 from pocketlm.training import micro_batch, slowness
+from pocketlm.training.as_before import as_before, ranks_in_words
 from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
 from pocketlm.training.progress import Progress
-from pocketlm.training.resolve import Resolved, check_asked, choose_strategy, resolve, why_not_compile
+from pocketlm.training.resolve import Resolved, check_asked, resolve
 from pocketlm.training.scaler import LossScaler
 from pocketlm.training.state import Scalars, TrainState, read_state
 
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from pocketlm.training.sharding import SharedPrecision
 
 M = TypeVar("M", bound=BaseModel)
-HOLDS: dict[Strategy, str] = {"ddp": "the whole state", "fsdp": "a share of the state"}
 
 
 @dataclass(frozen=True)
@@ -165,9 +163,13 @@ def _begin(
         raise DataError(f"{folder} was trained on other data than {dataset.path}; give the old data, or a new --out")
     ranks.each(lambda: dataset.verify() if ranks.local_rank == 0 else None, "patient")
     runtime = machine.start(config.train, stored.resolved.determinism if stored else None, ranks)
-    resolved = told(
-        ranks, Resolved, lambda: _as_before(stored, config, runtime, listener) if stored else resolve(config, runtime)
-    )
+
+    def decided() -> Resolved:
+        if stored is None:
+            return resolve(config, runtime)
+        return as_before(stored.resolved, stored.versions, config, runtime, listener.note)
+
+    resolved = told(ranks, Resolved, decided)
     runtime = replace(machine.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
     _say_unlike(ranks, listener)
     slowness.warn(listener.note, config, resolved, runtime, goes_on=stored is not None)
@@ -244,37 +246,6 @@ def _as_it_is_now(resolved: Resolved, state: TrainState) -> Resolved:
         return resolved
     reasons = resolved.reasons | {"micro_batch": f"memory ran out with more; the run began with {resolved.micro_batch}"}
     return resolved.model_copy(update={"micro_batch": at_once, "reasons": reasons})
-
-
-def _as_before(stored: Scalars, config: Config, runtime: machine.Runtime, listener: Listener) -> Resolved:
-    """Says loudly what bit-exact arithmetic rests on and is not as it was; from then on less is promised."""
-    resolved = stored.resolved
-    changes = machine.changes(stored.versions | {"device": resolved.device}, runtime.device)
-    strategy, why_so = choose_strategy(config, runtime)
-    if config.train.strategy == "auto" and runtime.ranks == resolved.ranks:
-        strategy = resolved.strategy
-    if (before := (resolved.ranks, resolved.strategy)) != (now := (runtime.ranks, strategy)):
-        changes.append(f"it had {_ranks_in_words(*before)}, has {_ranks_in_words(*now)}")
-        threads = runtime.threads if config.train.threads == "auto" else resolved.threads  # a rank's share of the cores
-        other = {"ranks": runtime.ranks, "strategy": strategy, "threads": threads}
-        resolved = resolved.model_copy(update={**other, "reasons": resolved.reasons | {"strategy": why_so}})
-    arithmetic, why = usable(resolved.arithmetic, runtime.device) if changes else (resolved.arithmetic, "")
-    if why:
-        listener.note(f"the run computes otherwise from here on: {why}")
-        kept = {"attention": arithmetic.attention, "fp32_matmul": arithmetic.fp32_matmul}
-        other = {name: why for name, value in kept.items() if value != resolved.model_dump()[name]}
-        resolved = resolved.model_copy(update={**kept, "reasons": resolved.reasons | other})
-    if resolved.compile and (refusal := why_not_compile(runtime.device)):
-        listener.note(f"the run began with compiled blocks, and goes on without: nothing compiles here: {refusal}")
-        reasons = resolved.reasons | {"compile": f"on until nothing compiled here: {refusal}"}
-        level = "same-data" if resolved.determinism == "bitwise" else resolved.determinism
-        resolved = resolved.model_copy(update={"compile": False, "determinism": level, "reasons": reasons})
-    if changes:
-        listener.note(f"this run was begun elsewhere, its next steps may differ in the last bits: {'; '.join(changes)}")
-        if resolved.determinism == "bitwise":
-            reasons = resolved.reasons | {"determinism": f"bitwise until {'; '.join(changes)}"}
-            resolved = resolved.model_copy(update={"determinism": "same-data", "reasons": reasons})
-    return resolved
 
 
 def compile_if_wanted(state: TrainState, config: Config, resolved: Resolved, note: Callable[[str], None]) -> None:
@@ -372,12 +343,6 @@ def _precision(model: Transformer, resolved: Resolved, ranks: Ranks) -> Precisio
     return SharedPrecision(model, resolved.arithmetic, ranks)
 
 
-def _ranks_in_words(ranks: int, strategy: Strategy) -> str:
-    if ranks == 1:
-        return "1 process"
-    return f"{ranks} processes, each with {HOLDS[strategy]} ({strategy})"
-
-
 def _data_lines(run: Run) -> list[str]:
     """What is read, and how much of it there is."""
     data, loader, context = run.dataset, run.loader, run.config.data.context
@@ -395,7 +360,7 @@ def _data_lines(run: Run) -> list[str]:
 def _rank_lines(run: Run) -> list[str]:
     if run.ranks.alone:
         return []
-    words = _ranks_in_words(run.ranks.size, run.resolved.strategy)
+    words = ranks_in_words(run.ranks.size, run.resolved.strategy)
     return [f"ranks: {words}: {run.resolved.reasons['strategy']}"]
 
 

@@ -25,17 +25,18 @@ from torch import Tensor
 
 from pocketlm import checkpoint, pruning
 from pocketlm.config import Config
-from pocketlm.errors import FileError
+from pocketlm.errors import FileError, RankLost
 from pocketlm.files import free_bytes
 from pocketlm.moments import Shares
 from pocketlm.optim.schedule import rests_on
 from pocketlm.tensors import Copies
 from pocketlm.training.progress import Progress
-from pocketlm.training.rank_files import Lead, follow
+from pocketlm.training.rank_files import Lead, Notes, follow
 from pocketlm.training.run import Run
 from pocketlm.training.state import TrainState
 
 THREAD = "pocketlm-save"
+LOOKS_EVERY_S = 0.5
 
 
 @dataclass
@@ -46,6 +47,8 @@ class Saving:
     """None on a rank that is not the first."""
     rows: Mapping[str, Tensor]
     """What such a rank writes of a shared state."""
+    notes_of_ranks: Notes | None
+    """Where the ranks share the state, what they tell each other of this save."""
     progress: Progress
     must: bool
     journal_bytes: int = 0
@@ -70,6 +73,7 @@ class Saver:
         self._verified = pruning.Verified()
         self._under_way: tuple[Saving, threading.Thread | None] | None = None
         self._is_alone = False
+        self._parted = threading.Event()
 
     def begin(self, *, must: bool) -> None:
         """Begins to commit the state, unless it is on the disk already; with `must` returns when it is there.
@@ -89,7 +93,7 @@ class Saver:
             return
         if self.run.saves(now) and (metric := _metric(self.run, now)) is not None:
             now.rate(metric, self.run.config.train.keep_best)
-        saving = Saving(*self._copied(), now.model_copy(deep=True), must)
+        saving = Saving(*self._copied(), self._notes(), now.model_copy(deep=True), must)
         try:
             saving.journal_bytes = self.ranks.each(lambda: self.run.journal.flush() if self.run.journal else 0)
         except OSError as error:
@@ -135,8 +139,9 @@ class Saver:
         if self._under_way is None:
             return
         saving, thread = self._under_way
-        if thread:
-            thread.join()
+        while self.ranks.most(thread is not None and thread.is_alive()):  # however slow a disk is, the ranks speak
+            if thread:
+                thread.join(LOOKS_EVERY_S)
         self._under_way = None
         if saving.failed and not self.ranks.is_first:
             raise saving.failed
@@ -151,16 +156,23 @@ class Saver:
     ) -> None:
         """However the run ends, a save that was begun is ended first. What it ends with is said by its own error.
 
-        Of several ranks perhaps only this one ends here: it waits for its own part, and asks no other.
+        Of several ranks perhaps only this one ends here: it waits for its own part, and asks no other. Nor does it wait
+        for others once one of them is lost, or longer than for a word.
         """
         if not self.ranks.alone:
             if self._under_way and self._under_way[1]:
-                self._under_way[1].join()
+                self._leave_others(self._under_way[1], is_lost=isinstance(value, RankLost))
             return
         try:
             self.wait()
         except FileError as error:
             self.run.listener.note(str(error))
+
+    def _leave_others(self, thread: threading.Thread, *, is_lost: bool) -> None:
+        if not is_lost:
+            thread.join(self.run.config.train.rank_timeout_s)
+        self._parted.set()
+        thread.join()
 
     def _take_in(self, saving: Saving) -> bool:
         """What came of a save becomes known to the run; says whether there is a checkpoint."""
@@ -208,6 +220,10 @@ class Saver:
         )
         return snapshot, {}
 
+    def _notes(self) -> Notes | None:
+        board = self.ranks.board if self.state.precision.shared else None
+        return Notes(board, board.topic(), self._parted) if board else None
+
     def _whole_weights(self) -> dict[str, Tensor]:
         """Copies of the parameters that the ranks share, on the first rank; the others help to put them together."""
         wholes = ((name, self.state.precision.whole(name)) for name in self.state.precision.shapes)
@@ -220,10 +236,10 @@ class Saver:
         try:
             if saving.snapshot:
                 self._commit(saving, saving.snapshot)
-            elif saving.rows:
-                shares = shares_of(self.state)
+            elif saving.notes_of_ranks:
+                shares, checkpoints = shares_of(self.state), self.run.folder / "checkpoints"
                 assert shares
-                follow(self.ranks, self.run.folder / "checkpoints", shares.file, _own(saving.rows, shares))
+                follow(saving.notes_of_ranks, self.ranks.rank, checkpoints, shares.file, _own(saving.rows, shares))
             if saving.folder:
                 check = self._verified.verify
                 prune(self.run.folder, self.run.config, saving.progress, saving.notes.append, check)
@@ -232,7 +248,7 @@ class Saver:
 
     def _commit(self, saving: Saving, snapshot: checkpoint.Snapshot) -> None:
         assert self.run.journal
-        lead = Lead(self.ranks) if snapshot.shares else None
+        lead = Lead(saving.notes_of_ranks, self.ranks.size) if saving.notes_of_ranks else None
         try:
             self.run.journal.wait_for_disk()
             saving.journal_synced = True
