@@ -33,7 +33,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pocketlm import errors
+from pocketlm import errors, torchrun
 from pocketlm.errors import PocketError, RankLost, UsageError, one_line
 
 T = TypeVar("T")
@@ -275,9 +275,10 @@ def join(timeout_s: float) -> Iterator[Ranks]:
 
     Raises:
         RankLost: the others do not come.
-        UsageError: another part of the program has begun torch.distributed.
+        UsageError: another part of the program has begun torch.distributed, or the environment does not say where the
+            ranks meet.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = torchrun.world_size()
     if size == 1:
         yield ALONE
         return

@@ -66,7 +66,7 @@ def _mounts(root: Path, kind: str, controller: str) -> Iterator[tuple[str, Path]
     for line in text_of(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         within, place = before.split()[3:5]
-        type_, _, options = after.split(maxsplit=2)
+        type_, _, options = after.split(" ", 2)  # what was mounted may have no name
         if type_ == kind and (kind == "cgroup2" or controller in options.split(",")):
             yield within, root / place.lstrip("/")
 

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import os
 
+from pocketlm.errors import UsageError
+
+NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a rank must be told beside how many there are."""
 AGENT = "POCKETLM_TORCHRUN_PID"
 """Set where `pocketlm train --devices N` stands above: the process that has started the rank."""
 
@@ -18,16 +22,34 @@ def launched() -> bool:
 
 def is_rank() -> bool:
     """Whether this process is one of a run's several, or torchrun's only one."""
-    return launched() or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return launched() or world_size() > 1
+
+
+def world_size() -> int:
+    """How many ranks the run has.
+
+    Raises:
+        UsageError: there are several, and it is not said which this one is, or where they meet.
+    """
+    size = _number("WORLD_SIZE", 1)
+    lacking = [name for name in NEEDED if not os.environ.get(name)]
+    if size > 1 and lacking:
+        raise UsageError(
+            f"WORLD_SIZE={size} is in the environment, and {', '.join(lacking)} not: torchrun sets them all; "
+            f"unset WORLD_SIZE, and give --devices N for several ranks"
+        )
+    if size > 1 and _number("MASTER_PORT", 1) and own_rank() >= size:
+        raise UsageError(f"RANK: given {own_rank()}, allowed with WORLD_SIZE={size} is 0 to {size - 1}")
+    return size
 
 
 def own_rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK", 0)
 
 
 def ranks_here() -> int:
     """Ranks on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def agent() -> int | None:
@@ -48,3 +70,15 @@ def restarts_meet_old_ranks() -> bool:
     Then the new ones find the addresses of the old, wait for them, and fail: pytorch/pytorch#135712, still so in 2.13.
     """
     return restarts()[1] > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _number(name: str, default: int) -> int:
+    """A variable; where it is absent or empty, the default.
+
+    Raises:
+        UsageError: it is no number.
+    """
+    given = os.environ.get(name) or str(default)
+    if not given.isdecimal() or int(given) < min(default, 1):
+        raise UsageError(f"{name}: given {given} in the environment, allowed is a whole number >= {min(default, 1)}")
+    return int(given)

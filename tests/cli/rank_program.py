@@ -1,6 +1,7 @@
 """A launcher and its ranks without training: each rank does what a word says.
 
-    python rank_program.py launch PLAN FOLDER ATTEMPT...     the launcher of ranks that run the next line
+    python rank_program.py launch PLAN FOLDER ATTEMPT...     the launcher of ranks that run the next line; PLAN may
+                                                             also say `meet_s` and `again_s`
     python rank_program.py FOLDER ATTEMPT...                 a rank; an attempt is a word for each: done,die,refuse
 
     done      ends well
@@ -8,6 +9,7 @@
     raise     raises what nobody expects
     die       is killed
     wait      says that it is there, and that a signal has come, and leaves as a run does that has saved
+    held      the same, but it leaves only when there is a file `go` in the folder
     deaf      the same, but it does not leave
     fresh     the same, but a signal ends it as it ends a Python that has just come up
     miss      is there until torchrun ends it, and then says that another one has ended
@@ -28,11 +30,12 @@ from pathlib import Path
 from types import FrameType
 
 from pocketlm import torchrun
-from pocketlm.cli import launch, rank
+from pocketlm.cli import launch, rank, supervise
+from pocketlm.cli import main as entry
 from pocketlm.errors import DataError, Interrupted, RankLost
 from pocketlm.training.signals import StopRequest, exit_signal, handled_by, stop_on_signal
 
-PROGRAM = (sys.executable, __file__)
+PROGRAM = (sys.executable, "-u", __file__)
 
 
 def say(what: str) -> None:
@@ -46,6 +49,14 @@ def wait() -> None:
         hear(stop)
     assert stop.received
     raise Interrupted(f"stopped by {stop.received.name}, nothing lost", exit_signal(stop.received))
+
+
+def be_held() -> None:
+    try:
+        wait()
+    finally:
+        while not (Path(sys.argv[1]) / "go").exists():
+            time.sleep(0.01)
 
 
 def hear(stop: StopRequest) -> None:
@@ -100,6 +111,7 @@ WORDS: dict[str, Callable[[], None]] = {
     "raise": fail,
     "die": be_killed,
     "wait": wait,
+    "held": be_held,
     "deaf": deaf,
     "fresh": fresh,
     "miss": miss,
@@ -114,10 +126,14 @@ def be_rank(folder: str, *attempts: str) -> int:
 
 def be_launcher(plan: str, folder: str, *attempts: str) -> int:
     words = [folder, *attempts]
-    return launch.launch(launch.Plan(**json.loads(plan)), "debug", Path(folder), words, PROGRAM)
+    tree = json.loads(plan)
+    launch.MEET_S = tree.pop("meet_s", launch.MEET_S)
+    supervise.AGAIN_S = tree.pop("again_s", supervise.AGAIN_S)
+    return launch.launch(launch.Plan(**tree), "debug", Path(folder), words, PROGRAM)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "launch":
         sys.exit(be_launcher(*sys.argv[2:]))
-    sys.exit(be_rank(*sys.argv[1:]))
+    entry.run = lambda words: be_rank(*words)
+    sys.exit(entry.main(sys.argv[1:]))

@@ -5,93 +5,29 @@ Most of it with ranks that train nothing (rank_program.py), under the real torch
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
 
 import psutil
 import pytest
+from launched import Launched, is_there
 
 from pocketlm import checkpoint
-from pocketlm.cli import launch, rank, train
-from pocketlm.cli.launch import Plan, outcome
+from pocketlm.cli import launch, rank, supervise, train
+from pocketlm.cli.launch import Plan
 from pocketlm.cli.main import main
+from pocketlm.cli.outcome import End, Failures, Host
 from pocketlm.distributed import lost
 from pocketlm.errors import UsageError
+from pocketlm.training import reasons
 from pocketlm.training.reasons import Reason
 
-PROGRAM = Path(__file__).parent / "rank_program.py"
-GONE_S = 60.0
-"""What is still there then was left behind."""
 TERM, KILL = signal.SIGTERM, signal.SIGKILL
-
-
-class Launched:
-    """A launcher, what it and its ranks have said so far, and every process that was seen below it."""
-
-    def __init__(self, *words: str) -> None:
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True)
-        self.said: list[str] = []
-        self.seen: dict[int, psutil.Process] = {}
-
-    @classmethod
-    def program(cls, folder: Path, *attempts: str, **plan: Any) -> Self:
-        return cls(str(PROGRAM), "launch", json.dumps({"devices": 2} | plan), str(folder), *attempts)
-
-    def lines(self) -> Iterator[str]:
-        """Each line that is said, until nobody is left who could say one."""
-        assert self.process.stderr
-        torn = b""
-        while True:
-            assert select.select([self.process.stderr], [], [], GONE_S)[0], f"nothing more after\n{''.join(self.said)}"
-            data = os.read(self.process.stderr.fileno(), 1 << 16)
-            if not data:
-                assert not torn
-                return
-            *whole, torn = (torn + data).split(b"\n")
-            self.look()
-            for line in whole:
-                self.said.append(line.decode() + "\n")
-                yield self.said[-1]
-
-    def until(self, is_there: Callable[[str], bool], times: int = 1) -> None:
-        """Returns when so many lines have been said."""
-        for line in self.lines():
-            times -= is_there(line)
-            if times == 0:
-                return
-        pytest.fail(f"it has ended before:\n{''.join(self.said)}")
-
-    def look(self) -> None:
-        if self.process.poll() is None:
-            below = psutil.Process(self.process.pid).children(recursive=True)
-            self.seen |= {process.pid: process for process in below}
-
-    def trees(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.said if line.startswith("{")]
-
-    def end(self) -> tuple[int, str, str]:
-        """Exit code, stdout, and what was said to the person; then nothing is left that it has started."""
-        for _ in self.lines():
-            pass
-        printed, _ = self.process.communicate()
-        code = self.process.returncode
-        _, left = psutil.wait_procs(self.seen.values(), GONE_S)
-        for process in left:
-            process.kill()
-        assert not left, "left behind"
-        return code, printed, "".join(line for line in self.said if not line.startswith("{"))
-
-
-def is_there(line: str) -> bool:
-    return '"there"' in line
 
 
 # --- ranks that end by themselves
@@ -147,12 +83,37 @@ def test_a_scheduler_may_send_a_signal_to_every_process(tmp_path: Path) -> None:
 
 @pytest.mark.goal("R20")
 def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
-    it = Launched.program(tmp_path / "run", "deaf,deaf")
+    it = Launched.program(tmp_path / "run", "deaf,deaf", again_s=0)
     it.until(is_there, times=2)
     it.process.send_signal(TERM)
     it.until(lambda line: '"signal"' in line, times=2)
     it.process.send_signal(TERM)
     assert it.end()[::2] == (143, "pocketlm: stopped by SIGTERM\n")
+
+
+@pytest.mark.goal("R19")
+def test_a_terminal_that_is_closed_loses_nothing(tmp_path: Path) -> None:
+    """The shell says SIGHUP, and the kernel again; and what ranks print goes to a terminal that refuses each write."""
+    terminal, end = os.openpty()
+    it = Launched.program(tmp_path / "run", "held,held", "done,done", max_restarts=1, again_s=0, stdout=end)
+    os.close(end)
+    it.until(is_there, times=2)
+    it.process.send_signal(signal.SIGHUP)
+    it.until(lambda line: '"signal"' in line, times=2)
+    it.process.send_signal(signal.SIGHUP)
+    os.close(terminal)
+    (tmp_path / "run" / "go").touch()
+    assert it.end()[::2] == (143, "pocketlm: stopped by SIGHUP, nothing lost\n")
+    assert {tree["attempt"] for tree in it.trees()} == {0}
+
+
+def test_what_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the same stop said in two ways at once, nor ever a SIGHUP."""
+    agent = supervise.Agent([], {}, dict)
+    for at, number in [(5.0, TERM), (5.1, signal.SIGUSR1), (9.0, signal.SIGHUP), (9.1, signal.SIGINT)]:
+        monkeypatch.setattr(supervise.time, "monotonic", lambda at=at: at)
+        agent._note(number, None)
+    assert agent.asked == [TERM, signal.SIGINT]
 
 
 def test_a_signal_before_the_ranks_can_hear_it_ends_them_all(tmp_path: Path) -> None:
@@ -186,11 +147,13 @@ def test_kill_9_leaves_nothing_behind(whom: str, code: int, tmp_path: Path) -> N
     [
         ("--devices 0", "--devices: given 0, allowed is auto or a whole number >= 1"),
         ("--devices 3", "--devices: given 3, this machine has 2; take 2 or fewer, or add --device cpu"),
+        ("--devices 1000 --device cpu", "--devices: given 1000, allowed here without a GPU is "),
         ("--nodes 0", "--nodes: given 0, allowed is a whole number >= 1"),
         ("--max-restarts -1", "--max-restarts: given -1, allowed is a whole number >= 0"),
         ("--nodes 2", "several hosts meet somewhere: give --nodes M and --rendezvous HOST:PORT"),
         ("--rendezvous a:1", "several hosts meet somewhere: give --nodes M and --rendezvous HOST:PORT"),
         ("--nodes 2 --rendezvous a", "--rendezvous: given a, allowed is HOST:PORT"),
+        ("--nodes 2 --rendezvous a..b:1", "--rendezvous: given a..b:1, allowed is HOST:PORT"),
         ("--nodes 2 --rendezvous localhost:70000", "--rendezvous: given localhost:70000, allowed is HOST:PORT"),
         ("--max-restarts 1 --resume run/checkpoints/step-1", "--resume PATH goes back, --max-restarts goes on"),
         ("--devices 2 --optim.lrr 1", "no field 'optim.lrr'; did you mean --optim.lr?"),
@@ -237,8 +200,31 @@ def test_how_many_processes_there_are(
 
 
 LOST = Reason(1, "another rank has ended", is_lost=True)
-STOPPED, REFUSED = Reason(143, "stopped"), Reason(3, "refused")
-LOG = Path("run/ranks/host.log")
+STOPPED, REFUSED = Reason(143, "stopped", host="here"), Reason(3, "refused")
+HERE = Host(Path("run/ranks"), "here")
+
+
+def test_a_reason_of_the_run_before_is_none_of_this_one(tmp_path: Path) -> None:
+    """Where hosts share the folder none may remove what another is about to read."""
+    reasons.leave(tmp_path, 0, REFUSED)
+    reasons.leave(tmp_path, 1, REFUSED)
+    before = reasons.stamps(tmp_path)
+    assert reasons.left(tmp_path, before) == {}
+    reasons.leave(tmp_path, 1, REFUSED)
+    assert reasons.left(tmp_path, before) == {1: REFUSED}
+
+
+def test_torchrun_is_not_waited_for_when_all_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may wait to start anew what has left; but while other ranks may save, it is not to take their store away."""
+
+    def looks(left: dict[int, Reason], *ranks: psutil.Process) -> int:
+        ended: list[None] = []
+        agent = supervise.Agent([], {}, dict)
+        monkeypatch.setattr(agent, "_end", lambda: ended.append(None))
+        return next(look for look in itertools.count(1) if agent._wait_less(left, list(ranks)) or ended)
+
+    assert looks({0: STOPPED}) == 2
+    assert looks({0: STOPPED}, psutil.Process()) == looks({1: REFUSED}) == 31
 
 
 @pytest.mark.parametrize(
@@ -246,6 +232,7 @@ LOG = Path("run/ranks/host.log")
     [
         (0, [], {}, {}, (0, "")),
         (0, [], {0: STOPPED, 1: STOPPED}, {}, (143, "")),
+        (0, [], {0: REFUSED}, {}, (3, "refused")),  # it has said so to the person of another host
         (0, [TERM], {}, {}, (0, "")),  # it came when all was done
         (1, [], {0: LOST, 1: REFUSED}, {0: 1}, (3, "refused")),
         (0, [], {8: REFUSED, 9: REFUSED}, {}, (3, "refused")),  # the first rank is on another host
@@ -273,9 +260,9 @@ def test_the_most_telling_end_is_that_of_the_command(
     failures: dict[int, int],
     expected: tuple[int, str],
 ) -> None:
-    ended, line = outcome(code, asked, left, failures, LOG)
+    ended, line = End(code, asked, left, Failures(failures), HERE).outcome()
     line = line.replace("another rank has ended (gloo: no)", "GONE")
-    crashed = f"; the same command goes on from the newest checkpoint (details: {LOG})"
+    crashed = f"; the same command goes on from the newest checkpoint (details: {HERE.log})"
     assert (ended, line.removesuffix(crashed)) == expected
     assert line.endswith(crashed) == (ended == 1)
 
@@ -294,6 +281,22 @@ def test_torchrun_by_itself_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatc
 
 
 # --- with training
+
+
+def test_torchrun_by_itself_does_not_take_a_refusal_for_an_end(tmp_path: Path) -> None:
+    """Ranks that leave a reason end with 0 for its sake; the first one must not where nobody reads that."""
+    words = ["--standalone", "--nproc-per-node=2", "-m", "pocketlm", "train", "debug", "--additional-steps", "5"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, "--out", "run"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "pocketlm: run holds no run to add steps to; begin one with --total-steps\n" in done.stderr
+
 
 FIELDS = "--train.total-steps 100000 --train.checkpoint-every 20 --train.eval-every 0 --train.log-every 1"
 

@@ -1,18 +1,19 @@
-"""Two hosts that reach one another by a network alone, and what becomes of their run when one of them is killed.
+"""Two hosts that reach one another by a network alone: how they meet, and what becomes of a run when one is killed.
 
-A host is a network namespace of its own with its own launcher, torchrun and ranks. The store over which they meet runs
-in a third one, and is never killed. To make them takes root on Linux.
+A host is a network namespace of its own with its own launcher, torchrun and ranks. Where one of them is killed, the
+store over which they meet runs in a third one, which never is. To make them takes root on Linux.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ store = dist.TCPStore(sys.argv[1], 29400, is_master=True, wait_for_workers=False
 print("up", flush=True)
 sys.stdin.read()
 """
+AS_HOST = """
+mount --bind "$1" /etc/hosts
+echo "$2" > /proc/sys/kernel/hostname
+shift 2
+exec "$@"
+"""
+RANKS = Path(__file__).parents[1] / "cli" / "rank_program.py"
 STEPS, EVERY = 400, 10
 FIELDS = {"train.total_steps": STEPS, "train.checkpoint_every": EVERY, "train.eval_every": 0, "train.threads": 1}
 LIMIT_S = 180.0
@@ -45,6 +53,7 @@ class Network:
     def __init__(self, folder: Path) -> None:
         self.folder, self.prefix = folder, f"plt{os.getpid()}"
         self.launchers: dict[str, subprocess.Popen[bytes]] = {}
+        self.store: subprocess.Popen[bytes] | None = None
         for host in ("s", *HOSTS):
             ip("netns", "add", self.space(host))
             ip("-n", self.space(host), "link", "set", "lo", "up")
@@ -56,6 +65,8 @@ class Network:
             ip("-n", self.space("s"), "link", "set", f"port-{host}", "master", "hub", "up")
             ip("-n", self.space(host), "addr", "add", f"{address}/24", "dev", "eth")
             ip("-n", self.space(host), "link", "set", "eth", "up")
+
+    def open_store(self) -> None:
         self.store = subprocess.Popen(
             self.inside("s", sys.executable, "-c", SERVE, STORE),
             stdin=subprocess.PIPE,
@@ -75,9 +86,25 @@ class Network:
         """What a person types on each host."""
         words = ["train", "debug", "--out", out, "--name", out, *flags(FIELDS), "--train.strategy", "fsdp"]
         words += ["--devices", "1", "--nodes", "2", "--rendezvous", f"{STORE}:29400", "--max-restarts", "99"]
+        self._start(host, self.inside(host, sys.executable, "-m", "pocketlm", *words))
+
+    def start_ranks(self, host: str, rendezvous: str, attempt: str) -> None:
+        """Ranks that train nothing, under a launcher that takes its own name for 127.0.1.1, as Debian writes it."""
+        self.names(host).write_text(f"127.0.0.1 localhost\n127.0.1.1 {host}\n")
+        plan = json.dumps({"devices": 1, "nodes": 2, "rendezvous": rendezvous})
+        words = [sys.executable, str(RANKS), "launch", plan, str(self.folder / "run"), attempt]
+        self._start(
+            host, self.inside(host, "unshare", "--uts", "sh", "-ec", AS_HOST, "-", str(self.names(host)), host, *words)
+        )
+
+    def names(self, host: str) -> Path:
+        """Its /etc/hosts."""
+        return self.folder / f"{host}.hosts"
+
+    def _start(self, host: str, command: list[str]) -> None:
         with (self.folder / f"{host}.txt").open("ab") as output:
             self.launchers[host] = subprocess.Popen(
-                self.inside(host, sys.executable, "-m", "pocketlm", *words),
+                command,
                 cwd=self.folder,
                 stdout=output,
                 stderr=output,
@@ -114,7 +141,8 @@ class Network:
     def close(self) -> None:
         for host in HOSTS:
             self.kill(host)
-        self.store.communicate()
+        if self.store:
+            self.store.communicate()
         for host in ("s", *HOSTS):
             ip("netns", "del", self.space(host))
 
@@ -123,28 +151,52 @@ class Network:
 def network(tmp_path: Path) -> Iterator[Network]:
     if not sys.platform.startswith("linux") or os.geteuid() or not shutil.which("ip"):
         pytest.skip("network namespaces take root and iproute2 on Linux")
+    trial = f"plt{os.getpid()}-try"
     try:
-        ip("netns", "add", f"plt{os.getpid()}-try")
+        ip("netns", "add", trial)
+        ip(*f"netns exec {trial} unshare --uts mount --bind /etc/hosts /etc/hosts".split())
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
-    ip("netns", "del", f"plt{os.getpid()}-try")
+    finally:
+        subprocess.run(["ip", "netns", "del", trial], capture_output=True)
     network = Network(tmp_path)
     yield network
     network.close()
 
 
-def wait_for_step(network: Network, run: Path, step: int) -> None:
-    """Returns when so many steps are in the journal; a file has no end that one could wait at."""
+def wait_until(network: Network, is_so: Callable[[], bool]) -> None:
+    """For what files tell: they have no end that one could wait at."""
     deadline = time.monotonic() + LIMIT_S
-    while trained(run) < step:
+    while not is_so():
         assert time.monotonic() < deadline, network.said()
         time.sleep(0.01)
+
+
+def test_the_host_that_is_the_place_to_meet_knows_it(network: Network, tmp_path: Path) -> None:
+    """By its address, or by a name that the name server knows only after it has begun; torchrun would know neither."""
+
+    def said(host: str) -> str:
+        return (tmp_path / f"{host}.txt").read_text()
+
+    for host in HOSTS:
+        network.start_ranks(host, f"{HOSTS['b']}:29400", "refuse,done")
+    assert network.wait() == {"a": 3, "b": 3}, network.said()
+    assert [said(host).count("rank 0 is refused") for host in HOSTS] == [1, 1], "each has a person who reads it"
+
+    for host in HOSTS:
+        network.start_ranks(host, "place:29400", "done,done")
+    wait_until(network, lambda: all("place is not found yet" in said(host) for host in HOSTS))
+    for host in HOSTS:
+        with network.names(host).open("a") as names:
+            names.write(f"{HOSTS['b']} place\n")
+    assert network.wait() == {"a": 0, "b": 0}, network.said()
 
 
 @pytest.mark.goal("R20")
 def test_a_host_that_is_killed_comes_back_and_the_run_ends_as_if_it_had_not(
     proof: Any, network: Network, tmp_path: Path
 ) -> None:
+    network.open_store()
     for host in HOSTS:
         network.start(host, "whole")
     assert network.wait() == {"a": 0, "b": 0}, network.said()
@@ -154,7 +206,7 @@ def test_a_host_that_is_killed_comes_back_and_the_run_ends_as_if_it_had_not(
     for case in proof.cases(1, 10):
         luck = proof.random(case)
         target = round(STEPS * (case + luck.random()) / proof.size(1, 10) * 0.9)
-        wait_for_step(network, tmp_path / "run", target)
+        wait_until(network, lambda target=target: trained(tmp_path / "run") >= target)
         victim = luck.choice(list(HOSTS))
         network.kill(victim)
         network.start(victim, "run")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,47 @@ def test_who_reads_what_it_says_may_leave(command: str, rig: Rig, whole: Whole) 
     assert (rig.folder / "code").read_text() == "0\n"
     assert child.stdout == ""
     oracle.assert_equal(rig.folder / "run", whole.run)
+
+
+@pytest.mark.goal("R19")
+def test_a_terminal_that_is_closed_loses_nothing(tmp_path: Path) -> None:
+    """The panel is drawn into it at each step, and stdout is flushed into it at last: each such write is refused."""
+    terminal, end = os.openpty()
+    words = [*TRAIN, "--train.total-steps", "100000", "--train.eval-every", "0", "--train.checkpoint-every", "100000"]
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "pocketlm", *words],
+        cwd=tmp_path,
+        env=os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"},
+        **dict.fromkeys(("stdin", "stdout", "stderr"), end),
+    ) as process:
+        os.close(end)
+        shown = b""
+        while b"MFU" not in shown:
+            shown += os.read(terminal, 1 << 16)
+        os.close(terminal)
+        deadline, begun = time.monotonic() + GONE_S, trained(tmp_path / "run")
+        while trained(tmp_path / "run") < begun + 3 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(GONE_S) == 143
+    assert oracle.steps(tmp_path / "run")[-1] == trained(tmp_path / "run")
+
+
+TWICE = """
+import signal
+from pocketlm.training.signals import stop_on_signal
+with stop_on_signal() as stop:
+    signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)
+print(stop.received.name)
+"""
+
+
+def test_a_closed_terminal_is_told_of_twice() -> None:
+    """By the shell, and at once by the kernel: the second is no impatient person's."""
+    done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "SIGHUP\n")
 
 
 IN_A_LONG_OPERATION = """

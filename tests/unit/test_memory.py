@@ -12,7 +12,8 @@ from pocketlm.limits import available_cores
 from pocketlm.training.memory import available_bytes, available_here, peak_bytes
 
 GB = 10**9
-V2 = "30 23 0:26 {within} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
+NAMELESS = "29 23 0:25 / /mnt rw - tmpfs  rw\n"  # of `mount -t tmpfs "" /mnt`
+V2 = NAMELESS + "30 23 0:26 {within} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = (
     "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n"
     "33 31 0:30 / /sys/fs/cgroup/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"

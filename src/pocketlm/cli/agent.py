@@ -2,8 +2,8 @@
 
 It ends with the launcher, and its ranks end with it (rank.py). Signals are the launcher's to pass on, once and without
 torchrun's 30 seconds until SIGKILL, so they do nothing here, also where a scheduler sends them to every process. What
-torchrun says goes into FILE.log; how its ranks ended when they failed, into FILE.json. stdout and stderr are those of
-the ranks.
+torchrun says goes into FILE.log; how its ranks ended when they failed, or that hosts did not meet, into FILE.json.
+stdout and stderr are those of the ranks.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
+from pocketlm.cli.outcome import APART
 from pocketlm.cli.parent import end_with_parent
 from pocketlm.files import open_log, write_file
 from pocketlm.torchrun import AGENT
@@ -40,14 +42,20 @@ def _run(words: list[str], failures: Path) -> int:
     try:
         torchrun(["--signals-to-handle", UNUSED, *words])
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        write_file(failures, json.dumps(codes).encode())
+        _leave(failures, {rank: failure.exitcode for rank, failure in error.failures.items()})
         print(error, file=sys.stderr)
         return 1
-    except Exception:  # for instance: the other hosts did not come
+    except Exception as error:
+        _leave(failures, apart=type(error).__name__)
         traceback.print_exc()
         return 1
     return 0
+
+
+def _leave(failures: Path, codes: Mapping[int, int] | None = None, apart: str = "") -> None:
+    """As outcome.py reads it."""
+    tree = {"codes": codes or {}, "apart": apart if apart in APART else ""}
+    write_file(failures, json.dumps(tree).encode())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import io
 import json
 import os
 import sys
@@ -82,6 +83,36 @@ def say(text: str) -> None:
 def silence(stream: TextIO) -> None:
     """Lets all that is still written to a stream go nowhere, also at the end of the process."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Lasting(io.TextIOBase):
+    """A stream for a panel: what is written once its terminal has gone goes nowhere, and costs no training."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self.stream.encoding
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            silence(self.stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            silence(self.stream)
 
 
 def refusal(error: PocketError | OSError) -> tuple[str, int]:

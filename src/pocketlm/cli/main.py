@@ -6,10 +6,13 @@ Exit codes: 0 done, 2 usage or configuration, 3 data or file refused, 4 training
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import os
+import stat
 import sys
 from importlib import import_module
+from typing import TextIO
 
 from pocketlm import __version__
 from pocketlm.cli.arguments import refusal, say, silence
@@ -51,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # an encoding without a character must not cost the rest of the text
     try:
         _refuse_windows()
-        code = run(words)
-        print(end="", flush=True)  # here, where a reader that has gone is known for one
-        return code
+        return _said(run(words))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # of stdout, as `say` survives that of stderr: who reads the result has had enough of it
@@ -85,6 +86,27 @@ def run(words: list[str]) -> int:
     module = "import_" if verb == "import" else verb  # no module can have the name of a keyword
     code: int = import_module(f"pocketlm.cli.{module}").run(rest)
     return code
+
+
+def _said(code: int) -> int:
+    """What a verb ends with, once all that it has printed is out; it stays where nobody is left to read that.
+
+    Raises:
+        OSError: what was printed is lost, for instance on a full disk.
+    """
+    try:
+        print(end="", flush=True)  # unbuffered, this too is a write, which a terminal that is gone refuses
+    except OSError as error:
+        has_gone = error.errno == errno.EPIPE or (error.errno == errno.EIO and _is_terminal(sys.stdout))
+        silence(sys.stdout)
+        if not (has_gone or code):
+            raise
+    return code
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Also of one that is gone, which `isatty` does not know for one."""
+    return stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
 
 
 def _open_what_is_closed() -> None:

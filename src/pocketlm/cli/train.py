@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from pocketlm import torchrun
 from pocketlm.cli import launch, rank
-from pocketlm.cli.arguments import Parser, print_json, say
+from pocketlm.cli.arguments import Lasting, Parser, print_json, say
 from pocketlm.cli.fields import parse_overrides
 from pocketlm.config import Config
 from pocketlm.toml_trees import flat, preset_names, read_toml
@@ -136,7 +136,7 @@ def _listener(config: Config, *, plain: bool) -> Listener:
     from pocketlm.training.log import PlainLines
     from pocketlm.training.panel import Panel, terminal
 
-    console = None if plain or config.train.engine == "lightning" else terminal(sys.stderr)
+    console = None if plain or config.train.engine == "lightning" else terminal(cast(TextIO, Lasting(sys.stderr)))
     return Panel(console) if console else PlainLines(say, config.train.log_every)
 
 

@@ -6,12 +6,18 @@ refused what it was given - leaves that here and ends with 0; only a crash is a 
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pocketlm.files import remove_file, write_file
 
+T = TypeVar("T")
+Stamp = tuple[int, int]
+"""Of a file: a new one of the same name has another."""
 RANKS = "ranks"
 FINAL = frozenset({2, 3, 4, 130, 143})
 """Exit codes after which starting anew would lead to the same end, or was not asked for."""
@@ -25,6 +31,8 @@ class Reason:
     message: str
     is_lost: bool = False
     """Only because another one has ended."""
+    host: str = ""
+    """Where it ran."""
 
 
 def leave(run: Path, rank: int, reason: Reason) -> None:
@@ -45,12 +53,30 @@ def forget_all(run: Path) -> None:
         remove_file(path)
 
 
-def left(run: Path) -> dict[int, Reason]:
-    """By rank, in their order."""
-    found = {}
+def stamps(run: Path) -> dict[int, Stamp]:
+    """Which file of each rank is there now, by which `left` knows it again."""
+    return dict(_each(run, _stamp))
+
+
+def left(run: Path, before: Mapping[int, Stamp] | None = None) -> dict[int, Reason]:
+    """By rank, in their order.
+
+    Args:
+        before: `stamps` of then: a reason that was there already is none of this run's.
+    """
+    old, found = before or {}, dict(_each(run, lambda path: (_stamp(path), path.read_bytes())))
+    return {rank: Reason(**json.loads(data)) for rank, (stamp, data) in found.items() if old.get(rank) != stamp}
+
+
+def _stamp(path: Path) -> Stamp:
+    about = path.stat()
+    return about.st_ino, about.st_mtime_ns
+
+
+def _each(run: Path, read: Callable[[Path], T]) -> Iterator[tuple[int, T]]:
     for path in sorted((run / RANKS).glob("rank-*.json")):
-        found[int(path.stem.removeprefix("rank-"))] = Reason(**json.loads(path.read_bytes()))
-    return found
+        with contextlib.suppress(FileNotFoundError):  # a rank that begins has forgotten it
+            yield int(path.stem.removeprefix("rank-")), read(path)
 
 
 def final(reasons: dict[int, Reason]) -> int | None:

@@ -13,7 +13,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from itertools import islice
 from types import FrameType
 from typing import Any
 
@@ -27,7 +26,10 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """The first signal only notes itself here, a second one ends the process."""
+    """The first signal only notes itself here, a second one ends the process.
+
+    SIGHUP is never a second one: of a terminal that is closed the shell tells, and at once the kernel, too.
+    """
 
     def __init__(self, most: Callable[[int], int] = int, *, second_ends: bool = True) -> None:
         """
@@ -61,7 +63,8 @@ class StopRequest:
     def take_signals(self) -> None:
         """Handles its signals from here on, also those that somebody else has taken meanwhile."""
         for watched in self.watched:
-            signal.signal(watched, signal.SIG_DFL if self._came_here and self.second_ends else self.note)
+            ends = self._came_here and self.second_ends and watched != signal.SIGHUP
+            signal.signal(watched, signal.SIG_DFL if ends else self.note)
 
 
 @contextlib.contextmanager
@@ -95,9 +98,10 @@ def _second_ends() -> Iterator[None]:
 def _leave_at_second(reader: socket.socket) -> None:
     with reader:
         numbers = (number[0] for number in iter(lambda: reader.recv(1), b""))
-        asked = list(islice((number for number in numbers if number in WATCHED), 2))
-    if len(asked) == 2:
-        _leave(asked[1], None)
+        next((number for number in numbers if number in WATCHED), None)
+        second = next((number for number in numbers if number in WATCHED and number != signal.SIGHUP), None)
+    if second:
+        _leave(second, None)
 
 
 @contextlib.contextmanager
