@@ -23,6 +23,9 @@ FOLDED_KEPT_UP_TO = 1024
 """As in folded attention: queries in a block, and the longest row whose probabilities are kept."""
 BACKWARD_BLOCKS, LOST = 1.0, 0.06
 """Blocks whose gradients are alive at once, and the share of activations lost between blocks of memory: as measured."""
+LOST_TO_PARTS = 0.5
+"""The same share in main memory where ranks share the state: parts of other sizes come and go between the activations,
+and a heap that keeps what is freed falls into pieces. As measured of one model (docs/plan.md)."""
 VOCAB_MULTIPLE = 64
 """Columns of logits in 16 bits are a multiple of it: matrix kernels of CPUs and GPUs are slow at odd widths."""
 
@@ -178,7 +181,7 @@ def training_memory(
         exchange=_exchange(model, size, team),
         snapshot=_snapshot(model, moments, team) if snapshot else 0,
         activations=activations,
-        backward=int(BACKWARD_BLOCKS * block + LOST * activations),
+        backward=int(BACKWARD_BLOCKS * block + (LOST_TO_PARTS if team.shares and snapshot else LOST) * activations),
         loss=size * chunk * model.vocab_size + (4 + 2 * size) * model.vocab_size * model.hidden_size,
     )
 
