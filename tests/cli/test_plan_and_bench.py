@@ -76,6 +76,20 @@ def test_an_interrupted_plan_is_none(capsys: pytest.CaptureFixture[str], monkeyp
     assert out == ""
 
 
+def test_plan_of_several_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = out_of(capsys, "plan", "smollm2-1.7b", "--device", "L4", "--devices", "8")
+    assert out.startswith("smollm2-1.7b on 8 x L4, which is not here: an estimate, bf16, ")
+    assert "of each, fsdp\n" in out
+    assert err.splitlines()[-1] == "next: pocketlm train smollm2-1.7b --devices 8"
+    for flags, told in (
+        (("--devices", "2"), "name a GPU"),
+        (("--device", "L4", "--devices", "0"), "whole number >= 1"),
+    ):
+        out, err = out_of(capsys, "plan", "debug", *flags, code=2)
+        assert out == ""
+        assert told in err
+
+
 def test_the_next_command_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     field = '--sample.prompts=["Once upon", "a"]'
     _, err = out_of(capsys, "plan", "tiny", "--device", "H100", field)

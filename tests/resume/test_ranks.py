@@ -78,9 +78,9 @@ def test_ranks_evaluate_and_write_as_one_process(rig: Rig) -> None:
     """The same weights give the same validation loss, bit for bit, and the same samples; only rank 0 says anything."""
     fields = {"train.total_steps": 4, "train.eval_every": 2, "sample.every": 2, "train.threads": 1}
     fields |= {"sample.max_new_tokens": 12}
-    for world in [(2, "ddp"), (2, "fsdp")]:
-        out = "{}-{}".format(*world)
-        ranks = rig.run_ranks(2, words(out, world, fields))
+    for strategy, dtype in [("ddp", "fp32"), ("fsdp", "fp32"), ("fsdp", "bf16")]:  # of 257 ids, no multiple of 64
+        out = f"{strategy}-{dtype}"
+        ranks = rig.run_ranks(2, words(out, (2, strategy), fields, {"train.dtype": dtype}))
         assert ranks[1].stderr == ""
         assert "ranks: 2 processes, each with" in ranks[0].stderr
         measured = [record for record in oracle.journal(rig.folder / out) if record["kind"] == "eval"]

@@ -118,6 +118,23 @@ def test_num_ids_of_the_whole_head_changes_no_bit(
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_odd_head_in_16_bits_computes_as_its_aligned_copy(dtype: torch.dtype, device: torch.device) -> None:
+    """Of a size at which both widths round differently."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(256, 64, generator=generator).to(device, dtype).requires_grad_()
+    head = torch.randn(100, 64, generator=generator).to(device, dtype).requires_grad_()
+    targets = torch.randint(100, (256,), generator=generator).to(device)
+    aligned = F.pad(head.detach(), (0, 0, 0, 128 - 100)).requires_grad_()
+    results = []
+    for one in (head, aligned):
+        loss = linear_cross_entropy(x, one, targets, scale=0.1, num_ids=100)
+        dx, dW = torch.autograd.grad(loss, (x, one))
+        assert dW.shape == one.shape
+        results.append((loss, token_losses(x, one, targets, num_ids=100), dx, dW[:100]))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))
+
+
 def test_equal_logits_cost_ln_v() -> None:
     losses = token_losses(torch.zeros(3, C), torch.randn(V, C), torch.tensor([0, 5, IGNORE]))
     assert losses.tolist() == pytest.approx([math.log(V), math.log(V), 0.0])

@@ -12,6 +12,7 @@ from pocketlm import checkpoint
 from pocketlm.config import Config
 from pocketlm.errors import ConfigError
 from pocketlm.model import sizes
+from pocketlm.model.sizes import Team
 from pocketlm.training import micro_batch as file
 from pocketlm.training import resolve
 from pocketlm.training.log import Silent
@@ -133,6 +134,40 @@ def test_what_is_given_is_kept_or_refused() -> None:
     assert chosen(smallm(micro_batch=60), "cpu", "bf16", "folded", room) == (60, "as given")
     with pytest.raises(ConfigError, match=r"add --train.micro-batch 60, or leave it to auto"):
         chosen(smallm(micro_batch=100), "cpu", "bf16", "folded", room)
+
+
+def test_a_model_that_no_gpu_holds_whole_is_trained_by_those_that_share_it() -> None:
+    config = Config.preset("smollm2-1.7b", {"train.micro_batch": "auto", "train.gradient_checkpointing": True})
+    room = 24 * 10**9
+    ddp, fsdp = Team(8, "ddp"), Team(8, "fsdp")
+    rows, reason = chosen(config, "cuda", "bf16", "sdpa", room, fsdp)
+    assert 1 <= rows <= -(-config.rows_per_step // 8)
+    assert f"of {-(-config.rows_per_step // 8) * config.data.context} a step" in reason
+    assert 3e9 < needs(config, 1, "bf16", "sdpa", "cuda", fsdp).per_parameter < 6e9
+    with pytest.raises(ConfigError) as refused:
+        chosen(config, "cuda", "bf16", "sdpa", room, ddp)
+    line = str(refused.value)
+    assert "on each of 8 ranks" in line
+    assert line.endswith("24.0 GB are free for each; add --train.strategy fsdp")
+    with pytest.raises(ConfigError, match=r"add --data.context 1024 --train.tokens-per-step (\d+)$") as short:
+        chosen(config, "cuda", "bf16", "sdpa", needs(config, 1, "bf16", "sdpa", "cuda", fsdp).total - 1, fsdp)
+    assert str(short.value).endswith(f" {config.rows_per_step * 1024}"), "of all ranks together"
+
+
+def test_the_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cpu = smallm(micro_batch=62), torch.device("cpu")
+    team = Team(4, "ddp", 4)
+    one = needs(config, 62, "bf16", "folded", "cpu", team).total
+    monkeypatch.setattr(file, "available_bytes", lambda device: 4 * one)
+    assert file.choose(config, cpu, "bf16", "folded", team)[0] == 62
+    assert file.warning(config, 62, "bf16", "folded", cpu, team) is None
+    monkeypatch.setattr(file, "available_bytes", lambda device: 4 * one - 1)
+    assert file.choose(config, cpu, "bf16", "folded")[0] == 62, "one process has it all"
+    with pytest.raises(ConfigError, match=r"on each of 4 ranks .* are free for each; add --train.micro-batch 61"):
+        file.choose(config, cpu, "bf16", "folded", team)
+    warned = file.warning(config, 62, "bf16", "folded", cpu, team)
+    assert warned
+    assert "on each of 4 ranks" in warned
 
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_made(

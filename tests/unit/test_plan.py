@@ -121,6 +121,22 @@ def test_a_plan_for_a_gpu_that_is_not_here_by_hand() -> None:
     assert planned.tree()["assumed_mfu"] == 0.35
 
 
+def test_several_gpus_that_are_not_here_by_hand() -> None:
+    """Three of them: 171 of 512 rows on the first; of the state all, which a 24 GB GPU has room for, or a third."""
+    for strategy, held in (("auto", 1), ("fsdp", 3)):
+        fields = {"train.eval_every": 0, "train.eval_tokens": 2048, "train.strategy": strategy}
+        planned = plan_for(Config.preset("smollm2-135m-official", fields), find_gpu("L4"), 3)
+        per_token, rate = 1_019_215_872, 0.35 * 121e12
+        assert planned.step_s == pytest.approx(171 * 2048 * per_token / rate + 30 * 134_515_008 / held / 300e9)
+        assert planned.seconds.evaluations == pytest.approx(2048 * per_token / 3 / rate / 3)
+        assert planned.mfu == pytest.approx(0.35, rel=0.01)
+        tree = planned.tree()
+        assert (tree["devices"], tree["strategy"]) == (3, "ddp" if held == 1 else "fsdp")
+        assert tree["memory_bytes"]["by_part"]["weights"] == 4 * 134_515_008 // held
+        assert max(row["micro_batch"] for row in tree["memory_bytes"]["by_micro_batch"]) == 171
+        assert "what the devices say to one another" in tree["left_out"]
+
+
 def test_fp32_on_a_gpu_is_real_fp32_by_hand() -> None:
     """pocketlm multiplies in fp32, not in TF32: 67 TFLOP/s of an H100."""
     fields = {"data.context": 512, "train.tokens_per_step": 8 * 512, "train.dtype": "fp32"}

@@ -1,4 +1,4 @@
-"""What the probes measure."""
+"""What the probes measure, and what ranks hold of the state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from pocketlm.config import Config
 from pocketlm.machine import Runtime, versions
-from pocketlm.training import as_before, resolve
+from pocketlm.model.sizes import Team
+from pocketlm.training import as_before, micro_batch, resolve
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_the_probe_of_attention_times_the_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,3 +75,47 @@ def test_on_other_ranks_it_takes_todays_share_of_cores_and_state_and_says_so(mon
     given = Config.preset("debug", {"train.threads": 8, "train.strategy": "ddp"})
     now = as_before.as_before(then, versions(), given, runtime, told.append)
     assert (now.strategy, now.threads) == ("ddp", 8)
+
+
+def ranks(device: torch.device, num: int = 4) -> Runtime:
+    return Runtime(device, 1, "same-data", num, num)
+
+
+def test_ranks_share_the_state_where_the_whole_of_it_takes_more_than_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, state = Config.preset("smollm2-135m"), 20 * 134_515_008  # weights, gradients, their sums, two moments
+    free = {"now": 0}
+    monkeypatch.setattr(resolve, "available_bytes", lambda device: free["now"])
+    for device, of_all in ((CUDA, 1), (CPU, 4)):  # on a CPU the four have the memory of one machine
+        free["now"] = of_all * 2 * state
+        assert resolve.choose_strategy(config, ranks(device)) == (
+            "ddp",
+            "the whole state takes 50 % of what is free for each",
+        )
+        free["now"] -= of_all
+        assert resolve.choose_strategy(config, ranks(device))[0] == "fsdp"
+        given = Config.preset("smollm2-135m", {"train.strategy": "ddp"})
+        assert resolve.choose_strategy(given, ranks(device)) == ("ddp", "as given")
+        assert resolve.choose_strategy(config, ranks(device, 1))[0] == "ddp"
+
+
+def test_what_fits_only_in_shares_is_resolved_and_goes_on_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of what one rank would need alone; later, with memory enough for all of it, the run stays as it is."""
+    fields = {
+        "train.dtype": "bf16",
+        "train.attention": "folded",
+        "train.fp32_matmul": "highest",
+        "train.compile": "off",
+    }
+    config = Config.preset("smollm2-360m", fields | {"data.context": 256, "train.tokens_per_step": 4096})
+    fsdp = Team(64, "fsdp", 64)
+    one = micro_batch.needs(config, 1, "bf16", "folded", "cpu").total
+    assert 5 * micro_batch.needs(config, 1, "bf16", "folded", "cpu", fsdp).total < one
+    for module in (resolve, micro_batch):
+        monkeypatch.setattr(module, "available_bytes", lambda device: 64 * one // 5)
+    monkeypatch.setattr(resolve, "matmul_rate", lambda config, device, dtype: 1e9)
+    resolved = resolve.resolve(config, ranks(CPU, 64))
+    assert (resolved.strategy, resolved.ranks, resolved.micro_batch) == ("fsdp", 64, 1)
+    monkeypatch.setattr(resolve, "available_bytes", lambda device: 10**15)
+    again = resolve.strategy_again(config, ranks(CPU, 64), resolved)
+    assert again == ("fsdp", resolved.reasons["strategy"])
+    assert resolve.strategy_again(config, ranks(CPU, 32), resolved)[0] == "ddp", "another number is another run"

@@ -12,7 +12,9 @@ from pocketlm.config import Config, ModelConfig
 from pocketlm.field_types import Dtype
 from pocketlm.model import attention, sizes
 from pocketlm.model.arithmetic import TORCH_DTYPES
+from pocketlm.model.sizes import Team
 from pocketlm.model.transformer import Transformer, allocate
+from pocketlm.training.precision import Sums
 
 PRESETS = {
     "debug": 26_816,
@@ -116,6 +118,48 @@ def test_training_memory_per_parameter() -> None:
     assert bf16.loss == 2 * 1024 * 49152 + (4 + 2 + 2) * 28_311_552
     assert fp32.per_parameter == 16 * num
     assert fp32.total == 16 * num + fp32.activations + fp32.backward + fp32.loss
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(models(), st.integers(2, 9), st.sampled_from(["adamw", "muon"]))
+def test_ranks_that_share_the_state_hold_rows_of_every_tensor(model: ModelConfig, ranks: int, kind: str) -> None:
+    """The first has the most, as PyTorch cuts a tensor; in a step that is all that is kept, and no copy in bf16."""
+    config = Config.preset("debug", {"optim.kind": kind}).model_copy(update={"model": model})
+    parameters = dict(meta(model).named_parameters())
+    own = {name: 4 * parameter.chunk(ranks)[0].numel() for name, parameter in parameters.items()}
+    in_blocks = [name for name, parameter in parameters.items() if parameter.dim() == 2 and ".layers." in name]
+    by_muon = sum(own[name] for name in in_blocks) if kind == "muon" else 0
+    held = sizes.training_memory(config, 1, "bf16", snapshot=True, team=Team(ranks, "fsdp", ranks))
+    assert held.weights == held.gradients == sum(own.values())
+    assert held.moments == 2 * sum(own.values()) - by_muon
+    assert held.compute_copy == 0
+    whole = 4 * sum(parameter.numel() for parameter in parameters.values())
+    assert 0 <= (held.snapshot - held.moments) * ranks - whole < ranks, "the first rank alone copies whole weights"
+
+
+def test_ranks_with_the_whole_state_sum_all_gradients_in_fp32() -> None:
+    config = Config.preset("tiny", {"optim.kind": "adamw"})
+    model = allocate(config.model)
+    alone, held = (
+        sizes.training_memory(config, 3, "bf16", snapshot=True, team=team) for team in (Team(), Team(4, "ddp", 2))
+    )
+    sums = Sums(dict(model.named_parameters()))
+    assert held.exchange == sum(bucket.nbytes for _, bucket in sums._buckets)
+    assert alone.exchange == 0
+    assert 2 * held.snapshot == alone.snapshot, "the first of two ranks on a host makes it"
+    assert held.total == alone.total + held.exchange - held.snapshot
+
+
+def test_eight_ranks_share_a_large_model_by_hand() -> None:
+    config = Config.preset("smollm2-1.7b")
+    held = sizes.training_memory(config, 1, "bf16", team=Team(8, "fsdp"))
+    each = 4 * 1_711_376_384 // 8  # every tensor's rows are divisible
+    assert (held.weights, held.gradients, held.moments, held.compute_copy) == (each, each, 2 * each, 0)
+    # whole in bf16: embedding and last norm; of blocks two, one's gradients, and these in fp32
+    assert held.exchange == 2 * (49152 * 2048 + 2048) + (2 + 2 + 2 + 4) * (4 * 2048**2 + 3 * 2048 * 8192 + 2 * 2048)
+    odd = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 49153})})
+    more = sizes.training_memory(odd, 1, "bf16", team=Team(8, "fsdp")).exchange - held.exchange
+    assert more == 2 * 2048 + 2 * 49153 * 2048, "a row, and the head once more, with rows of zeros below"
 
 
 def test_folded_attention_keeps_half_a_square_a_head() -> None:

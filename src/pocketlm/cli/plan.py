@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 
 from pocketlm.cli.arguments import Parser, print_json, print_table, say
 from pocketlm.cli.fields import parse_overrides
+from pocketlm.errors import UsageError
 from pocketlm.field_types import Device
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def run(argv: list[str]) -> int:
     parser = Parser(
         "plan",
         "What training would take: parameters, FLOPs, memory, time and disk, from closed forms and a probe of seconds.",
-        usage="pocketlm plan PRESET|FILE.toml [--device NAME] [--section.field VALUE ...] [--json]",
+        usage="pocketlm plan PRESET|FILE.toml [--device NAME [--devices N]] [--section.field VALUE ...] [--json]",
     )
     parser.add_argument("preset", metavar="PRESET|FILE.toml", help="what would be trained")
     parser.add_argument(
@@ -31,9 +32,11 @@ def run(argv: list[str]) -> int:
         metavar="NAME",
         help=f"{', '.join(KINDS)}: train.device; or a GPU that is not here, as an estimate: {DEVICES}",
     )
+    parser.add_argument("--devices", default="1", metavar="N", help="as many GPUs of that name (1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes, seconds and FLOPs")
     arguments, fields = parser.parse_with_fields(argv)
 
+    from pocketlm.cli.launch import number_of
     from pocketlm.cli.train import load_config
 
     if arguments.device in KINDS:
@@ -43,21 +46,27 @@ def run(argv: list[str]) -> int:
     from pocketlm.training.gpus import find_gpu
     from pocketlm.training.plan import plan_for, plan_here
 
-    here = arguments.device in (None, *KINDS)
-    plan = plan_here(config, say) if here else plan_for(config, find_gpu(arguments.device))
+    here, devices = arguments.device in (None, *KINDS), number_of(arguments.devices) or 1
+    if here and devices > 1:
+        raise UsageError(
+            "several devices are planned from closed forms: name a GPU, as --device H100; here one is tried"
+        )
+    plan = plan_here(config, say) if here else plan_for(config, find_gpu(arguments.device), devices)
     if arguments.json:
         print_json(plan.tree())
     else:
         _print(plan)
-        say(f"next: {shlex.join(['pocketlm', 'train', arguments.preset, *fields])}")
+        several = ["--devices", str(devices)] if devices > 1 else []
+        say(f"next: {shlex.join(['pocketlm', 'train', arguments.preset, *several, *fields])}")
     return 0
 
 
 def _print(plan: Plan) -> None:
+    each = " of each" if plan.team.ranks > 1 else ""
     print(f"{plan.config.name} on {_where(plan)}\n")
     for title, rows in (
         ("the run", _run_rows(plan)),
-        (f"memory, {plan.micro_batch} row(s) at once", _memory_rows(plan)),
+        (f"memory{each}, {plan.micro_batch} row(s) at once", _memory_rows(plan)),
         ("memory by rows at once", _micro_batch_rows(plan)),
         (
             "time" if plan.assumed_mfu is None else f"time, assuming {100 * plan.assumed_mfu:.0f} % MFU",
@@ -89,7 +98,10 @@ def _print_part(title: str, rows: list[Row]) -> None:
 
 def _where(plan: Plan) -> str:
     threads = f", {plan.threads} thread(s)" if plan.threads else ", which is not here: an estimate"
-    return f"{plan.device}{threads}, {plan.dtype}, {plan.peak_flops / 1e9:,.0f} GFLOP/s in matrix products"
+    several = f"{plan.team.ranks} x " if plan.team.ranks > 1 else ""
+    each = f" of each, {plan.team.strategy}" if several else ""
+    rate = f"{plan.peak_flops / 1e9:,.0f} GFLOP/s in matrix products"
+    return f"{several}{plan.device}{threads}, {plan.dtype}, {rate}{each}"
 
 
 def _run_rows(plan: Plan) -> list[Row]:

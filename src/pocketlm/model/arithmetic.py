@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from pocketlm.field_types import AttentionKernel, Dtype, FP32Matmul
+from pocketlm.model.sizes import VOCAB_MULTIPLE
 from pocketlm.model.transformer import Transformer, allocate
 
 TORCH_DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-VOCAB_MULTIPLE = 64
 FP32_ERROR = 1e-5
 """Relative; fp32 products are below 1e-6, those of TF32 or bf16 above 1e-4."""
 

@@ -23,10 +23,12 @@ only: every weight of it is trained like the others.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 
 import torch
+from torch import Tensor
 
-from pocketlm.config import InitConfig
+from pocketlm.config import InitConfig, ModelConfig
 from pocketlm.model.transformer import Transformer
 
 PAIRS, GAIN, CONSTANT = 4, 1.5, 0.5
@@ -35,21 +37,36 @@ PAIRS, GAIN, CONSTANT = 4, 1.5, 0.5
 
 @torch.no_grad()
 def init_weights(model: Transformer, config: InitConfig, seed: int) -> None:
-    """Writes every parameter, in state-dict order, from one fp32 generator on the CPU.
+    """Writes every parameter."""
+    weights = dict(model.named_parameters())
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    for name, weight in initial_weights(model.config, shapes, config, seed):
+        weights[name].copy_(weight)
 
-    So a seed means the same weights on every device and beside any other use of randomness.
+
+def initial_weights(
+    model: ModelConfig, shapes: Mapping[str, torch.Size], config: InitConfig, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by name, one at a time, from one fp32 generator on the CPU.
+
+    So a seed means the same weights on every device and beside any other use of randomness, and whoever holds some
+    rows of a model never has all of it.
+
+    Args:
+        shapes: of all parameters, by name, in state-dict order.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
+    for name, shape in shapes.items():
         if name.endswith(".bias"):
-            weight.zero_()
-        elif weight.dim() == 1:
-            weight.fill_(1.0)  # a norm
+            weight = torch.zeros(shape)
+        elif len(shape) == 1:
+            weight = torch.ones(shape)  # a norm
         else:
-            std = weight_std(name, weight.shape[1], config, model.config.num_hidden_layers)
-            weight.copy_(torch.empty(weight.shape).normal_(generator=generator).mul_(std))
-    if config.previous_token_layers:
-        _read_the_token_before(model, config)
+            std = weight_std(name, shape[1], config, model.num_hidden_layers)
+            weight = torch.empty(shape).normal_(generator=generator).mul_(std)
+        if config.previous_token_layers:
+            _read_the_token_before(name, weight, model, config)
+        yield name, weight
 
 
 def weight_std(name: str, fan_in: int, config: InitConfig, num_layers: int) -> float:
@@ -62,19 +79,21 @@ def weight_std(name: str, fan_in: int, config: InitConfig, num_layers: int) -> f
     return std
 
 
-def _read_the_token_before(model: Transformer, config: InitConfig) -> None:
-    shape = model.config
-    D = shape.head_dim
+def _read_the_token_before(name: str, weight: Tensor, model: ModelConfig, config: InitConfig) -> None:
+    """Writes of a parameter what is part of it."""
+    if name == "model.embed_tokens.weight":
+        weight[:, 0] = CONSTANT * config.std * math.sqrt(model.hidden_size)
+    layer, _, kind = name.removeprefix("model.layers.").partition(".self_attn.")
+    if not kind or int(layer) >= config.previous_token_layers:
+        return
+    D = model.head_dim
     pairs = torch.arange(min(PAIRS, D // 2))
-    angles = shape.rope_theta ** (-2 * pairs / D)  # what one token turns
-    model.model.embed_tokens.weight[:, 0] = CONSTANT * config.std * math.sqrt(shape.hidden_size)
-    weights = dict(model.named_parameters())
-    for layer in range(config.previous_token_layers):
-        attention = f"model.layers.{layer}.self_attn"
-        query, key = (weights[f"{attention}.{name}.weight"][:D] for name in ("q_proj", "k_proj"))
-        query.zero_()
-        key.zero_()
-        key[pairs, 0] = 1.0
-        query[pairs, 0], query[pairs + D // 2, 0] = angles.cos(), -angles.sin()
-        for name in ("q_norm", "k_norm"):
-            weights[f"{attention}.{name}.weight"][torch.cat((pairs, pairs + D // 2))] = GAIN
+    angles = model.rope_theta ** (-2 * pairs / D)  # what one token turns
+    if kind in ("q_proj.weight", "k_proj.weight"):
+        head = weight[:D].zero_()
+        if kind == "k_proj.weight":
+            head[pairs, 0] = 1.0
+        else:
+            head[pairs, 0], head[pairs + D // 2, 0] = angles.cos(), -angles.sin()
+    elif kind in ("q_norm.weight", "k_norm.weight"):
+        weight[torch.cat((pairs, pairs + D // 2))] = GAIN

@@ -14,6 +14,9 @@ is sure, and all of them in bf16. D is never normalised: 1/s goes on the thin ma
 less often. fp16 ends at 65,504, before the ids of a large vocabulary do: there D is made D 64/s, with 64 for s in
 what follows. A soft-cap, z = c tanh(x W^T / c), multiplies D by its slope 1 - tanh^2. The products run in the dtype of
 x; all that is between them, and the sum of dW over chunks, is fp32 (fp64 for fp64).
+
+In 16 bits a head whose V is no multiple of 64 is multiplied as a copy with zero rows up to the next one, as in a
+computing copy (`arithmetic.py`): so both give the same bits, and neither has products of an odd width.
 """
 
 from __future__ import annotations
@@ -22,8 +25,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from pocketlm.model.sizes import VOCAB_MULTIPLE
 
 IGNORED = -100
 """A target of this value costs nothing and teaches nothing, by default."""
@@ -54,7 +60,8 @@ def linear_cross_entropy(
 
     Differentiable once, in hidden and head; works out no gradient where none is wanted.
     """
-    options = _Options(chunk or max(1, len(targets)), softcap, num_ids, ignore)
+    options = _Options(chunk or max(1, len(targets)), softcap, num_ids or len(head), ignore)
+    head = _aligned(head)
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         loss: Tensor = _LinearCrossEntropy.apply(hidden, head, targets, scale, options)  # type: ignore[no-untyped-call]
         return loss
@@ -72,8 +79,14 @@ def token_losses(
     ignore: int = IGNORED,
 ) -> Tensor:
     """Nats of each target, (N,) fp32, zero where ignored, without gradient. Arguments as above."""
-    options = _Options(chunk or max(1, len(targets)), softcap, num_ids, ignore)
-    return _token_losses(hidden, head, targets, options)
+    options = _Options(chunk or max(1, len(targets)), softcap, num_ids or len(head), ignore)
+    return _token_losses(hidden, _aligned(head), targets, options)
+
+
+def _aligned(head: Tensor) -> Tensor:
+    """The head, or in 16 bits and of an odd width a copy with rows of zeros below."""
+    missing = -len(head) % VOCAB_MULTIPLE
+    return F.pad(head, (0, 0, 0, missing)) if missing and head.itemsize == 2 else head
 
 
 FP16_DIVISOR = 64.0
@@ -85,7 +98,7 @@ CACHED_VALUES = 2**19
 class _Options(NamedTuple):
     chunk: int
     softcap: float | None
-    num_ids: int | None
+    num_ids: int
     ignore: int
 
 
@@ -153,7 +166,7 @@ def _row_sums(logits: Tensor, column: Tensor, options: _Options, want_D: bool) -
     if options.softcap is not None:
         tanh = torch.tanh(z / options.softcap)
         z, slopes = options.softcap * tanh, 1 - tanh.square()
-    if options.num_ids is not None:
+    if options.num_ids < z.shape[1]:
         z[:, options.num_ids :] = -math.inf
     z -= z.amax(1, keepdim=True)
     z_t, E = z.gather(1, column), z.exp_()

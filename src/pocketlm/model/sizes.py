@@ -12,16 +12,25 @@ that with the backward pass, and causality needs half of it. The output head cou
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pocketlm.config import Config, ModelConfig
-from pocketlm.field_types import Dtype
+from pocketlm.field_types import Dtype, Strategy
 
 FOLDED_BLOCK = 128
 FOLDED_KEPT_UP_TO = 1024
 """As in folded attention: queries in a block, and the longest row whose probabilities are kept."""
 BACKWARD_BLOCKS, LOST = 1.0, 0.06
 """Blocks whose gradients are alive at once, and the share of activations lost between blocks of memory: as measured."""
+LOST_TO_PARTS = 0.5
+"""The same share in main memory where ranks share the state: parts of other sizes come and go between the activations,
+and a heap that keeps what is freed falls into pieces. As measured of one model (docs/plan.md)."""
+VOCAB_MULTIPLE = 64
+"""Columns of logits in 16 bits are a multiple of it: matrix kernels of CPUs and GPUs are slow at odd widths."""
+
+Tensors = tuple[int, int, int]
+"""How many of them there are, and the rows and columns of each; of a vector its values and 1."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,24 @@ def block_matrix_parameters(model: ModelConfig) -> int:
     return sum(rows * columns for rows, columns in shapes) * model.num_hidden_layers
 
 
+@dataclass(frozen=True)
+class Team:
+    """The processes that train together, its ranks."""
+
+    ranks: int = 1
+    strategy: Strategy = "ddp"
+    """Whether each holds the whole state, or its rows of every tensor."""
+    here: int = 1
+    """Ranks that take from the same memory: on a CPU those of a host, of which each has its part."""
+
+    @property
+    def shares(self) -> bool:
+        return self.ranks > 1 and self.strategy == "fsdp"
+
+
+ALONE = Team()
+
+
 def flops_per_token(model: ModelConfig, context: int) -> int:
     """Floating-point operations of training on one token in rows of `context` tokens."""
     N = block_matrix_parameters(model) + model.vocab_size * model.hidden_size
@@ -94,9 +121,14 @@ class TrainingMemory:
     moments: int
     """fp32; AdamW has two for each parameter, Muon one."""
     compute_copy: int
-    """bf16 or fp16 weights and their gradients; nothing in fp32."""
+    """bf16 or fp16 weights and their gradients; nothing in fp32, or where ranks share the weights."""
+    exchange: int
+    """What ranks put together: fp32 sums of all gradients; where they share the state, a few tensors that are whole."""
     snapshot: int
-    """Copies of weights and moments that are written while training goes on; on a GPU they are not on it."""
+    """Copies of weights and moments that are written while training goes on; on a GPU they are not on it.
+
+    What the first rank alone has of them is dealt out to the ranks of its host.
+    """
     activations: int
     """Estimate of what the backward pass needs of one micro-batch."""
     backward: int
@@ -107,7 +139,7 @@ class TrainingMemory:
     @property
     def per_parameter(self) -> int:
         """What does not depend on the rows at once."""
-        return self.weights + self.gradients + self.moments + self.compute_copy + self.snapshot
+        return self.weights + self.gradients + self.moments + self.compute_copy + self.exchange + self.snapshot
 
     @property
     def total(self) -> int:
@@ -116,9 +148,15 @@ class TrainingMemory:
 
 
 def training_memory(
-    config: Config, micro_batch: int, dtype: Dtype, *, folded: bool = False, snapshot: bool = False
+    config: Config,
+    micro_batch: int,
+    dtype: Dtype,
+    *,
+    folded: bool = False,
+    snapshot: bool = False,
+    team: Team = ALONE,
 ) -> TrainingMemory:
-    """What training takes with `micro_batch` rows of `data.context` tokens at once, computing in `dtype`.
+    """What training takes of each rank with `micro_batch` rows of `data.context` tokens at once, computing in `dtype`.
 
     Args:
         folded: whether attention keeps its probabilities, as folded attention does in short rows.
@@ -126,8 +164,8 @@ def training_memory(
     """
     model, context, half = config.model, config.data.context, dtype != "fp32"
     size = 2 if half else 4
-    num = parameters(model).total
-    num_muon = block_matrix_parameters(model) if config.optim.kind == "muon" else 0
+    num = _held(_tensors(model), team)
+    num_muon = _held(_in_blocks(model), team) if config.optim.kind == "muon" else 0
     rows = micro_batch * context
     chunk = min(config.train.loss_chunk or rows, rows)
     moments = 8 * num - 4 * num_muon
@@ -139,12 +177,39 @@ def training_memory(
         weights=4 * num,
         gradients=4 * num,
         moments=moments,
-        compute_copy=4 * num if half else 0,
-        snapshot=4 * num + moments if snapshot else 0,
+        compute_copy=4 * num if half and not team.shares else 0,
+        exchange=_exchange(model, size, team),
+        snapshot=_snapshot(model, moments, team) if snapshot else 0,
         activations=activations,
-        backward=int(BACKWARD_BLOCKS * block + LOST * activations),
+        backward=int(BACKWARD_BLOCKS * block + (LOST_TO_PARTS if team.shares and snapshot else LOST) * activations),
         loss=size * chunk * model.vocab_size + (4 + 2 * size) * model.vocab_size * model.hidden_size,
     )
+
+
+def _exchange(model: ModelConfig, size: int, team: Team) -> int:
+    """Of one whose values compute in `size` bytes.
+
+    A model whose rows are shared is put together in parts (PyTorch's `fully_shard`). What is in no block stays whole
+    through forward and backward pass. Of blocks there are one at work, the next one and the gradients of one in the
+    precision of the computation, and one's gradients in fp32, as they are summed. A head of odd width is copied.
+    """
+    if not team.shares:
+        return 4 * parameters(model).total if team.ranks > 1 else 0
+    block = parameters(model.model_copy(update={"num_hidden_layers": 1})).total - _outside_blocks(model)
+    padded = model.vocab_size * model.hidden_size if size == 2 and model.vocab_size % VOCAB_MULTIPLE else 0
+    return size * (_outside_blocks(model) + padded) + (3 * size + 4) * block
+
+
+def _snapshot(model: ModelConfig, moments: int, team: Team) -> int:
+    """The first rank copies whole weights, and all moments that there are or, like the others, its rows of them."""
+    weights = 4 * parameters(model).total
+    return -(-weights // team.here) + moments if team.shares else -(-(weights + moments) // team.here)
+
+
+def _held(tensors: Iterable[Tensors], team: Team) -> int:
+    """Values that a rank has at most of them: where they are shared, as many rows of each as the first one."""
+    each = team.ranks if team.shares else 1
+    return sum(count * -(-rows // each) * columns for count, rows, columns in tensors)
 
 
 def _keys_kept(context: int) -> int:
@@ -182,6 +247,29 @@ def activation_bytes_per_token(
     if gradient_checkpointing:
         return norm + model.num_hidden_layers * C * size + block
     return norm + model.num_hidden_layers * block
+
+
+def _tensors(model: ModelConfig) -> Iterator[Tensors]:
+    """Every parameter."""
+    C, L, num_norms = model.hidden_size, model.num_hidden_layers, 1 if model.block == "parallel" else 2
+    yield 1 if model.tie_word_embeddings else 2, model.vocab_size, C
+    if model.position == "learned":
+        yield 1, model.max_position_embeddings, C
+    yield (1 + L * num_norms) * (1 if model.norm == "rms" else 2), C, 1
+    if model.qk_norm:
+        yield 2 * L, model.head_dim, 1
+    for count, rows, columns in _in_blocks(model):
+        yield count, rows, columns + (1 if model.bias else 0)
+
+
+def _in_blocks(model: ModelConfig) -> Iterator[Tensors]:
+    """The matrices inside the blocks."""
+    for rows, columns in _attention_shapes(model) + _mlp_shapes(model):
+        yield model.num_hidden_layers, rows, columns
+
+
+def _outside_blocks(model: ModelConfig) -> int:
+    return parameters(model.model_copy(update={"num_hidden_layers": 0})).total
 
 
 def _projection(model: ModelConfig, rows: int, columns: int) -> int:

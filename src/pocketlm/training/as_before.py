@@ -8,7 +8,7 @@ from pocketlm import machine
 from pocketlm.config import Config
 from pocketlm.field_types import Strategy
 from pocketlm.model.arithmetic import usable
-from pocketlm.training.resolve import Resolved, choose_strategy, why_not_compile
+from pocketlm.training.resolve import Resolved, strategy_again, why_not_compile
 
 HOLDS: dict[Strategy, str] = {"ddp": "the whole state", "fsdp": "a share of the state"}
 
@@ -27,8 +27,7 @@ def as_before(
         versions: `machine.versions()` of then.
     """
     changes = machine.changes({**versions, "device": resolved.device}, runtime.device)
-    as_it_was = config.train.strategy == "auto" and runtime.ranks == resolved.ranks
-    strategy, why_so = (resolved.strategy, "") if as_it_was else choose_strategy(config, runtime)
+    strategy, why_so = strategy_again(config, runtime, resolved)
     if (before := (resolved.ranks, resolved.strategy)) != (now := (runtime.ranks, strategy)):
         changes.append(f"it had {ranks_in_words(*before)}, has {ranks_in_words(*now)}")
         threads = runtime.threads if config.train.threads == "auto" else resolved.threads  # a rank's share of the cores

@@ -33,9 +33,9 @@ from pocketlm.training import slowness
 from pocketlm.training.gpus import ASSUMED_MFU, Gpu
 from pocketlm.training.guard import Guard
 from pocketlm.training.memory import available_bytes
-from pocketlm.training.micro_batch import chosen, evenly, needs
+from pocketlm.training.micro_batch import chosen, evenly, needs, rows_of_a_rank
 from pocketlm.training.probe import Hear, Probed, device_name, probe
-from pocketlm.training.resolve import Resolved, resolve
+from pocketlm.training.resolve import Resolved, resolve, strategy_within
 from pocketlm.training.state import SCHEMA, Scalars, random_states
 
 PROBE_S = 12.0
@@ -171,10 +171,12 @@ class Plan:
     config: Config
     work: Work
     device: str
+    team: sizes.Team
     dtype: Dtype
     threads: int | None
     micro_batch: int
     peak_flops: float
+    """Of one device."""
     step_s: float
     seconds: Seconds
     memory: Memory
@@ -191,7 +193,8 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        return self.tokens_per_s * sizes.flops_per_token(self.config.model, self.config.data.context) / self.peak_flops
+        flops = sizes.flops_per_token(self.config.model, self.config.data.context)
+        return self.tokens_per_s * flops / (self.team.ranks * self.peak_flops)
 
     def tree(self) -> dict[str, Any]:
         """Plain numbers: bytes, seconds, tokens, FLOPs, joules."""
@@ -199,6 +202,8 @@ class Plan:
         return {
             "name": config.name,
             "device": self.device,
+            "devices": self.team.ranks,
+            "strategy": self.team.strategy,
             "dtype": self.dtype,
             "threads": self.threads,
             "peak_flops": self.peak_flops,
@@ -233,7 +238,7 @@ class Plan:
 
 
 def plan_here(config: Config, hear: Hear) -> Plan:
-    """A plan for this machine, probed; seconds.
+    """A plan for one process on this machine, probed; seconds.
 
     Raises:
         ConfigError: it does not fit into this machine's memory.
@@ -272,6 +277,7 @@ def plan_here(config: Config, hear: Hear) -> Plan:
         config=config,
         work=work,
         device=device_name(runtime.device),
+        team=sizes.ALONE,
         dtype=resolved.dtype,
         threads=resolved.threads,
         micro_batch=trial.micro_batch,
@@ -287,8 +293,10 @@ def plan_here(config: Config, hear: Hear) -> Plan:
     )
 
 
-def plan_for(config: Config, gpu: Gpu) -> Plan:
-    """A plan for a GPU that is not here: closed forms, and a share of its rate that is assumed.
+def plan_for(config: Config, gpu: Gpu, devices: int = 1) -> Plan:
+    """A plan for GPUs that are not here: closed forms, and a share of their rate that is assumed.
+
+    What several of them say to one another takes no time in it.
 
     Raises:
         ConfigError: it does not fit into the GPU's memory, or the GPU has no bf16.
@@ -297,13 +305,17 @@ def plan_for(config: Config, gpu: Gpu) -> Plan:
     if dtype == "bf16" != gpu.dtype:
         raise ConfigError(f"{gpu.name} has no bf16; type: --train.dtype fp16")
     attention: AttentionKernel = "folded" if config.train.attention == "folded" else "sdpa"
-    micro_batch, _ = chosen(config, "cuda", dtype, attention, gpu.memory_bytes)
+    team = sizes.Team(devices)
+    team = replace(team, strategy=strategy_within(config, team, gpu.memory_bytes)[0])
+    micro_batch, _ = chosen(config, "cuda", dtype, attention, gpu.memory_bytes, team)
     dataset, left_out = _dataset(config)
     work = work_of(config, dataset)
     rate = gpu.rate(dtype)
     per_token = sizes.flops_per_token(config.model, config.data.context)
-    moved = 30 * sizes.parameters(config.model).total  # an update reads and writes weights, moments, sums and the copy
-    step_s = config.train.tokens_per_step * per_token / (ASSUMED_MFU * rate) + moved / gpu.bytes_per_s
+    tokens = rows_of_a_rank(config, team) * config.data.context
+    # an update reads and writes weights, moments, sums and the copy
+    moved = 30 * sizes.parameters(config.model).total // (devices if team.shares else 1)
+    step_s = tokens * per_token / (ASSUMED_MFU * rate) + moved / gpu.bytes_per_s
     resolved = Resolved(
         dtype=dtype,
         attention=attention,
@@ -314,21 +326,25 @@ def plan_for(config: Config, gpu: Gpu) -> Plan:
         device="cuda",
         determinism="same-data",
         peak_flops=rate,
+        ranks=devices,
+        strategy=team.strategy,
         reasons={},
     )
-    evaluated = work.evaluations * (work.evaluated_tokens or 0) * per_token / 3
+    evaluated = work.evaluations * (work.evaluated_tokens or 0) * per_token / 3 / devices
     left_out += ["start-up", "checkpoints: they depend on the disk"]
+    left_out += ["what the devices say to one another"] if devices > 1 else []
     return Plan(
         config=config,
         work=work,
         device=gpu.name,
+        team=team,
         dtype=dtype,
         threads=None,
         micro_batch=micro_batch,
         peak_flops=rate,
         step_s=step_s,
         seconds=Seconds(0.0, work.steps * step_s, evaluated / (ASSUMED_MFU * rate), 0.0),
-        memory=_memory(config, resolved, micro_batch, gpu.memory_bytes, 0),
+        memory=_memory(config, resolved, micro_batch, gpu.memory_bytes, 0, team),
         checkpoint_bytes=checkpoint_bytes(config, _tokenizer(dataset, left_out), resolved),
         data_bytes=_data_bytes(dataset),
         joules=None,
@@ -380,11 +396,13 @@ def _row_s(config: Config, context: int, resolved: Resolved) -> float:
     return context * sizes.flops_per_token(config.model, context) / (ASSUMED_MFU * resolved.peak_flops)
 
 
-def _memory(config: Config, resolved: Resolved, micro_batch: int, available: int, process: int) -> Memory:
+def _memory(
+    config: Config, resolved: Resolved, micro_batch: int, available: int, process: int, team: sizes.Team = sizes.ALONE
+) -> Memory:
     def needed(rows: int) -> sizes.TrainingMemory:
-        return needs(config, rows, resolved.dtype, resolved.attention, resolved.device)
+        return needs(config, rows, resolved.dtype, resolved.attention, resolved.device, team)
 
-    rows = config.rows_per_step
+    rows = rows_of_a_rank(config, team)
     shown = sorted({1, micro_batch, rows, *(evenly(rows, 1 << power) for power in range(0, rows.bit_length(), 2))})
     by_micro_batch = [(each, process + needed(each).total) for each in shown]
     return Memory(needed(micro_batch), process, available, process + needed(micro_batch).total, by_micro_batch)

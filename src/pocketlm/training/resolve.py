@@ -24,7 +24,7 @@ from pocketlm.machine import BITWISE_ON, Runtime, versions
 from pocketlm.model.arithmetic import ATTENTION_ON, FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
 from pocketlm.model.attention import folded_attention
 from pocketlm.model.documents import documents_in
-from pocketlm.model.sizes import flops_per_token, training_memory
+from pocketlm.model.sizes import Team, flops_per_token, training_memory
 from pocketlm.training import micro_batch as micro_batches
 from pocketlm.training.memory import available_bytes
 
@@ -95,7 +95,8 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
     strategy, strategy_reason = choose_strategy(config, runtime)
-    micro_batch, micro_reason = micro_batches.choose(_of_a_rank(config, runtime.ranks), device, dtype, attention)
+    team = team_of(runtime, strategy)
+    micro_batch, micro_reason = micro_batches.choose(config, device, dtype, attention, team)
     return Resolved(
         dtype=dtype,
         attention=attention,
@@ -123,21 +124,39 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
 
 def choose_strategy(config: Config, runtime: Runtime) -> tuple[Strategy, str]:
     """Whether each rank holds the whole state, or a share of it: whole while memory bears it, as that is faster."""
-    if runtime.ranks == 1:
+    team = team_of(runtime, "ddp")
+    if config.train.strategy == "auto" and team.ranks > 1:
+        return strategy_within(config, team, available_bytes(runtime.device) // team.here)
+    return strategy_within(config, team, 0)
+
+
+def strategy_again(config: Config, runtime: Runtime, before: Resolved) -> tuple[Strategy, str]:
+    """Of a run that goes on: as it was, where it has as many ranks and none is asked for, whatever is free today."""
+    if config.train.strategy == "auto" and runtime.ranks == before.ranks:
+        return before.strategy, before.reasons.get("strategy", "")
+    return choose_strategy(config, runtime)
+
+
+def strategy_within(config: Config, team: Team, available: int) -> tuple[Strategy, str]:
+    """The same as a function of what is available to each rank, in bytes."""
+    if team.ranks == 1:
         return "ddp", "one process has the whole state"
     if config.train.strategy != "auto":
         return config.train.strategy, "as given"
-    needed = training_memory(config, 1, "fp32").per_parameter
-    available = available_bytes(runtime.device) // (runtime.ranks_here if runtime.device.type == "cpu" else 1)
-    share = needed / available
-    reason = f"the state takes {100 * share:.0f} % of what is free for each"
-    return ("ddp" if share <= WHOLE else "fsdp"), reason
+    needed = training_memory(config, 1, "fp32", team=team).per_parameter
+    reason = f"the whole state takes {100 * needed / max(1, available):.0f} % of what is free for each"
+    return ("ddp" if needed <= WHOLE * available else "fsdp"), reason
 
 
-def _of_a_rank(config: Config, ranks: int) -> Config:
-    """As if the rows of a rank were all."""
-    tokens = -(-config.rows_per_step // ranks) * config.data.context
-    return config.model_copy(update={"train": config.train.model_copy(update={"tokens_per_step": tokens})})
+def team_of(runtime: Runtime, strategy: Strategy) -> Team:
+    """The ranks of a run; on a CPU those of a host have its memory together."""
+    return Team(runtime.ranks, strategy, runtime.ranks_here if runtime.device.type == "cpu" else 1)
+
+
+def memory_warning(config: Config, at_once: int, resolved: Resolved, runtime: Runtime) -> str | None:
+    """What to say of a run that goes on with so many rows at once, where memory has become less than they need."""
+    team = team_of(runtime, resolved.strategy)
+    return micro_batches.warning(config, at_once, resolved.dtype, resolved.attention, runtime.device, team)
 
 
 def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str, dict[Dtype, float]]:

@@ -33,7 +33,7 @@ from pocketlm.training.guard import Guard
 from pocketlm.training.log import Listener, RunInfo
 from pocketlm.training.precision import Precision
 from pocketlm.training.progress import Progress
-from pocketlm.training.resolve import Resolved, check_asked, resolve
+from pocketlm.training.resolve import Resolved, check_asked, memory_warning, resolve
 from pocketlm.training.scaler import LossScaler
 from pocketlm.training.state import Scalars, TrainState, read_state
 
@@ -174,9 +174,7 @@ def _begin(
     runtime = replace(machine.keep_threads(runtime, resolved.threads), determinism=resolved.determinism)
     _say_unlike(ranks, listener)
     slowness.warn(listener.note, config, resolved, runtime, goes_on=stored is not None)
-    if stored and (
-        line := micro_batch.warning(config, stored.micro_batch, resolved.dtype, resolved.attention, runtime.device)
-    ):
+    if stored and (line := memory_warning(config, stored.micro_batch, resolved, runtime)):
         listener.note(line)
     state = new_state(config, resolved, runtime, dataset.tokenizer.end_id, ranks)
     if start and stored:
@@ -329,8 +327,7 @@ def new_state(
     model = allocate(config.model)
     model.gradient_checkpointing = config.train.gradient_checkpointing
     model.document_end = end_id if config.data.document_masks else None
-    model.to(runtime.device)
-    precision = _precision(model, resolved, ranks)
+    precision = _precision(model, resolved, ranks, runtime.device)
     optimizer = Optimizer(precision.parameters, config.optim, precision.copies, precision.shared)
     scaler = LossScaler(runtime.device) if resolved.dtype == "fp16" else None
     state = TrainState(precision, optimizer, Guard(config.guard, runtime.device), scaler)
@@ -338,12 +335,14 @@ def new_state(
     return state
 
 
-def _precision(model: Transformer, resolved: Resolved, ranks: Ranks) -> Precision | SharedPrecision:
+def _precision(
+    model: Transformer, resolved: Resolved, ranks: Ranks, device: torch.device
+) -> Precision | SharedPrecision:
     if resolved.strategy == "ddp":
-        return Precision(model, resolved.arithmetic, ranks)
+        return Precision(model.to(device), resolved.arithmetic, ranks)
     from pocketlm.training.sharding import SharedPrecision  # takes a second
 
-    return SharedPrecision(model, resolved.arithmetic, ranks)
+    return SharedPrecision(model, resolved.arithmetic, ranks, device)
 
 
 def _data_lines(run: Run) -> list[str]:

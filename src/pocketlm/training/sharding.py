@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from pocketlm.config import InitConfig
 from pocketlm.distributed import Ranks, Shared
 from pocketlm.model.arithmetic import TORCH_DTYPES, Arithmetic
-from pocketlm.model.init import init_weights
+from pocketlm.model.init import initial_weights
 from pocketlm.model.transformer import Transformer, allocate
 from pocketlm.optim.clip import global_norm
 
@@ -27,10 +27,14 @@ from pocketlm.optim.clip import global_norm
 class SharedPrecision:
     """As `Precision`, of a model whose rows the ranks share."""
 
-    def __init__(self, model: Transformer, arithmetic: Arithmetic, ranks: Ranks) -> None:
+    def __init__(self, model: Transformer, arithmetic: Arithmetic, ranks: Ranks, device: torch.device) -> None:
+        """
+        Args:
+            model: on the CPU; a block at a time comes to the device, where each rank keeps its rows of it.
+        """
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         model.use_attention(arithmetic.attention)
-        _share(model, arithmetic, ranks)
+        _share(model, arithmetic, ranks, device)
         self.model = self.compute = model
         self.ranks = ranks
         self.shared = Shared(ranks, shapes)
@@ -52,11 +56,9 @@ class SharedPrecision:
 
     @torch.no_grad()
     def begin(self, init: InitConfig, seed: int) -> None:
-        whole = allocate(self.model.config)
-        init_weights(whole, init, seed)
-        for name, parameter in whole.named_parameters():
-            rows = self.shared.own(len(parameter))
-            self._masters[name].copy_(parameter[rows.start : rows.stop])
+        for name, weight in initial_weights(self.model.config, self.shared.shapes, init, seed):
+            rows = self.shared.own(len(weight))
+            self._masters[name].copy_(weight[rows.start : rows.stop])
         self.refresh()
 
     def whole(self, name: str) -> Tensor:
@@ -97,9 +99,9 @@ class SharedPrecision:
         self.model.reshard()  # type: ignore[operator]
 
 
-def _share(model: Transformer, arithmetic: Arithmetic, ranks: Ranks) -> None:
+def _share(model: Transformer, arithmetic: Arithmetic, ranks: Ranks, device: torch.device) -> None:
     """Leaves each rank its rows. Sums, not means: the loss has the scale of the whole step already."""
-    mesh = init_device_mesh(model.head.device.type, (ranks.size,))
+    mesh = init_device_mesh(device.type, (ranks.size,))
     dtype = None if arithmetic.dtype == "fp32" else TORCH_DTYPES[arithmetic.dtype]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*model.model.layers, model):
