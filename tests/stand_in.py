@@ -138,6 +138,7 @@ def standing_in() -> Iterator[StandIn]:
             close_session()
 
 
+MODEL_TREE = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/tree/main")
 COMMIT = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/(?P<what>preupload|commit)/main")
 ROUTE = re.compile(
     r"/api/datasets/(?P<info>[^/]+/[^/]+)(/revision/(?P<at>[^/]+))?"
@@ -170,6 +171,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(int(status), b"", {})
         elif self.path == "/api/repos/create":
             name = json.loads(body)["name"], json.loads(body).get("organization")
+            if (joined := "/".join(filter(None, reversed(name)))) not in self.server.repositories:
+                self.server.add(joined, {})
             self.answer_json({"url": f"{self.server.url}/{'/'.join(filter(None, reversed(name)))}"})
         elif self.path == "/api/validate-yaml":
             self.answer_json({"errors": [], "warnings": []})
@@ -182,7 +185,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer_json({"files": [one | {"shouldIgnore": False} for one in modes_of]})
         else:
             assert match, self.path
-            oid = self.server.add(match["name"], self.committed(body)).main
+            oid = self.server.add(match["name"], self.committed(match["name"], body)).main
             url = f"{self.server.url}/{match['name']}/commit/{oid}"
             self.answer_json({"success": True, "commitUrl": url, "commitOid": oid})
 
@@ -206,15 +209,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.fault = None
         self.answer(200, b"", {})
 
-    def committed(self, body: bytes) -> dict[str, bytes]:
+    def committed(self, name: str, body: bytes) -> dict[str, bytes]:
+        """All files after a commit: what it brings, and what was there and is not taken away."""
         lines = [json.loads(line) for line in body.splitlines()]
         small = [line["value"] for line in lines if line["key"] == "file"]
         large = [line["value"] for line in lines if line["key"] == "lfsFile"]
-        files = {one["path"]: base64.b64decode(one["content"]) for one in small}
+        gone = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
+        before = self.server.repositories.get(name)
+        kept = before.commits[before.main].items() if before else ()
+        files = {path: data for path, data in kept if path not in gone}
+        files |= {one["path"]: base64.b64decode(one["content"]) for one in small}
         return files | {one["path"]: self.server.put[one["oid"]] for one in large}
 
     def do_GET(self) -> None:
         split = urlsplit(self.path)
+        if (match := MODEL_TREE.fullmatch(split.path)) and (there := self.server.repositories.get(match["name"])):
+            self.fault = None
+            files = there.commits[there.main]
+            self.answer_json([{"type": "file", "path": p, "size": len(files[p]), "oid": "0"} for p in sorted(files)])
+            return
         if split.path.startswith(("/api/agent-harnesses", "/api/models/")):  # what the client asks for by the way
             self.fault = None
             self.answer(404, b"", {})

@@ -121,6 +121,8 @@ def commit_folder(final: Path) -> Iterator[FolderWriter]:
         OSError: the disk refused; what stood under the name still does. Where nothing stood, and it refused only the
             last sync, of the name, the new folder stands there, whole.
     """
+    if final.name in ("", ".."):
+        final = final.resolve()
     make_folder(final.parent)
     temporary, old = _temporary(final), _temporary(_old(final))
     _remove(temporary)

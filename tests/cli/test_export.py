@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 
 import pocketlm
+from pocketlm.cli import export
 from pocketlm.cli.main import main
 from pocketlm.config import Config
 from pocketlm.export.folder import write_folder
@@ -71,16 +74,39 @@ def test_a_model_in_one_file_is_a_model_for_every_verb(folder: Path, capsys: pyt
 
 
 def test_where_a_gguf_goes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Into a folder under the model's name; over another GGUF file; never over anything else."""
+    """Into a folder under the model's name; never over what stands there, be it the model itself."""
     Path("folder").mkdir()
     assert said(capsys, "export", "gguf", "model", "--out", "folder", "--type", "f16")[0] == 0
     first = Path("folder/model.gguf").read_bytes()
-    assert said(capsys, "export", "gguf", "model", "--out", "folder", "--type", "q8_0")[0] == 0
-    assert len(Path("folder/model.gguf").read_bytes()) < len(first)
-    Path("letter.txt").write_text("dear")
-    code, _, err = said(capsys, "export", "gguf", "model", "--out", "letter.txt")
-    assert (code, Path("letter.txt").read_text()) == (2, "dear")
-    assert "--out letter.txt exists and is no GGUF file" in err
+    os.mkfifo("pipe")
+    for out in ("folder", "folder/model.gguf", "pipe"):
+        code, _, err = said(capsys, "export", "gguf", "folder/model.gguf", "--out", out, "--type", "q8_0")
+        assert code == 2
+        assert "exists already; give another one, or remove it first" in err
+    assert Path("folder/model.gguf").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["../out/of/here", "/tmp/x", "-m", "a\nb", ""])
+def test_a_name_that_is_none_of_a_file_names_none(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of a stranger says in its configuration what its run was called."""
+    config = Path("model/training/config.toml")
+    config.parent.mkdir()
+    config.write_text(tomli_w.dumps({"name": name}))
+    assert export._name(Path("model")) == "model"
+    config.write_text('name = "Tiny-2.1"')
+    assert export._name(Path("model")) == "Tiny-2.1"
+
+
+def test_a_folder_that_is_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(Path("model").resolve())
+    Path("new").mkdir()
+    monkeypatch.chdir("new")
+    assert said(capsys, "export", "hf", model, "--out", ".")[0] == 0
+    assert said(capsys, "verify", os.path.join("..", "new"))[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -93,6 +119,7 @@ def test_where_a_gguf_goes(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         ("export gguf model --out x --type q9", 2, "--type Q9: allowed are F32, F16, BF16, Q8_0"),
         ("export gguf model --out x --type q4_k_m", 2, "made from an F16 file by llama.cpp's own llama-quantize"),
         ("export hf model --out x --type f16", 2, "--type is for gguf and ollama"),
+        ("export hf model --out x --private", 2, "--private is for a repository that --push makes"),
         ("export ollama model --out model", 2, "--out model exists already"),
         ("import model.safetensors --out x", 3, "does not exist"),
         ("import model --out model", 2, "--out model exists already"),

@@ -15,7 +15,7 @@ import pocketlm
 from pocketlm.cli.main import main
 from pocketlm.config import Config
 from pocketlm.errors import FileError
-from pocketlm.export import push
+from pocketlm.export import hub_folder, push
 from pocketlm.formats.hub_model import fetch_model, is_hub_id
 from pocketlm.formats.huggingface import config_json
 from pocketlm.model.init import init_weights
@@ -127,6 +127,7 @@ def test_what_cannot_be_had_is_said_in_one_line(hub: StandIn) -> None:
         fetch_model("someone/else")
 
 
+SMALL = {"shard_bytes": 20_000}
 OUTSIDE = json.dumps({"weight_map": {"model.norm.weight": "../secret.safetensors"}}).encode()
 
 
@@ -157,6 +158,11 @@ def test_an_export_is_pushed_and_opened_from_there(
     made = {path.name: path.read_bytes() for path in Path("out").iterdir() if path.name != "manifest.json"}
     assert sent == made
     assert 'pocketlm.load("me/mine")' in sent["README.md"].decode()
+    assert torch.equal(pocketlm.load("me/mine").model.head, pocketlm.load("out").model.head)
+    write = hub_folder.write_hub_folder
+    monkeypatch.setattr(hub_folder, "write_hub_folder", lambda *given, **sizes: write(*given, **sizes | SMALL))
+    assert main(["export", "hf", "model", "--push", "me/mine", "--out", "c"]) == 0
+    assert "model.safetensors" not in hub.repositories["me/mine"].commits[hub.repositories["me/mine"].main]
     assert torch.equal(pocketlm.load("me/mine").model.head, pocketlm.load("out").model.head)
     hub.fault = lambda request: "403" if "create" in request.path else None
     assert main([*export, "again"]) == 3

@@ -12,8 +12,10 @@ import torch
 from pocketlm.config import Config, ModelConfig, SampleConfig
 from pocketlm.errors import FileError
 from pocketlm.formats import huggingface as hf
+from pocketlm.formats.release import tokenizer_texts
 from pocketlm.model.sizes import parameters
 from pocketlm.model.transformer import Transformer
+from pocketlm.text.tokenizer import byte_tokenizer
 from pocketlm.toml_trees import preset_names
 
 RELEASED = Path(__file__).parents[3] / "shared/data/tokenizers/smollm2/config.json"
@@ -253,3 +255,17 @@ def test_tensor_shapes_are_those_of_the_state_dict(preset: str) -> None:
     with torch.device("meta"):
         state = Transformer(model).state_dict()
     assert hf.tensor_shapes(model) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_a_model_whose_files_name_no_token_that_begins_a_text_gets_none() -> None:
+    """A template would write it before each conversation: `{{ bos_token }}`."""
+    tokenizer = byte_tokenizer()
+    end = tokenizer.end_token
+
+    def named(names: dict[str, str]) -> dict[str, Any]:
+        tree: dict[str, Any] = json.loads(tokenizer_texts(tokenizer, names)["tokenizer_config.json"])
+        return tree
+
+    assert "bos_token" not in named({"pad_token": end})
+    assert named({"bos_token": end})["bos_token"] == end
+    assert named({})["bos_token"] == end, "of our own: what ends a text is what stands before the next"

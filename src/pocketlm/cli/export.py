@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -18,6 +19,7 @@ KINDS = {
     "gguf": "a GGUF file, for llama.cpp",
     "ollama": "a folder with a GGUF file and the Modelfile for it",
 }
+FILE_NAME = re.compile(r"\w[\w.-]*")
 HELP = "Write a model in the form that another tool takes."
 FLAGS = {
     "type": ("gguf", "ollama"),
@@ -35,6 +37,8 @@ def run(argv: list[str]) -> int:
     for name, kinds in FLAGS.items():
         if getattr(arguments, name) is not None and arguments.kind not in kinds:
             raise UsageError(f"--{name.replace('_', '-')} is for {' and '.join(kinds)}; leave it out")
+    if arguments.private and not arguments.push:
+        raise UsageError("--private is for a repository that --push makes; add --push OWNER/NAME, or leave it out")
 
     from pocketlm import checkpoint
 
@@ -69,13 +73,13 @@ def _parser() -> Parser:
 
 
 def _name(path: Path) -> str:
-    """What to call a model: its run's name, or that of its folder or file."""
+    """What to call a model: its run's name, if that may stand in a file's name, or that of its folder or file."""
     from pocketlm.checkpoint import CONFIG
     from pocketlm.toml_trees import read_toml
 
     config = path / CONFIG
     name = read_toml(config).get("name") if config.is_file() else None
-    return name if isinstance(name, str) and name else path.resolve().stem
+    return name if isinstance(name, str) and FILE_NAME.fullmatch(name) else path.resolve().stem
 
 
 def _hf(release: Release, arguments: argparse.Namespace, path: Path) -> tuple[Path, str]:
@@ -102,14 +106,13 @@ def _hf(release: Release, arguments: argparse.Namespace, path: Path) -> tuple[Pa
 
 
 def _gguf(release: Release, arguments: argparse.Namespace, path: Path) -> tuple[Path, str]:
+    from pocketlm.export.folder import refuse_what_stands
     from pocketlm.files import write_file
     from pocketlm.formats.gguf_writer import gguf_bytes
-    from pocketlm.formats.model_file import is_gguf
 
     name = _name(path)
     out: Path = arguments.out / f"{name}.gguf" if arguments.out.is_dir() else arguments.out
-    if out.exists() and not is_gguf(out):
-        raise UsageError(f"--out {out} exists and is no GGUF file; give another one, or remove it first")
+    refuse_what_stands(out)
     write_file(out, gguf_bytes(release, name=name, type_name=arguments.type or "F32"))
     return out, f"llama-cli -m {out}, or pocketlm generate {out} --prompt TEXT"
 

@@ -13,6 +13,7 @@ from pocketlm.reading import MANIFEST
 from pocketlm.text.hub_requests import TOKEN, refused
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+OLD_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 MESSAGE = "Upload a model made with pocketlm"
 
 
@@ -31,8 +32,8 @@ def check_push(repository: str) -> None:
 def push(folder: Path, repository: str, *, private: bool) -> str:
     """Makes the repository where it is not there yet, and commits the folder's files; returns its address.
 
-    The manifest stays here: what the Hub serves it hashes itself. Files that the repository has already, and the folder
-    has not, stay there.
+    The manifest stays here: what the Hub serves it hashes itself. Of what the repository has already, and the folder
+    has not, weights go, which would be read in place of these; other files stay there.
 
     Raises:
         FileError: the Hub refuses, or cannot be reached; the folder stands.
@@ -40,7 +41,13 @@ def push(folder: Path, repository: str, *, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=[MANIFEST], commit_message=MESSAGE)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            ignore_patterns=[MANIFEST],
+            delete_patterns=OLD_WEIGHTS,
+            commit_message=MESSAGE,
+        )
     except HfHubHTTPError as error:
         words = refused(error, repository, repository, None) or f"the Hub answers {error.response.status_code}; {TOKEN}"
         raise FileError(f"{folder} stands, and is not sent to {repository}: {words}") from None

@@ -98,5 +98,7 @@ def tokenizer_texts(
     begin = next((token for token, number in tokenizer.special_tokens.items() if number == tokenizer.begin_id), None)
     config = huggingface.tokenizer_config_json(tokenizer.end_token, begin_token=begin, context=context)
     given = {name: token for name, token in (names or {}).items() if token in tokenizer.special_tokens}
+    if given and "bos_token" not in given:  # a template would write it before each conversation
+        del config["bos_token"]
     own = {"eos_token": tokenizer.end_token} | ({"bos_token": begin} if begin else {})
     return {"tokenizer.json": tokenizer.to_json().encode(), "tokenizer_config.json": json_bytes(config | given | own)}
