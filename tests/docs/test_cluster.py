@@ -34,6 +34,7 @@ SMALL = {
     "train.tokens-per-step": 256,
     "train.eval-tokens": 256,
     "train.threads": 1,
+    "schedule.warmup-steps": 1,
     "sample.max-new-tokens": 1,
 }
 

@@ -13,19 +13,19 @@ import psutil
 import pytest
 from rig import Rig, flags
 
-# 32 rows a step of 1,8xx: a second epoch begins before the last step, for which all pieces are made again.
-FIELDS = {
-    "train.total_steps": 60,
-    "train.tokens_per_step": 1024,
+# 64 rows a step of about 1,800: a second epoch begins before the last step, for which all pieces are made again.
+FIELDS: dict[str, Any] = {
+    "train.total_steps": 36,
+    "train.tokens_per_step": 2048,
     "train.checkpoint_every": 10,
-    "train.eval_every": 20,
+    "train.eval_every": 12,
     "train.keep_last": 20,
     "sample.every": 0,
     "data.val_tokens": 500,
-    "data.piece_documents": 20,
+    "data.piece_documents": 30,
     "data.shuffle": "piece",
 }
-STREAMED = {"data.stream": "on", "data.segment_pieces": 1, "data.keep_segments": 2}
+STREAMED = {"data.stream": "on", "data.segment_pieces": 2, "data.keep_segments": 2}
 
 
 def words(out: str, *fields: dict[str, Any], preset: str = "debug", strategy: str = "ddp") -> list[str]:
@@ -41,31 +41,29 @@ def tensors(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.goal("R1", "R5")
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_a_stream_is_the_run_on_the_finished_set(strategy: str, rig: Rig) -> None:
+def test_a_stream_is_the_run_on_the_finished_set(rig: Rig) -> None:
     """Also killed in the middle, and gone on with in the second epoch, whose pieces are made again."""
     rig.run(words("one", {"data.dir": "finished"}))
-    rig.run_ranks(2, words("two", {"data.dir": "finished"}, strategy=strategy))
-    streamed = words("run", STREAMED, {"data.dir": "streamed"}, strategy=strategy)
-    ranks = rig.start_ranks(2, streamed, only_holds={0: [("step", 27)]})
-    ranks[0].reach("step", 27)
-    ranks[0].kill()
-    assert ranks.wait(30) == [-9, 1]
-    ranks = rig.run_ranks(2, streamed)
-    assert "going on from step 2" in ranks[0].stderr
-    assert ranks[1].stderr == "", "only the first rank has a feeder"
-    folder = rig.folder / "streamed"
-    num_pieces = len(list(folder.glob("piece-*.json")))
-    assert num_pieces > len(list(folder.glob("train-*.tokens"))) <= 2, "what was read has gone"
-    assert FIELDS["train.total_steps"] * 32 > json_of(rig.folder / "finished" / "dataset.json")["train"]["tokens"] // 32
-    assert tensors(rig.folder / "run") == tensors(rig.folder / "two")
-    losses = oracle.losses(rig.folder / "run")
-    assert losses == oracle.losses(rig.folder / "two")
-    assert losses == pytest.approx(oracle.losses(rig.folder / "one"), rel=1e-5)
-
-
-def json_of(path: Path) -> Any:
-    return json.loads(path.read_bytes())
+    tokens = json.loads((rig.folder / "finished" / "dataset.json").read_bytes())["train"]["tokens"]
+    assert FIELDS["train.total_steps"] * FIELDS["train.tokens_per_step"] > tokens
+    alone = oracle.losses(rig.folder / "one")
+    for strategy in ("ddp", "fsdp"):
+        finished, run, folder = (f"{name}-{strategy}" for name in ("finished", "run", "data"))
+        rig.run_ranks(2, words(finished, {"data.dir": "finished"}, strategy=strategy))
+        streamed = words(run, STREAMED, {"data.dir": folder}, strategy=strategy)
+        ranks = rig.start_ranks(2, streamed, only_holds={0: [("step", 17)]})
+        ranks[0].reach("step", 17)
+        ranks[0].kill()
+        assert ranks.wait(30) == [-9, 1]
+        ranks = rig.run_ranks(2, streamed)
+        assert "going on from step 1" in ranks[0].stderr
+        assert ranks[1].stderr == "", "it has told of a feeder"
+        left = [len(list((rig.folder / folder).glob(names))) for names in ("train-*.tokens", "piece-*.json")]
+        assert left[0] <= 4 < left[1], "what was read has gone"
+        assert tensors(rig.folder / run) == tensors(rig.folder / finished)
+        losses = oracle.losses(rig.folder / run)
+        assert losses == oracle.losses(rig.folder / finished)
+        assert losses == pytest.approx(alone, rel=1e-5)
 
 
 MIXED = """
@@ -85,10 +83,11 @@ source = "synthetic"
 def test_a_mixture_of_streams_goes_on_on_another_number_of_ranks(rig: Rig) -> None:
     write_texts(rig.folder)
     (rig.folder / "mixed.toml").write_text(MIXED)
-    rig.run(words("one", preset="mixed.toml"))
-    rig.run_ranks(3, words("run", {"train.stop_at_step": 20}, preset="mixed.toml"))
-    rig.run(words("run", {"train.stop_at_step": 30}, preset="mixed.toml"))
-    rig.run_ranks(2, words("run", preset="mixed.toml", strategy="fsdp"))
+    fields = {"train.total_steps": 20, "train.tokens_per_step": 128 * 32}
+    rig.run(words("one", fields, preset="mixed.toml"))
+    rig.run_ranks(3, words("run", fields, {"train.stop_at_step": 7}, preset="mixed.toml"))
+    rig.run(words("run", fields, {"train.stop_at_step": 12}, preset="mixed.toml"))
+    rig.run_ranks(2, words("run", fields, preset="mixed.toml", strategy="fsdp"))
     assert oracle.losses(rig.folder / "run") == pytest.approx(oracle.losses(rig.folder / "one"), rel=1e-5)
 
 
@@ -119,15 +118,13 @@ def test_what_the_feeder_refuses_is_refused_on_all_ranks(rig: Rig) -> None:
     file = write_texts(rig.folder)
     before = file.stat()
     given = words("run", STREAMED, {"data.dir": "data", "data.source": "files:texts.jsonl"})
-    rig.run_ranks(2, [*given, "--train.stop-at-step", "50"])
+    rig.run_ranks(2, [*given, "--train.stop-at-step", "25"])
     write_texts(rig.folder, "garlic")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     ranks = rig.start_ranks(2, [*given, "--resume", str(rig.folder / "run" / "checkpoints" / "step-00000010")])
     assert ranks.wait(30) == [3, 3], ranks.said()
     assert "is not what it was when it was first made" in ranks[0].stderr
-    step = oracle.steps(rig.folder / "run")[-1]
-    assert 10 < step < 50
-    assert step % 10, "saved when it was refused"
+    assert 10 < oracle.steps(rig.folder / "run")[-1] == len(oracle.losses(rig.folder / "run")) < 25
 
 
 def test_ranks_that_do_not_share_the_disk_are_refused(rig: Rig) -> None:
@@ -139,15 +136,11 @@ def test_ranks_that_do_not_share_the_disk_are_refused(rig: Rig) -> None:
     ranks = rig.start_ranks(2, given, only_folder={1: other})
     assert ranks.wait(30) == [3, 3], ranks.said()
     assert f"data {line}" in ranks[0].stderr
-    assert oracle_is_empty(rig.folder / "run")
+    assert not (rig.folder / "run" / "config.toml").exists(), "nothing has begun"
 
     rig.run_ranks(2, [*given, "--train.stop-at-step", "10"])
     shutil.copytree(rig.folder / "data", other / "data")
     ranks = rig.start_ranks(2, given, only_folder={1: other})
     assert ranks.wait(30) == [3, 3], ranks.said()
     assert f".tokens {line}" in ranks[0].stderr
-    assert oracle.steps(rig.folder / "run")[-1] > 10
-
-
-def oracle_is_empty(run: Path) -> bool:
-    return not (run / "metrics.jsonl").exists() and not (run / "checkpoints").exists()
+    assert oracle.steps(rig.folder / "run")[-1] == len(oracle.losses(rig.folder / "run")) >= 10
