@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def test_a_mixture_of_streams_goes_on_on_another_number_of_ranks(rig: Rig) -> No
     assert oracle.losses(rig.folder / "run") == pytest.approx(oracle.losses(rig.folder / "one"), rel=1e-5)
 
 
-def test_a_feeder_that_is_killed_is_begun_anew(rig: Rig) -> None:
-    """By the first rank; the others wait, and do the same steps."""
+def test_a_feeder_that_is_killed_is_begun_anew_and_one_that_stalls_is_waited_for(rig: Rig) -> None:
+    """By all ranks alike: they do the same steps, and a signal to any of them ends the waiting."""
     rig.run_ranks(2, words("whole", STREAMED, {"data.dir": "whole-data"}))
     ranks = rig.start_ranks(2, words("run", STREAMED, {"data.dir": "data"}), only_holds={0: [("step", 5)]})
     ranks[0].reach("step", 5)
@@ -103,6 +104,17 @@ def test_a_feeder_that_is_killed_is_begun_anew(rig: Rig) -> None:
     assert ranks.wait() == [0, 0], ranks.said()
     assert "was ended by signal 9; run the command again; it is begun anew" in ranks[0].stderr
     oracle.assert_equal(rig.folder / "run", rig.folder / "whole")
+
+    given = words("stopped", STREAMED, {"data.dir": "stopped-data"})
+    ranks = rig.start_ranks(2, given, only_holds={0: [("step", 5)]}, only_phases={0: ["turn"]})
+    ranks[0].reach("step", 5)
+    psutil.Process(ranks[0].pid).children()[0].suspend()
+    ranks[0].release()
+    ranks[0].reach("turn", FIELDS["train.total_steps"] + 1)  # more than one a step
+    ranks[1].kill(signal.SIGTERM)
+    assert ranks.wait(30) == [143, 143], ranks.said()
+    rig.run_ranks(2, given)
+    oracle.assert_equal(rig.folder / "stopped", rig.folder / "whole")
 
 
 def write_texts(folder: Path, instead: str = "apples") -> Path:
