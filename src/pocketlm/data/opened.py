@@ -102,19 +102,16 @@ class RunData:
         """
         self.config, self._say = config, say
         self._feeds = [Feed(part, say) if part.streams and feeds else None for part in config.parts]
+        self._told: list[Tree | None] = [None] * len(self._feeds)
         self._parts: list[Dataset] = []
 
-    def open(self, told: Sequence[Tree | None] = ()) -> Dataset:
+    def open(self) -> Dataset:
         """The data set, as soon as a run can begin with it.
-
-        Args:
-            told: what the process that makes what streams has told.
 
         Raises:
             DataError: it is refused, does not come, or is not seen from here.
         """
-        heard = told or [None] * len(self._feeds)
-        self._parts = [self._opened(*one) for one in zip(self.config.parts, self._feeds, heard, strict=True)]
+        self._parts = [self._opened(*one) for one in zip(self.config.parts, self._feeds, self._told, strict=True)]
         return mixed(self._parts, self.config) if self.config.sources else self._parts[0]
 
     def _opened(self, part: DataConfig, feed: Feed | None, told: Tree | None) -> Dataset:
@@ -129,6 +126,10 @@ class RunData:
     def tell(self) -> list[Tree | None]:
         """What the other processes need to open what streams as it was opened here."""
         return [feed.known.packed() if feed else None for feed in self._feeds]
+
+    def hear(self, told: list[Tree | None]) -> None:
+        """What another process has told, before anything is opened here."""
+        self._told = told
 
     def rows(self, seed: int, position: int) -> Rows:
         """The rows of the set that was opened, for a run that goes on from a position.

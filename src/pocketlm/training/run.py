@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -17,7 +17,6 @@ from pocketlm.data.feed import Supply
 from pocketlm.data.loader import Loader
 from pocketlm.data.mixture import MixedSupply, Mixture
 from pocketlm.data.opened import RunData
-from pocketlm.data.sealed import Tree
 from pocketlm.data.shards import Dataset, unigram_entropy
 from pocketlm.distributed import ALONE, Ranks, sizes_at_once, turns
 from pocketlm.errors import ConfigError, DataError, one_line
@@ -211,13 +210,14 @@ def _opened(data: RunData, ranks: Ranks) -> Dataset:
     """
     turn = 0 if ranks.is_first else 1 if ranks.local_rank == 0 else 2
 
-    def open_in(now: int, told: Sequence[Tree | None] = ()) -> Dataset | None:
-        return ranks.each(lambda: data.open(told) if now == turn else None, "patient")
+    def open_in(now: int) -> Dataset | None:
+        return ranks.each(lambda: data.open() if now == turn else None, "patient")
 
     dataset = open_in(0)
-    told = ranks.from_first(data.tell) if data.config.streams else ()
+    if data.config.streams and not ranks.alone:
+        data.hear(ranks.from_first(data.tell))
     for now in (1, 2):
-        dataset = open_in(now, told) or dataset
+        dataset = open_in(now) or dataset
     assert dataset
     first = ranks.from_first(lambda: dataset.fingerprint)
 
