@@ -45,6 +45,7 @@ PHASES = {
     "record": "pocketlm.journal:Journal.append",
     "sync": "os:fsync",
     "rows": "pocketlm.files:write_beside",
+    "turn": "pocketlm.training.streams:SharedSupply._turn",
     "lightning": "pocketlm.training.lightning:Steps.train_dataloader",  # when it has taken SIGTERM
 }
 

@@ -26,10 +26,11 @@ from typing import Any, TextIO
 from pocketlm.config import DataConfig
 from pocketlm.data.loader import Loader
 from pocketlm.data.order import Rows, cut_rows
-from pocketlm.data.pieces import Plan, read_plan
+from pocketlm.data.pieces import Plan, plan_of, read_plan
 from pocketlm.data.sealed import Tree
-from pocketlm.data.segments import segments, turn_of, turns_of
-from pocketlm.data.streamed import PieceStream, StreamedDataset, num_tokens, open_finished, open_unfinished
+from pocketlm.data.segments import pieces_of, segments, turn_of, turns_of
+from pocketlm.data.standing import is_finished
+from pocketlm.data.streamed import PieceStream, StreamedDataset, num_tokens, open_finished, open_unfinished, unseen
 from pocketlm.errors import DataError, PocketError, UsageError
 
 COMMAND = (sys.executable, "-P", "-m", "pocketlm.data.feeder")  # nothing is imported from where the run stands
@@ -143,6 +144,34 @@ class Known:
             return None
         return open_unfinished(self.plan, self.entries, config, self.complete)
 
+    def packed(self) -> Tree:
+        """As JSON holds it, for who reads the same set and has no feeder."""
+        if self.finished:
+            return {"finished": str(self.finished)}
+        assert self.plan
+        return {
+            "folder": str(self.plan.folder),
+            "plan": self.plan.tree,
+            "entries": self.entries,
+            "complete": self.complete,
+        }
+
+    @classmethod
+    def unpacked(cls, tree: Tree) -> Known:
+        """What was packed. Of the disk it needs what stays there, also if the set is finished meanwhile.
+
+        Raises:
+            DataError: that is not there.
+        """
+        if "finished" in tree:
+            known, is_seen = cls(finished=Path(tree["finished"])), is_finished(Path(tree["finished"]))
+        else:
+            plan = plan_of(Path(tree["folder"]), tree["plan"])
+            known, is_seen = cls(plan, tree["entries"], complete=tree["complete"]), plan is not None
+        if not is_seen:
+            raise unseen(Path(tree.get("finished") or tree["folder"]))
+        return known
+
 
 def wanted(
     rows: Rows, position: int, count: int, left: int, saved: int, config: DataConfig
@@ -160,14 +189,9 @@ def wanted(
     is_known = rows.complete or position + left <= rows.total
     end = turn_of(rows, position + left - 1) + 1 if is_known else num_pieces + AHEAD
     if not config.keep_segments:
-        return _pieces(range(read.start, min(end, read.start + num_pieces + AHEAD)), rows), None
+        return pieces_of(range(read.start, min(end, read.start + num_pieces + AHEAD)), rows), None
     kept = segments(rows, config.segment_pieces).kept(turn_of(rows, saved), read, config.keep_segments)
-    return _pieces(range(read.start, min(end, kept.stop)), rows), _pieces(kept, rows)
-
-
-def _pieces(turns: range, rows: Rows) -> list[int]:
-    """The pieces of these turns, each once."""
-    return list(dict.fromkeys(turn % len(rows.num_rows) if rows.complete else turn for turn in turns))
+    return pieces_of(range(read.start, min(end, kept.stop)), rows), pieces_of(kept, rows)
 
 
 class Feed:
@@ -361,10 +385,12 @@ class Supply:
         self.order(position, count, left)
         if not self._has(position, count):
             began_at = self._clock()
-            while not self._has(position, count):
-                self.feed.hear(check)
-                self.order(position, count, left)
-            self.waited_s += self._clock() - began_at
+            try:
+                while not self._has(position, count):
+                    self.feed.hear(check)
+                    self.order(position, count, left)
+            finally:
+                self.waited_s += self._clock() - began_at
         self.feed.has_begun_anew = False
 
     def close(self) -> None:
@@ -377,7 +403,7 @@ class Supply:
             return True
         if not rows.complete and position + count > rows.total:
             return False
-        return self.feed.known.there.issuperset(_pieces(turns_of(rows, position, count), rows))
+        return self.feed.known.there.issuperset(pieces_of(turns_of(rows, position, count), rows))
 
     def order(self, position: int, count: int, left: int) -> None:
         """Lets come what `await_rows` of the same will wait for, and what comes after it."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm.config import DataConfig
-from pocketlm.data.feed import Feed, Supply
+from pocketlm.data.feed import Feed, Known, Supply
 from pocketlm.data.loader import Loader
 from pocketlm.data.mixture import MixedSupply, Mixture, shares
 from pocketlm.data.prepare import prepare
-from pocketlm.data.sealed import hash_of
+from pocketlm.data.sealed import Tree, hash_of
 from pocketlm.data.shards import COUNTS, Dataset, Ids, TokenStream
 from pocketlm.data.streamed import StreamedDataset, open_as_run
 from pocketlm.errors import DataError
@@ -93,23 +93,43 @@ def _summed(splits: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class RunData:
-    """The data of one run. What streams is begun at once."""
+    """The data of one run. What streams is begun at once, by one of its processes; the others are told of it."""
 
-    def __init__(self, config: DataConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, config: DataConfig, say: Callable[[str], None], *, feeds: bool = True) -> None:
+        """
+        Args:
+            feeds: whether what streams is this process's to make.
+        """
         self.config, self._say = config, say
-        self._feeds = [Feed(part, say) if part.streams else None for part in config.parts]
+        self._feeds = [Feed(part, say) if part.streams and feeds else None for part in config.parts]
+        self._told: list[Tree | None] = [None] * len(self._feeds)
         self._parts: list[Dataset] = []
 
     def open(self) -> Dataset:
         """The data set, as soon as a run can begin with it.
 
         Raises:
-            DataError: it is refused, or does not come.
+            DataError: it is refused, does not come, or is not seen from here.
         """
-        for part, feed in zip(self.config.parts, self._feeds, strict=True):
-            dataset = feed.dataset(part.context) if feed else open_as_run(prepare(part, progress=self._say), part)
-            self._parts.append(dataset)
+        self._parts = [self._opened(*one) for one in zip(self.config.parts, self._feeds, self._told, strict=True)]
         return mixed(self._parts, self.config) if self.config.sources else self._parts[0]
+
+    def _opened(self, part: DataConfig, feed: Feed | None, told: Tree | None) -> Dataset:
+        if feed:
+            return feed.dataset(part.context)
+        if told is None:
+            return open_as_run(prepare(part, progress=self._say), part)
+        dataset = Known.unpacked(told).dataset(part, part.context)
+        assert dataset, "it was enough to begin with"
+        return dataset
+
+    def tell(self) -> list[Tree | None]:
+        """What the other processes need to open what streams as it was opened here."""
+        return [feed.known.packed() if feed else None for feed in self._feeds]
+
+    def hear(self, told: list[Tree | None]) -> None:
+        """What another process has told, before anything is opened here."""
+        self._told = told
 
     def rows(self, seed: int, position: int) -> Rows:
         """The rows of the set that was opened, for a run that goes on from a position.

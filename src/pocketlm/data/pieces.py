@@ -119,6 +119,11 @@ def read_plan(folder: Path, inputs: Tree | None = None) -> Plan | None:
     tree = unsealed(folder / PLAN_FILE, PLAN)
     if tree is None or inputs not in (None, tree["inputs"]):
         return None
+    return plan_of(folder, tree)
+
+
+def plan_of(folder: Path, tree: Tree) -> Plan | None:
+    """A plan as plan.json has it, with the tokenizer of its folder; None where that is not the plan's."""
     try:
         verify_file(folder / TOKENIZER_FILE, tree["tokenizer"])
         tokenizer = Tokenizer(read_text(folder / TOKENIZER_FILE), tree["tokenizer"]["end_token"])

@@ -71,6 +71,11 @@ def turns_of(rows: Rows, position: int, count: int) -> range:
     return range(turn_of(rows, position), turn_of(rows, position + count - 1) + 1)
 
 
+def pieces_of(turns: range, rows: Rows) -> list[int]:
+    """The pieces of these turns, each once."""
+    return list(dict.fromkeys(turn % len(rows.num_rows) if rows.complete else turn for turn in turns))
+
+
 def segments(rows: Rows, size: int) -> Segments:
     """Those of a set with these rows."""
     return Segments(size, len(rows.num_rows) if rows.complete else None)

@@ -10,7 +10,7 @@ What tells two such sets apart is what their bytes follow from, not their bytes:
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
@@ -64,6 +64,19 @@ class PieceStream(TokenStream):
         assert len(tokens) == length, (start, length)
         return tokens.astype(np.int64)
 
+    def check(self, pieces: Iterable[int]) -> None:
+        """Reads the shards of these pieces that were not read yet.
+
+        Raises:
+            DataError: the first that is missing or damaged.
+        """
+        for piece in pieces:
+            if (entry := self._entries[piece]) is None:
+                continue
+            if piece not in self._open and not (path := self.folder / entry["name"]).exists():
+                raise unseen(path)
+            _ = self._shard(piece).tokens
+
     def counts(self, vocab_size: int) -> Ids:
         """How often each id occurs in the first piece that is whole on the disk. (vocab_size,) int64."""
         for piece, entry in enumerate(self._entries):
@@ -78,6 +91,14 @@ class PieceStream(TokenStream):
             assert entry is not None, piece
             self._open[piece] = Shard(self.folder / entry["name"], file_of(entry), self.vocab_size)
         return self._open[piece]
+
+
+def unseen(path: Path) -> DataError:
+    """What one rank has said is on the disk, and another one does not find."""
+    return DataError(
+        f"{path} is not seen by all ranks, and text that streams is prepared by one for all; "
+        f"give a --data.dir on a disk that all machines share, or add --data.stream off"
+    )
 
 
 @dataclass(frozen=True)

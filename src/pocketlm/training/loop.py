@@ -81,7 +81,6 @@ def train(
     engine = open_engine(config.train.engine, callbacks, loggers)
     folder = run_folder(config, out)
     with distributed.join(config.train.rank_timeout_s) as ranks:
-        _refuse_streams(config, ranks)
         listener = _hearing(listener or Silent(), config, folder) if ranks.is_first else Silent()
         _train(config, folder, Asked(resume, additional_steps), listener, ranks, engine)
     return folder
@@ -97,14 +96,6 @@ class Asked(NamedTuple):
 def _hearing(listener: Listener, config: Config, folder: Path) -> Listener:
     listener = Watch(listener)
     return TrackedRun(listener, config, folder) if config.train.tracker else listener
-
-
-def _refuse_streams(config: Config, ranks: Ranks) -> None:
-    if config.data.streams and not ranks.alone:
-        raise ConfigError(
-            "data.stream: given several devices, allowed is text that is all there; make the data set first "
-            "(--data.stream off does), or train on one device"
-        )
 
 
 def _train(config: Config, folder: Path, asked: Asked, listener: Listener, ranks: Ranks, engine: Engine) -> None:
@@ -277,7 +268,8 @@ def _loop(run: Run, state: TrainState, stop: StopRequest, engine: Engine) -> Non
                 state.precision.drop_gradients()
                 raise _interrupted(run, state, late, saver, stop) from None
             except DataError:  # of text that streams; what was trained until here is kept
-                _keep_in_trouble(run, state, late, saver)
+                if run.ranks.alone or run.lacks_rows:  # or the others may not have heard of it
+                    _keep_in_trouble(run, state, late, saver)
                 raise
             except FileError as error:
                 if stop.received is None or not run.ranks.alone:  # of which the others may not have heard

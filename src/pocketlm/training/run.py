@@ -36,6 +36,7 @@ from pocketlm.training.progress import Progress
 from pocketlm.training.resolve import Resolved, check_asked, memory_warning, resolve
 from pocketlm.training.scaler import LossScaler
 from pocketlm.training.state import Scalars, TrainState, read_state
+from pocketlm.training.streams import SharedSupply
 
 if TYPE_CHECKING:
     from pocketlm.training.sharding import SharedPrecision
@@ -53,7 +54,7 @@ class Run:
     runtime: machine.Runtime
     dataset: Dataset
     loader: Loader | Mixture
-    supply: Supply | MixedSupply | None
+    supply: Supply | MixedSupply | SharedSupply | None
     """What brings the loader's rows, where they are not all there yet."""
     journal: Journal | None
     """The first rank's."""
@@ -106,6 +107,11 @@ class Run:
         if self.supply:
             self.supply.await_rows(now.position, self.config.rows_per_step, self._rows_left(now), check)
 
+    @property
+    def lacks_rows(self) -> bool:
+        """Whether all ranks alike have heard that the rows of the next step do not come."""
+        return isinstance(self.supply, SharedSupply) and self.supply.is_refused
+
     def order_rows(self, now: Progress) -> None:
         """Lets the rows of the next steps come, where they are not all there."""
         if self.supply:
@@ -140,7 +146,7 @@ def begin(
             check_asked(config, device)
 
     ranks.each(check_device)
-    data = RunData(config.data, listener.note)
+    data = RunData(config.data, listener.note, feeds=ranks.is_first)
     try:
         return _begin(folder, config, start, listener, weights, data, ranks)
     except BaseException:
@@ -183,7 +189,7 @@ def _begin(
         state.take_weights(weights, dataset.tokenizer)
     elif not start and config.init.model:
         listener.note(begin_with(state, config, dataset.tokenizer))
-    loader, supply = data.rows(config.train.seed, state.progress.position)
+    loader, supply = _rows(data, config, state.progress.position, ranks)
 
     def change_the_folder() -> None:
         write_file(folder / "config.toml", config.to_toml().encode())  # first: it tells of a continuation
@@ -204,8 +210,16 @@ def _opened(data: RunData, ranks: Ranks) -> Dataset:
         DataError: it is refused, does not come, or is not the same on all hosts.
     """
     turn = 0 if ranks.is_first else 1 if ranks.local_rank == 0 else 2
-    opened = [ranks.each(lambda now=now: data.open() if now == turn else None, "patient") for now in range(3)]  # type: ignore[misc]
-    dataset = next(filter(None, opened))
+
+    def open_in(now: int) -> Dataset | None:
+        return ranks.each(lambda: data.open() if now == turn else None, "patient")
+
+    dataset = open_in(0)
+    if data.config.streams and not ranks.alone:
+        data.hear(ranks.from_first(data.tell))
+    for now in (1, 2):
+        dataset = open_in(now) or dataset
+    assert dataset
     first = ranks.from_first(lambda: dataset.fingerprint)
 
     def check() -> None:
@@ -216,6 +230,15 @@ def _opened(data: RunData, ranks: Ranks) -> Dataset:
 
     ranks.each(check)
     return dataset
+
+
+def _rows(
+    data: RunData, config: Config, position: int, ranks: Ranks
+) -> tuple[Loader | Mixture, Supply | MixedSupply | SharedSupply | None]:
+    loader, supply = data.rows(config.train.seed, position)
+    if ranks.alone or not config.data.streams:
+        return loader, supply
+    return loader, SharedSupply(ranks, config.data, loader, supply)
 
 
 def _say_unlike(ranks: Ranks, listener: Listener) -> None:
@@ -351,12 +374,12 @@ def _data_lines(run: Run) -> list[str]:
     tokens = f"data: {data.train.num_tokens:,} training and {data.val.num_tokens:,} validation tokens"
     if isinstance(loader, Mixture):
         shares = zip(run.config.data.sources, loader.loaders, loader.shares, strict=True)
-        parts = [f"  {share} of 1,024 rows from {one.source}: {_rows(own)}" for one, own, share in shares]
+        parts = [f"  {share} of 1,024 rows from {one.source}: {_count(own)}" for one, own, share in shares]
         return [f"{tokens} in {len(parts)} sets, mixed", *parts]
     if loader.rows.complete:
         dropped = f"{loader.rows.dropped_tokens} tokens dropped"
         return [f"{tokens} in {data.path}; {loader.rows.total:,} rows of {context}, {dropped}"]
-    return [f"{tokens} until now in {data.path}, {_rows(loader)}; more comes while the run reads them"]
+    return [f"{tokens} until now in {data.path}, {_count(loader)}; more comes while the run reads them"]
 
 
 def _rank_lines(run: Run) -> list[str]:
@@ -366,7 +389,7 @@ def _rank_lines(run: Run) -> list[str]:
     return [f"ranks: {words}: {run.resolved.reasons['strategy']}"]
 
 
-def _rows(loader: Loader) -> str:
+def _count(loader: Loader) -> str:
     rows = loader.rows
     return f"{rows.total:,} rows" if rows.complete else f"{len(rows.num_rows):,} piece(s)"
 
