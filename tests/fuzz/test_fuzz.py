@@ -37,7 +37,7 @@ from pocketlm.journal import Journal
 from pocketlm.reading import read_json, verify_folder
 from pocketlm.tensors import read_tensors
 from pocketlm.text.documents import read_documents
-from pocketlm.text.ranks import ranks_of, tokenizer_of
+from pocketlm.text.tiktoken_ranks import ranks_of, tokenizer_of
 from pocketlm.text.tokenizer import load_tokenizer
 from pocketlm.training import state
 

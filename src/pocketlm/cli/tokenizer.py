@@ -63,7 +63,7 @@ def _export(argv: list[str]) -> int:
 
     from pocketlm.export.folder import refuse_what_stands
     from pocketlm.export.tokenizer_folder import bytes_said, write_ranks, write_tokenizer
-    from pocketlm.text.ranks import ranks_of
+    from pocketlm.text.tiktoken_ranks import ranks_of
 
     out: Path = arguments.out
     refuse_what_stands(out)
@@ -100,7 +100,7 @@ def _import(argv: list[str]) -> int:
 
     from pocketlm.export.folder import refuse_what_stands
     from pocketlm.export.tokenizer_folder import read_ranks, write_tokenizer
-    from pocketlm.text.ranks import tokenizer_of
+    from pocketlm.text.tiktoken_ranks import tokenizer_of
 
     out: Path = arguments.out
     refuse_what_stands(out)

@@ -18,7 +18,7 @@ from pocketlm.export.folder import refuse_what_stands
 from pocketlm.files import commit_folder
 from pocketlm.formats.release import json_bytes, tokenizer_texts
 from pocketlm.reading import TEXT_LIMIT_BYTES, read_bytes, read_json
-from pocketlm.text.ranks import PATTERNS, Ranks, rank_lines, read_rank_lines
+from pocketlm.text.tiktoken_ranks import PATTERNS, MergeRanks, rank_lines, read_rank_lines
 from pocketlm.text.tokenizer import Tokenizer
 
 RANKS, ENCODING = "ranks.tiktoken", "encoding.json"
@@ -59,7 +59,7 @@ def write_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
     _write(out, tokenizer_texts(tokenizer))
 
 
-def write_ranks(out: Path, ranks: Ranks) -> None:
+def write_ranks(out: Path, ranks: MergeRanks) -> None:
     """Writes the folder for tiktoken; raises as `write_tokenizer`."""
     lines = rank_lines(ranks.ranks)
     parts = {
@@ -75,7 +75,7 @@ def write_ranks(out: Path, ranks: Ranks) -> None:
     _write(out, {RANKS: lines, ENCODING: json_bytes(parts), "README.md": readme.encode()})
 
 
-def bytes_said(ranks: Ranks) -> str:
+def bytes_said(ranks: MergeRanks) -> str:
     """What to know of bytes that are no tokens; empty if all are."""
     if not (missing := ranks.missing_bytes):
         return ""
@@ -89,7 +89,7 @@ def _write(out: Path, files: Mapping[str, bytes]) -> None:
             commit.write(name, data)
 
 
-def read_ranks(path: Path, pre_tokenizer: str | None = None, special: Mapping[str, int] | None = None) -> Ranks:
+def read_ranks(path: Path, pre_tokenizer: str | None = None, special: Mapping[str, int] | None = None) -> MergeRanks:
     """The folder that `write_ranks` makes, or a rank file alone with what is given for it.
 
     Args:
@@ -110,10 +110,10 @@ def read_ranks(path: Path, pre_tokenizer: str | None = None, special: Mapping[st
             f"a rank file does not say how text is cut, nor its special tokens; add --cut {'|'.join(PATTERNS)} and "
             "--special '<|endoftext|>=ID'"
         )
-    return Ranks(read_rank_lines(data, str(path)), special, pre_tokenizer, next(iter(special)))
+    return MergeRanks(read_rank_lines(data, str(path)), special, pre_tokenizer, next(iter(special)))
 
 
-def _read_folder(folder: Path) -> Ranks:
+def _read_folder(folder: Path) -> MergeRanks:
     file, data = folder / ENCODING, read_bytes(folder / RANKS, TEXT_LIMIT_BYTES)
     parts = read_json(file)
     if parts.get("ranks_sha256") != hashlib.sha256(data).hexdigest():
@@ -127,7 +127,7 @@ def _read_folder(folder: Path) -> Ranks:
         or not _is_ids(special)
     ):
         raise DataError(f"{file}: pre_tokenizer, end_token, begin_token or special_tokens is not as pocketlm writes it")
-    return Ranks(read_rank_lines(data, str(folder / RANKS)), special, cut, end, begin)
+    return MergeRanks(read_rank_lines(data, str(folder / RANKS)), special, cut, end, begin)
 
 
 def _is_ids(tree: Any) -> bool:

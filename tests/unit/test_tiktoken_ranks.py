@@ -14,8 +14,8 @@ import pytest
 
 from pocketlm.cli.main import main
 from pocketlm.errors import DataError
-from pocketlm.text import ranks as ranks_module
-from pocketlm.text.ranks import Ranks, merges_of, rank_lines, ranks_of, read_rank_lines, tokenizer_of
+from pocketlm.text import tiktoken_ranks as ranks as ranks_module
+from pocketlm.text.tiktoken_ranks import MergeRanks, merges_of, rank_lines, ranks_of, read_rank_lines, tokenizer_of
 from pocketlm.text.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
 from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, byte_level_bpe, special_entry
 
@@ -23,9 +23,9 @@ BYTES = {bytes([byte]): byte for byte in range(256)}
 END = {"<|endoftext|>": 999}
 
 
-def ranks_with(*tokens: str) -> Ranks:
+def ranks_with(*tokens: str) -> MergeRanks:
     """All bytes, and these tokens from 256 on."""
-    return Ranks(
+    return MergeRanks(
         BYTES | {token.encode(): 256 + place for place, token in enumerate(tokens)}, END, "gpt-2", "<|endoftext|>"
     )
 
@@ -152,15 +152,15 @@ def train_tokenizer_with_ids_turned() -> Tokenizer:
     [
         (ranks_with("abc"), "token 256 (b'abc') is not made of two tokens with lower ids"),
         (ranks_with("abcd", "ab", "cd"), "token 256 (b'abcd')"),
-        (Ranks(BYTES | {b"ab": 97 + 1000}, END, "gpt-2", "<|end|>"), "'<|end|>' is none of its special tokens"),
-        (Ranks(BYTES, {"<s>": 7}, "gpt-2", "<s>"), "'<s>' has the id 7 of another token"),
-        (Ranks(BYTES, {"a": 300}, "gpt-2", "a"), "'a' is a token of text, too"),
-        (Ranks(BYTES, {"<s>": 300}, "llama", "<s>"), "cuts text by 'llama'; allowed are gpt-2, smollm, qwen2"),
-        (Ranks({b"ab": 1, b"a": 0}, END, "gpt-2", "<|endoftext|>"), "token 1 (b'ab')"),
+        (MergeRanks(BYTES | {b"ab": 97 + 1000}, END, "gpt-2", "<|end|>"), "'<|end|>' is none of its special tokens"),
+        (MergeRanks(BYTES, {"<s>": 7}, "gpt-2", "<s>"), "'<s>' has the id 7 of another token"),
+        (MergeRanks(BYTES, {"a": 300}, "gpt-2", "a"), "'a' is a token of text, too"),
+        (MergeRanks(BYTES, {"<s>": 300}, "llama", "<s>"), "cuts text by 'llama'; allowed are gpt-2, smollm, qwen2"),
+        (MergeRanks({b"ab": 1, b"a": 0}, END, "gpt-2", "<|endoftext|>"), "token 1 (b'ab')"),
         (ranks_with("a" * 2, "a" * 300), "token 257 has 300 bytes; allowed are 256"),
     ],
 )
-def test_ranks_without_a_tokenizer(ranks: Ranks, words: str) -> None:
+def test_ranks_without_a_tokenizer(ranks: MergeRanks, words: str) -> None:
     with pytest.raises(DataError, match=re.escape(words)) as caught:
         tokenizer_of(ranks, "it")
     assert "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ first of the list first. Both give every text the same ids if
     the two parts of each are what its bytes alone come to, merged by the ranks below its own
 
 for then the bytes of a token come to these two in every text where nothing reaches over their ends. Every other
-tokenizer is refused, in both directions. What a rank file does not say stands in `Ranks` beside it: how text is cut,
+tokenizer is refused, in both directions. What a rank file does not say stands in `MergeRanks` beside it: how text is cut,
 and the special tokens.
 """
 
@@ -45,7 +45,7 @@ Pair = tuple[bytes, bytes]
 
 
 @dataclass(frozen=True)
-class Ranks:
+class MergeRanks:
     """All that gives a text its ids in tiktoken."""
 
     ranks: Mapping[bytes, int]
@@ -72,7 +72,7 @@ class Ranks:
 # --- to tiktoken
 
 
-def ranks_of(tokenizer: Tokenizer, origin: str) -> Ranks:
+def ranks_of(tokenizer: Tokenizer, origin: str) -> MergeRanks:
     """A tokenizer as tiktoken has it.
 
     Raises:
@@ -83,7 +83,7 @@ def ranks_of(tokenizer: Tokenizer, origin: str) -> Ranks:
         raise DataError(f"{origin} has no form for tiktoken: {why}; pocketlm tokenizer export hf takes it")
     special = dict(sorted(tokenizer.special_tokens.items(), key=lambda item: item[1]))
     begin = next((token for token, number in special.items() if number == tokenizer.begin_id), None)
-    made = Ranks(vocabulary, special, str(tokenizer.pre_tokenizer_name), tokenizer.end_token, begin)
+    made = MergeRanks(vocabulary, special, str(tokenizer.pre_tokenizer_name), tokenizer.end_token, begin)
     check_equal(tokenizer, made, origin)
     return made
 
@@ -159,7 +159,7 @@ def _spelled(token: bytes, letters: list[str]) -> str:
     return "".join(map(letters.__getitem__, token))
 
 
-def check_equal(tokenizer: Tokenizer, ranks: Ranks, origin: str) -> None:
+def check_equal(tokenizer: Tokenizer, ranks: MergeRanks, origin: str) -> None:
     """Lets both encode the texts of all tokens one behind the other.
 
     Raises:
@@ -182,7 +182,7 @@ def _is_text(token: bytes) -> bool:
 # --- from tiktoken
 
 
-def tokenizer_of(ranks: Ranks, origin: str) -> Tokenizer:
+def tokenizer_of(ranks: MergeRanks, origin: str) -> Tokenizer:
     """The tokenizer.json that gives tiktoken's ids.
 
     Raises:
@@ -202,7 +202,7 @@ def tokenizer_of(ranks: Ranks, origin: str) -> Tokenizer:
     return tokenizer
 
 
-def _check_special(ranks: Ranks, tokens: Mapping[str, int], origin: str) -> None:
+def _check_special(ranks: MergeRanks, tokens: Mapping[str, int], origin: str) -> None:
     if ranks.pre_tokenizer not in PRE_TOKENIZERS:
         raise DataError(f"{origin} cuts text by {_shown(ranks.pre_tokenizer)}; allowed are {', '.join(PRE_TOKENIZERS)}")
     for name in filter(None, (ranks.end_token, ranks.begin_token)):
