@@ -14,7 +14,7 @@ import pytest
 
 from pocketlm.cli.main import main
 from pocketlm.errors import DataError
-from pocketlm.text import tiktoken_ranks as ranks as ranks_module
+from pocketlm.text import tiktoken_ranks as ranks_module
 from pocketlm.text.tiktoken_ranks import MergeRanks, merges_of, rank_lines, ranks_of, read_rank_lines, tokenizer_of
 from pocketlm.text.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
 from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, byte_level_bpe, special_entry

@@ -8,8 +8,8 @@ first of the list first. Both give every text the same ids if
     the two parts of each are what its bytes alone come to, merged by the ranks below its own
 
 for then the bytes of a token come to these two in every text where nothing reaches over their ends. Every other
-tokenizer is refused, in both directions. What a rank file does not say stands in `MergeRanks` beside it: how text is cut,
-and the special tokens.
+tokenizer is refused, in both directions. What a rank file does not say stands in `MergeRanks` beside it: how text is
+cut, and the special tokens.
 """
 
 from __future__ import annotations
