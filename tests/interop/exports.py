@@ -25,6 +25,8 @@ TEXTS = (
     PROSE,
     "",
     " ",
+    " the raven",
+    "    return x\n",
     "  two,   three\n\n\nlines\r\n\ttab",
     "123456 7,890.12 1st 2nd x1y22z333",
     "I'll they've DON'T 'tis",
@@ -71,7 +73,7 @@ CASES = {
     "llama, one layer": Case(LLAMA | {"num_hidden_layers": 1}, "pieces"),
     "llama, five layers": Case(LLAMA | {"num_hidden_layers": 5}, "pieces, begun"),
     "llama, odd vocabulary": Case(LLAMA | {"vocab_size": 331}),
-    "llama, odd vocabulary, untied": Case(LLAMA | UNTIED | {"vocab_size": 333}, "pieces"),
+    "llama, odd vocabulary, untied": Case(LLAMA | UNTIED | {"vocab_size": 333}, "pieces, metaspace"),
     "llama, ids to spare": Case(LLAMA | {"vocab_size": 512}, "byte"),
     "llama, odd widths": Case(LLAMA | {"hidden_size": 50, "intermediate_size": 71}),
     "llama, another base and epsilon": Case(LLAMA | {"rope_theta": 1e6, "norm_eps": 1e-3}),
@@ -107,26 +109,33 @@ def release(case: Case) -> Release:
 
 @cache
 def tokenizer_named(name: str) -> Tokenizer:
-    """A tokenizer of at most 320 ids: how it cuts text, and whether its model wants a token before one."""
-    name, _, begun = name.partition(", ")
+    """A tokenizer of at most 320 ids: how it cuts text, and what is of its own: a token before one, or Metaspace."""
+    name, _, own = name.partition(", ")
     if name == "byte":
         return byte_tokenizer()
     if name == "pieces":
-        return pieces(begin_id=1 if begun else None)
+        return metaspace() if own == "metaspace" else pieces(begin_id=1 if own == "begun" else None)
     trained = train_tokenizer(WORDS * 9, 290)
     tree = trained.tree | {"pre_tokenizer": PRE_TOKENIZERS[name]}
-    if begun:
+    if own == "begun":
         tree = with_begin(tree, trained.end_token, trained.end_id)
     tokenizer = Tokenizer(json.dumps(tree), trained.end_token)
     assert tokenizer.pre_tokenizer_name == name
     return tokenizer
 
 
-def pieces(begin_id: int | None) -> Tokenizer:
+def metaspace() -> Tokenizer:
+    """The same pieces, with spaces as transformers writes them of a tokenizer that adds none."""
+    cut = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never", "split": False}
+    tree = pieces(None, adds_space=False).tree | {"normalizer": None, "pre_tokenizer": cut}
+    return Tokenizer(json.dumps(tree), "</s>")
+
+
+def pieces(begin_id: int | None, *, adds_space: bool = True) -> Tokenizer:
     """A vocabulary as SentencePiece makes them, with every way to merge its pieces."""
     made = ["▁t", "he", "▁the", "in", "ing", "ra", "▁ra", "ve", "ns", "av", "aven", "raven", "▁raven"]
     letters = sorted(set("".join(made)) | set("abcdefghijkl\u4e2d"))
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *made, *letters]
     kinds = [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL] + [Kind.BYTE] * 256 + [Kind.NORMAL] * (len(texts) - 259)
     scores = [0.0] * 259 + [-float(rank) for rank in range(len(texts) - 259)]
-    return tokenizer_of(Pieces(texts, scores, kinds, begin_id, end_id=2), "pieces")
+    return tokenizer_of(Pieces(texts, scores, kinds, begin_id, end_id=2, adds_space=adds_space), "pieces")
