@@ -19,7 +19,7 @@ from pocketlm.config import Config, ModelConfig, SampleConfig
 from pocketlm.errors import DataError, FileError, UsageError
 from pocketlm.files import write_file
 from pocketlm.formats import gguf_file
-from pocketlm.formats.gguf_model import architecture
+from pocketlm.formats.gguf_model import architecture, model_config
 from pocketlm.formats.gguf_writer import TYPES, gguf_bytes
 from pocketlm.formats.pairs import halves, neighbours
 from pocketlm.formats.release import Release
@@ -231,6 +231,41 @@ def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused() -> None:
     tree["pre_tokenizer"]["add_prefix_space"] = True
     with pytest.raises(DataError, match=r"llama\.cpp has no name for the way this tokenizer cuts text"):
         gguf_bytes(release(LLAMA, Tokenizer(json.dumps(tree))), name="a")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope.scaling.factor": 4.0}, "llama.rope.scaling.factor is 4.0"),
+        ({"rope.scale_linear": 4.0}, "llama.rope.scale_linear is 4.0"),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.type": "linear"}, r"scaled rotary positions \(linear\)"),
+        ({"rope.scaling.attn_factor": 0.5}, "attn_factor is 0.5; allowed is 1"),
+        ({"attention.causal": False}, "allowed is causal attention"),
+        ({"rope.scaling.factor": 1.0, "rope.scale_linear": 0.0, "attention.causal": True}, None),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}, None),  # llama.cpp scales nothing, either
+        (
+            {"attention.key_length": None, "attention.value_length": None, "rope.dimension_count": 12},
+            "rope.dimension_count is 12; allowed is 16",
+        ),
+        ({"attention.key_length": None, "attention.value_length": 24}, "value_length is 24; allowed is 16"),
+        ({"attention.key_length": None, "attention.value_length": None, "rope.dimension_count": None}, None),
+    ],
+    ids=str,
+)
+def test_what_a_file_asks_for_and_we_do_not_compute(fields: dict[str, Any], words: str | None, tmp_path: Path) -> None:
+    made = release(LLAMA | {"head_dim": 16})
+    written(tmp_path / "a.gguf", made)
+    header = gguf_file.read_header(tmp_path / "a.gguf")
+    others = {
+        key: value for key, value in header.fields.items() if fields.get(key.removeprefix("llama."), 0) is not None
+    }
+    given = {f"llama.{name}": value for name, value in fields.items() if value is not None}
+    header = replace(header, fields=others | given)
+    if words is None:
+        assert model_config(header) == made.model
+    else:
+        with pytest.raises(FileError, match=words):
+            model_config(header)
 
 
 # --- a vocabulary of llama.cpp's own

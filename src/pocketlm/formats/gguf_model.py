@@ -223,7 +223,7 @@ def _model_fields(header: Header, numbers: _Numbers) -> dict[str, Any]:
         "num_hidden_layers": numbers.get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": numbers.get("attention.head_count_kv", heads),
-        "head_dim": numbers.get("attention.key_length", width // (heads or 1)),
+        "head_dim": _head_dim(numbers),
         "max_position_embeddings": numbers.get("context_length"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "bias": any(name.endswith(("attn_q.bias", "attn_qkv.bias")) for name in header.tensors),
@@ -235,6 +235,12 @@ def _model_fields(header: Header, numbers: _Numbers) -> dict[str, Any]:
     theta = numbers.get("rope.freq_base", 10000.0)
     fields |= {"norm_eps": numbers.get("attention.layer_norm_rms_epsilon"), "rope_theta": theta}
     return fields | {"rope_llama3": _scaling(header, numbers, fields["head_dim"], theta)}
+
+
+def _head_dim(numbers: _Numbers) -> Number:
+    """The width of a head, said or by the model's."""
+    derived = numbers.get("embedding_length") // (numbers.get("attention.head_count") or 1)
+    return numbers.get("attention.key_length", derived)
 
 
 def _factors(head_dim: int, theta: float, scaling: Llama3Scaling) -> Tensor:
@@ -270,13 +276,23 @@ def _refuse_other_options(header: Header, numbers: _Numbers) -> None:
         raise FileError(
             f"{path}: scaled rotary positions ({one_line(str(scaling))}); allowed are Llama 3's, or plain ones"
         )
+    for name in ("rope.scaling.factor", "rope.scale_linear"):
+        if f"{arch}.rope.scaling.type" not in header.fields and numbers.get(name, 1) not in (0, 1):
+            raise FileError(
+                f"{path}: {arch}.{name} is {numbers.get(name)}, which without a type is linear scaling of rotary "
+                "positions; allowed are Llama 3's, or plain ones"
+            )
+    if (factor := numbers.get("rope.scaling.attn_factor", 1)) != 1:
+        raise FileError(f"{path}: {arch}.rope.scaling.attn_factor is {factor}; allowed is 1")
+    if header.fields.get(f"{arch}.attention.causal", True) is not True:
+        raise FileError(f"{path}: given attention to later tokens, too; allowed is causal attention")
     if numbers.get("expert_count", 0):
         raise FileError(f"{path}: a mixture of {numbers.get('expert_count')} experts; allowed is a dense model")
     if numbers.get("attention.sliding_window", 0):
         raise FileError(f"{path}: given sliding-window attention; allowed is full attention in every layer")
     if arch == "gpt2":
         return
-    head = numbers.get("attention.key_length", numbers.get("rope.dimension_count", 0))
+    head = _head_dim(numbers)
     for name in ("attention.value_length", "rope.dimension_count"):
         if head and numbers.get(name, head) != head:
             raise FileError(f"{path}: {arch}.{name} is {numbers.get(name)}; allowed is {head}, the width of a head")
