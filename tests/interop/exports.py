@@ -79,7 +79,7 @@ CASES = {
     "llama, another base and epsilon": Case(LLAMA | {"rope_theta": 1e6, "norm_eps": 1e-3}),
     "llama, text begun": Case(LLAMA | {"rope_llama3": (8.0, 1.0, 4.0, 32)}, "gpt-2, begun"),
     "qwen3": Case(QWEN3),
-    "qwen3, untied": Case(QWEN3 | UNTIED, "qwen2"),
+    "qwen3, untied": Case(QWEN3 | UNTIED, "qwen2, composing"),
     "qwen3, wide heads, one key-value head": Case(QWEN3 | {"head_dim": 32, "num_key_value_heads": 1}, "smollm"),
     "qwen3, four layers": Case(QWEN3 | {"num_hidden_layers": 4}, "pieces"),
     "gpt2": Case(GPT2),
@@ -109,7 +109,7 @@ def release(case: Case) -> Release:
 
 @cache
 def tokenizer_named(name: str) -> Tokenizer:
-    """A tokenizer of at most 320 ids: how it cuts text, and what is of its own: a token before one, or Metaspace."""
+    """A tokenizer of at most 320 ids: how it cuts text, and what is of its own: a token before one, Metaspace, NFC."""
     name, _, own = name.partition(", ")
     if name == "byte":
         return byte_tokenizer()
@@ -117,6 +117,8 @@ def tokenizer_named(name: str) -> Tokenizer:
         return metaspace() if own == "metaspace" else pieces(begin_id=1 if own == "begun" else None)
     trained = train_tokenizer(WORDS * 9, 290)
     tree = trained.tree | {"pre_tokenizer": PRE_TOKENIZERS[name]}
+    if own == "composing":
+        tree |= {"normalizer": {"type": "NFC"}}
     if own == "begun":
         tree = with_begin(tree, trained.end_token, trained.end_id)
     tokenizer = Tokenizer(json.dumps(tree), trained.end_token)

@@ -20,11 +20,15 @@ from pocketlm.errors import DataError, FileError, UsageError
 from pocketlm.files import write_file
 from pocketlm.formats import gguf_file
 from pocketlm.formats.gguf_model import architecture, model_config
+from pocketlm.formats.gguf_tokenizer import fields_of as fields_of_tokenizer
+from pocketlm.formats.gguf_tokenizer import tokenizer_in
 from pocketlm.formats.gguf_writer import TYPES, gguf_bytes
 from pocketlm.formats.pairs import halves, neighbours
 from pocketlm.formats.release import Release
 from pocketlm.model.transformer import allocate
+from pocketlm.text.sentencepiece import BYTES, Kind, Pieces, tokenizer_of
 from pocketlm.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from pocketlm.text.tokenizer_json import PRE_TOKENIZERS
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 300,
@@ -233,6 +237,52 @@ def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused() -> None:
         gguf_bytes(release(LLAMA, Tokenizer(json.dumps(tree))), name="a")
 
 
+def with_tool(tree: dict[str, Any], **flags: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False) | flags
+    tool = {"id": max(tree["model"]["vocab"].values()) + 1, "content": "<tool>"} | flags
+    return tree | {"added_tokens": [*tree["added_tokens"], tool]}
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_added_tokens_that_llama_cpp_would_not_find_are_refused(flag: str) -> None:
+    byte_level, pieces = byte_tokenizer().tree, pieces_named_by_letters().tree
+    for tree in (byte_level, pieces):
+        assert fields_of_tokenizer(Tokenizer(json.dumps(with_tool(tree))), 400)
+        assert fields_of_tokenizer(Tokenizer(json.dumps(with_tool(tree, special=True, **{flag: True}))), 400)
+        tokenizer = Tokenizer(json.dumps(with_tool(tree, **{flag: True})))
+        if tree is byte_level and flag == "normalized":  # it has no normalizer
+            assert fields_of_tokenizer(tokenizer, 400)
+        else:
+            with pytest.raises(DataError, match=f"the added token '<tool>' has {flag}, which"):
+                fields_of_tokenizer(tokenizer, 400)
+
+
+def pieces_named_by_letters() -> Tokenizer:
+    texts = ["<unk>", "<s>", "</s>", *BYTES, "\u2581", "a", "aa"]
+    kinds = [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL] + [Kind.BYTE] * 256 + [Kind.NORMAL] * 3
+    return tokenizer_of(Pieces(texts, [0.0] * len(texts), kinds), "pieces")
+
+
+@pytest.mark.parametrize("change", [{"ignore_merges": True}, {"dropout": 0.5}, {"end_of_word_suffix": "</w>"}], ids=str)
+def test_ids_that_follow_from_more_than_merges_are_refused(change: dict[str, Any]) -> None:
+    tree = byte_tokenizer().tree
+    tokenizer = Tokenizer(json.dumps(tree | {"model": tree["model"] | change}))
+    with pytest.raises(DataError, match="ids do not follow from merges alone"):
+        gguf_bytes(release(LLAMA, tokenizer), name="a")
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}], ids=str)
+def test_whether_a_qwen_composes_characters_is_kept(normalizer: dict[str, str] | None, tmp_path: Path) -> None:
+    """And of a file of others, which does not say, it is as Qwen's own."""
+    tree = byte_tokenizer().tree | {"normalizer": normalizer, "pre_tokenizer": PRE_TOKENIZERS["qwen2"]}
+    tokenizer = Tokenizer(json.dumps(tree))
+    written(tmp_path / "a.gguf", release(LLAMA, tokenizer))
+    header = gguf_file.read_header(tmp_path / "a.gguf")
+    assert tokenizer_in(header).encode("e\u0301") == tokenizer.encode("e\u0301")
+    others = replace(header, fields={key: value for key, value in header.fields.items() if "pocketlm" not in key})
+    assert bytes(tokenizer_in(others).encode("e\u0301")) == "\u00e9".encode()
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -272,8 +322,6 @@ def test_what_a_file_asks_for_and_we_do_not_compute(fields: dict[str, Any], word
 
 
 def test_gpt2s_vocabulary_has_gpt2s_ids(shared: Path) -> None:
-    from pocketlm.formats.gguf_tokenizer import tokenizer_in
-
     tokenizer = tokenizer_in(gguf_file.read_header(shared / "models/gguf/ggml-vocab-gpt-2.gguf"))
     inputs = (shared / "tokenizers/gpt2/llamacpp-vectors.inp").read_text().split("\n__ggml_vocab_test__\n")
     outputs = (shared / "tokenizers/gpt2/llamacpp-vectors.out").read_text().splitlines()
