@@ -71,8 +71,8 @@ def _check_added(tree: Tree) -> None:
         given = [flag for flag in flags if entry.get(flag)]
         if given and not entry.get("special"):
             raise DataError(
-                f"the added token {one_line(repr(entry['content']))[:60]} has {given[0]}, which llama.cpp does not know: "
-                "it would give other ids; only the Hugging Face folder keeps them: pocketlm export hf"
+                f"the added token {one_line(repr(entry['content']))[:60]} has {given[0]}, which llama.cpp does not "
+                "know, and it would give other ids; only a Hugging Face folder keeps them: pocketlm export hf"
             )
 
 
@@ -152,7 +152,7 @@ def _byte_level_fields(tokenizer: Tokenizer, rows: int) -> tuple[Fields, Sequenc
         )
     if not merges_alone(tree):
         raise DataError(
-            "this tokenizer's ids do not follow from merges alone, and llama.cpp would give other ones; only the Hugging "
+            "this tokenizer's ids do not follow from merges alone, and llama.cpp would give other ones; only a Hugging "
             "Face folder keeps them: pocketlm export hf"
         )
     texts = {number: text for text, number in tree["model"]["vocab"].items()}
