@@ -47,6 +47,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama with biases, untied": LLAMA | {"bias": True, "tie_word_embeddings": False},
     "llama 3": LLAMA | {"rope_llama3": (8.0, 1.0, 4.0, 512)},
+    "llama 3, no pair slow": LLAMA | {"rope_llama3": (4.0, 1.0, 4.0, 1_000_000)},
+    "llama 3, the slowest between": LLAMA | {"head_dim": 8, "rope_llama3": (32.0, 1.0, 4.0, 8192)},
+    "llama 3, another low": LLAMA | {"rope_llama3": (8.0, 2.0, 4.5, 128)},
     "qwen3": LLAMA | {"qk_norm": True},
     "gpt2": LLAMA | GPT2 | {"rope_theta": 10000.0},
 }
@@ -316,6 +319,26 @@ def test_what_a_file_asks_for_and_we_do_not_compute(fields: dict[str, Any], word
     else:
         with pytest.raises(FileError, match=words):
             model_config(header)
+
+
+def test_biases_on_some_projections_are_no_damage(tmp_path: Path) -> None:
+    """A Qwen2 that was made a Llama has them on q, k and v alone."""
+    written(tmp_path / "a.gguf", release(LLAMA | {"bias": True}))
+    header = gguf_file.read_header(tmp_path / "a.gguf")
+    kept = {name: place for name, place in header.tensors.items() if not name.endswith(("output.bias", "ffn_up.bias"))}
+    with pytest.raises(FileError, match=r"a.gguf has no blk.0.attn_output.bias; allowed are biases on all projections"):
+        model_config(replace(header, tensors=kept))
+
+
+def test_the_way_out_of_k_quants_is_named(tmp_path: Path) -> None:
+    written(tmp_path / "a.gguf", release(LLAMA))
+    name, q4_k = b"token_embd.weight", (12).to_bytes(4, "little")
+    data = bytearray((tmp_path / "a.gguf").read_bytes())
+    place = data.index(name) + len(name) + 4 + 2 * 8  # behind the number of dimensions, and both
+    data[place : place + 4] = q4_k
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(FileError, match=r"is of type Q4_K; .* llama-quantize --allow-requantize IN OUT F16"):
+        gguf_file.read_header(tmp_path / "a.gguf")
 
 
 # --- a vocabulary of llama.cpp's own
