@@ -9,18 +9,21 @@ from typing import Any
 
 import torch
 
+from interchange import cut_by
 from pocketlm.config import ModelConfig
 from pocketlm.formats.release import Release
 from pocketlm.model.transformer import allocate
 from pocketlm.text.sentencepiece import Kind, Pieces, tokenizer_of
 from pocketlm.text.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
-from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, with_begin
+from pocketlm.text.tokenizer_json import with_begin
 
 PROSE = (
     "the 3 ravens flew over 12 hills; she'll say: it's caf\u00e9 time, isn't it? \u4e2d\u6587\u4e2d\u6587 na\u00efve"
 )
 CODE = "def read(path):\n    return path.read_text()\n\n"
 WORDS = [PROSE, CODE, "0123 45 6789 x_1 = y2 ** 3\r\n\t\ttabs", "aaaa bbbb   cc"]
+UNMERGED = "\u0120hills"
+"""A word that is a token, and that no merges make."""
 TEXTS = (
     PROSE,
     "",
@@ -77,7 +80,7 @@ CASES = {
     "llama, ids to spare": Case(LLAMA | {"vocab_size": 512}, "byte"),
     "llama, odd widths": Case(LLAMA | {"hidden_size": 50, "intermediate_size": 71}),
     "llama, another base and epsilon": Case(LLAMA | {"rope_theta": 1e6, "norm_eps": 1e-3}),
-    "llama, text begun": Case(LLAMA | {"rope_llama3": (8.0, 1.0, 4.0, 32)}, "gpt-2, begun"),
+    "llama, text begun": Case(LLAMA | {"rope_llama3": (8.0, 1.0, 4.0, 32)}, "llama-bpe, begun"),
     "qwen3": Case(QWEN3),
     "qwen3, untied": Case(QWEN3 | UNTIED, "qwen2, composing"),
     "qwen3, wide heads, one key-value head": Case(QWEN3 | {"head_dim": 32, "num_key_value_heads": 1}, "smollm"),
@@ -116,13 +119,16 @@ def tokenizer_named(name: str) -> Tokenizer:
     if name == "pieces":
         return metaspace() if own == "metaspace" else pieces(begin_id=1 if own == "begun" else None)
     trained = train_tokenizer(WORDS * 9, 290)
-    tree = trained.tree | {"pre_tokenizer": PRE_TOKENIZERS[name]}
+    tree = cut_by(name, trained).tree
+    if name == "llama-bpe":
+        tree["model"]["vocab"][UNMERGED] = 290
     if own == "composing":
         tree |= {"normalizer": {"type": "NFC"}}
     if own == "begun":
         tree = with_begin(tree, trained.end_token, trained.end_id)
     tokenizer = Tokenizer(json.dumps(tree), trained.end_token)
     assert tokenizer.pre_tokenizer_name == name
+    assert (290 in tokenizer.encode(PROSE)) == (name == "llama-bpe")
     return tokenizer
 
 

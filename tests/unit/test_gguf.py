@@ -270,7 +270,7 @@ def pieces_named_by_letters() -> Tokenizer:
 def test_ids_that_follow_from_more_than_merges_are_refused(change: dict[str, Any]) -> None:
     tree = byte_tokenizer().tree
     tokenizer = Tokenizer(json.dumps(tree | {"model": tree["model"] | change}))
-    with pytest.raises(DataError, match="ids do not follow from merges alone"):
+    with pytest.raises(DataError, match=r"cut as gpt-2 llama\.cpp makes ids by merges alone"):
         gguf_bytes(release(LLAMA, tokenizer), name="a")
 
 
@@ -284,6 +284,19 @@ def test_whether_a_qwen_composes_characters_is_kept(normalizer: dict[str, str] |
     assert tokenizer_in(header).encode("e\u0301") == tokenizer.encode("e\u0301")
     others = replace(header, fields={key: value for key, value in header.fields.items() if "pocketlm" not in key})
     assert bytes(tokenizer_in(others).encode("e\u0301")) == "\u00e9".encode()
+
+
+def test_a_llama_3_begins_texts_where_its_file_does_not_say(tmp_path: Path) -> None:
+    """As in llama.cpp; the others do not."""
+    tree = byte_tokenizer().tree
+    for cut, model in (("llama-bpe", tree["model"] | {"ignore_merges": True}), ("qwen2", tree["model"])):
+        tokenizer = Tokenizer(json.dumps(tree | {"model": model, "pre_tokenizer": PRE_TOKENIZERS[cut]}))
+        written(tmp_path / "a.gguf", release(LLAMA, tokenizer))
+        header = gguf_file.read_header(tmp_path / "a.gguf")
+        assert tokenizer_in(header).tree["pre_tokenizer"] == tokenizer.tree["pre_tokenizer"]
+        assert tokenizer_in(header).tree["model"]["ignore_merges"] == (cut == "llama-bpe")
+        fields = {key: value for key, value in header.fields.items() if key != "tokenizer.ggml.add_bos_token"}
+        assert tokenizer_in(replace(header, fields=fields)).begin_id == (256 if cut == "llama-bpe" else None)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pocketlm.errors import DataError, FileError, one_line
 from pocketlm.formats.gguf_file import Header, Numbers, Value
 from pocketlm.text.sentencepiece import Kind, Pieces, pieces_of, tokenizer_of
 from pocketlm.text.tokenizer import Tokenizer
-from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, Tree, byte_level_bpe, merges_alone, with_begin
+from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, WHOLE_WORDS, Tree, byte_level_bpe, merges_as_named, with_begin
 
 KEY = "tokenizer.ggml."
 COMPOSES = "pocketlm.tokenizer.nfc"
@@ -150,9 +150,10 @@ def _byte_level_fields(tokenizer: Tokenizer, rows: int) -> tuple[Fields, Sequenc
             f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece's without Metaspace's space: train with --data.tokenizer "
             "gpt2 or bpe:SIZE"
         )
-    if not merges_alone(tree):
+    if not merges_as_named(tree, name):
+        way = "whole words, and then merges (ignore_merges)" if name in WHOLE_WORDS else "merges alone"
         raise DataError(
-            "this tokenizer's ids do not follow from merges alone, and llama.cpp would give other ones; only a Hugging "
+            f"of text cut as {name} llama.cpp makes ids by {way}, and this tokenizer makes other ones; only a Hugging "
             "Face folder keeps them: pocketlm export hf"
         )
     texts = {number: text for text, number in tree["model"]["vocab"].items()}
@@ -191,7 +192,8 @@ def _byte_level(
     used = {text: number for number, text in enumerate(tokens) if kinds[number] != Kind.UNUSED}
     if len(used) < sum(kind != Kind.UNUSED for kind in kinds):
         raise DataError(f"{origin} has a token more than once")
-    begin = _id(fields, "bos_token_id", tokens, origin) if fields.get("add_bos_token") is True else None
+    begins = fields.get("add_bos_token", name == "llama-bpe") is True
+    begin = _id(fields, "bos_token_id", tokens, origin) if begins else None
     end = _id(fields, "eos_token_id", tokens, origin)
     special = {number for number, kind in enumerate(kinds) if kind == Kind.CONTROL}
     special |= {number for number in (begin, end) if number is not None}
