@@ -28,7 +28,7 @@ from pocketlm.formats.release import Release
 from pocketlm.model.transformer import allocate
 from pocketlm.text.sentencepiece import BYTES, Kind, Pieces, tokenizer_of
 from pocketlm.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
-from pocketlm.text.tokenizer_json import PRE_TOKENIZERS
+from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, special_entry
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 300,
@@ -257,6 +257,23 @@ def test_added_tokens_that_llama_cpp_would_not_find_are_refused(flag: str) -> No
             assert fields_of_tokenizer(tokenizer, 400)
         else:
             with pytest.raises(DataError, match=f"the added token '<tool>' has {flag}, which"):
+                fields_of_tokenizer(tokenizer, 400)
+
+
+def test_added_tokens_that_overlap_are_refused() -> None:
+    """In "abcd" the first is ab, and the longest bcd."""
+    tree = byte_tokenizer().tree
+    for contents, other in (
+        (("ab", "bcd"), "bcd"),
+        (("<a", "a>"), "a>"),
+        (("  ", "   ", "<a>", "<a><"), None),
+    ):
+        added = [special_entry(content, 257 + n) | {"special": False} for n, content in enumerate(contents)]
+        tokenizer = Tokenizer(json.dumps(tree | {"added_tokens": [*tree["added_tokens"], *added]}))
+        if other is None:
+            assert fields_of_tokenizer(tokenizer, 400)
+        else:
+            with pytest.raises(DataError, match=f"ends as '{other}' begins, of which llama.cpp takes the longer"):
                 fields_of_tokenizer(tokenizer, 400)
 
 

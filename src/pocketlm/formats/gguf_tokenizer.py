@@ -63,17 +63,45 @@ def fields_of(tokenizer: Tokenizer, rows: int) -> Fields:
 
 
 def _check_added(tree: Tree) -> None:
-    """Refuses added tokens that are text and are looked for in a way that llama.cpp does not know."""
+    """Refuses added tokens that are text, where llama.cpp would find other ones in a text."""
     flags = ["lstrip", "rstrip", "single_word"]
     if tree.get("normalizer") not in (None, {"type": "NFC"}):
         flags.append("normalized")  # then it is looked for in the changed text, in its own changed form
-    for entry in tree.get("added_tokens") or ():
-        given = [flag for flag in flags if entry.get(flag)]
-        if given and not entry.get("special"):
-            raise DataError(
-                f"the added token {one_line(repr(entry['content']))[:60]} has {given[0]}, which llama.cpp does not "
-                "know, and it would give other ids; only a Hugging Face folder keeps them: pocketlm export hf"
-            )
+    plain = [entry for entry in tree.get("added_tokens") or () if not entry.get("special")]
+    why = [
+        (entry["content"], f"has {flag}, which llama.cpp does not know")
+        for entry in plain
+        for flag in flags
+        if entry.get(flag)
+    ]
+    why += _overlaps([entry["content"] for entry in plain])
+    for content, reason in why[:1]:
+        raise DataError(
+            f"the added token {_shown(content)} {reason}, and would give other ids; only a Hugging Face folder keeps "
+            "them: pocketlm export hf"
+        )
+
+
+def _overlaps(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Tokens with whose end another begins: a text has the first of them here, in llama.cpp the longest.
+
+    Of runs of one character (blanks) both take the longest.
+    """
+    begun: dict[str, set[str]] = {}
+    for text in texts:
+        for end in range(1, len(text)):
+            begun.setdefault(text[:end], set()).add(text)
+    return [
+        (text, f"ends as {_shown(other)} begins, of which llama.cpp takes the longer")
+        for text in texts
+        for begin in range(1, len(text))
+        for other in sorted(begun.get(text[begin:], set()) - {text})
+        if len(other) >= len(text) and len({*text, *other}) > 1
+    ]
+
+
+def _shown(text: object) -> str:
+    return one_line(repr(text))[:60]
 
 
 def tokenizer_in(header: Header) -> Tokenizer:
@@ -94,7 +122,7 @@ def tokenizer_in(header: Header) -> Tokenizer:
     if fields.get("model") == "gpt2":
         composes = fields.get("pre") == "qwen2" and header.fields.get(COMPOSES) is not False
         return _byte_level(fields, tokens, kinds, origin, {"type": "NFC"} if composes else None)
-    raise DataError(f"{origin} is of the kind {one_line(repr(fields.get('model')))[:60]}; allowed are llama and gpt2")
+    raise DataError(f"{origin} is of the kind {_shown(fields.get('model'))}; allowed are llama and gpt2")
 
 
 def eot_id(header: Header) -> int | None:
@@ -147,8 +175,8 @@ def _byte_level_fields(tokenizer: Tokenizer, rows: int) -> tuple[Fields, Sequenc
     if name is None or tree["model"].get("type") != "BPE":
         raise DataError(
             f"llama.cpp has no name for the way this tokenizer cuts text, and would give other ids; known are "
-            f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece's without Metaspace's space: train with --data.tokenizer "
-            "gpt2 or bpe:SIZE"
+            f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece's, but for Metaspace's space before a text: train with "
+            "--data.tokenizer gpt2 or bpe:SIZE"
         )
     if not merges_as_named(tree, name):
         way = "whole words, and then merges (ignore_merges)" if name in WHOLE_WORDS else "merges alone"
@@ -183,7 +211,7 @@ def _byte_level(
 ) -> Tokenizer:
     name, merges = fields.get("pre"), fields.get("merges")
     if name not in PRE_TOKENIZERS:
-        raise DataError(f"{origin} cuts text by {one_line(repr(name))[:60]}; allowed are {', '.join(PRE_TOKENIZERS)}")
+        raise DataError(f"{origin} cuts text by {_shown(name)}; allowed are {', '.join(PRE_TOKENIZERS)}")
     if not isinstance(merges, list):
         raise FileError(f"{origin} has no merges")
     pairs = [tuple(merge.split(" ")) for merge in merges if merge]
