@@ -10,6 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from pocketlm.text.sources import open_source
+from pocketlm.text.tokenizer import Tokenizer
+from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, WHOLE_WORDS
 
 KB20 = 20_000
 ACCENTS = re.compile("[\u00c0-\u024f\u0300-\u036f]")
@@ -74,6 +76,13 @@ def vectors(shared: Path) -> list[str]:
     chats = [json.loads(line) for line in (folder / "smollm2/chat_vectors.jsonl").read_text().split("\n") if line]
     pieces = (folder / "gpt2/llamacpp-vectors.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     return [*pieces, *(row["text"] for row in rows), *(chat["rendered"] for chat in chats)]
+
+
+def cut_by(name: str, tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokens where text is cut in another way; Llama 3's takes whole words first."""
+    tree = tokenizer.tree
+    model = tree["model"] | {"ignore_merges": name in WHOLE_WORDS}
+    return Tokenizer(json.dumps(tree | {"model": model, "pre_tokenizer": PRE_TOKENIZERS[name]}))
 
 
 def without(text: str, missing: bytes) -> str:

@@ -13,7 +13,7 @@ import pytest
 import tiktoken
 import torch
 
-from interchange import texts, vectors, without
+from interchange import cut_by, texts, vectors, without
 from pocketlm.cli.main import main
 from pocketlm.config import ModelConfig
 from pocketlm.files import write_file
@@ -51,12 +51,9 @@ def put(tokenizer: Tokenizer, folder: Path) -> Path:
     return folder
 
 
-def cut_by(name: str, tokenizer: Tokenizer) -> Tokenizer:
-    return Tokenizer(json.dumps(tokenizer.tree | {"pre_tokenizer": PRE_TOKENIZERS[name]}))
-
-
 @pytest.mark.parametrize(
-    ("kind", "name"), [("code", "gpt-2"), ("prose", "gpt-2"), ("code", "qwen2"), ("prose", "smollm")]
+    ("kind", "name"),
+    [("code", "gpt-2"), ("prose", "gpt-2"), ("code", "qwen2"), ("prose", "smollm"), ("prose", "llama-bpe")],
 )
 def test_ids_are_the_same_in_every_tool(
     kind: str,

@@ -19,12 +19,16 @@ from pocketlm.config import Config, ModelConfig, SampleConfig
 from pocketlm.errors import DataError, FileError, UsageError
 from pocketlm.files import write_file
 from pocketlm.formats import gguf_file
-from pocketlm.formats.gguf_model import architecture
+from pocketlm.formats.gguf_model import architecture, model_config
+from pocketlm.formats.gguf_tokenizer import fields_of as fields_of_tokenizer
+from pocketlm.formats.gguf_tokenizer import tokenizer_in
 from pocketlm.formats.gguf_writer import TYPES, gguf_bytes
 from pocketlm.formats.pairs import halves, neighbours
 from pocketlm.formats.release import Release
 from pocketlm.model.transformer import allocate
+from pocketlm.text.sentencepiece import BYTES, Kind, Pieces, tokenizer_of
 from pocketlm.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, special_entry
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 300,
@@ -43,6 +47,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama with biases, untied": LLAMA | {"bias": True, "tie_word_embeddings": False},
     "llama 3": LLAMA | {"rope_llama3": (8.0, 1.0, 4.0, 512)},
+    "llama 3, no pair slow": LLAMA | {"rope_llama3": (4.0, 1.0, 4.0, 1_000_000)},
+    "llama 3, the slowest between": LLAMA | {"head_dim": 8, "rope_llama3": (32.0, 1.0, 4.0, 8192)},
+    "llama 3, another low": LLAMA | {"rope_llama3": (8.0, 2.0, 4.5, 128)},
     "qwen3": LLAMA | {"qk_norm": True},
     "gpt2": LLAMA | GPT2 | {"rope_theta": 10000.0},
 }
@@ -233,12 +240,141 @@ def test_a_tokenizer_that_llama_cpp_cannot_have_is_refused() -> None:
         gguf_bytes(release(LLAMA, Tokenizer(json.dumps(tree))), name="a")
 
 
+def with_tool(tree: dict[str, Any], **flags: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False) | flags
+    tool = {"id": max(tree["model"]["vocab"].values()) + 1, "content": "<tool>"} | flags
+    return tree | {"added_tokens": [*tree["added_tokens"], tool]}
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_added_tokens_that_llama_cpp_would_not_find_are_refused(flag: str) -> None:
+    byte_level, pieces = byte_tokenizer().tree, pieces_named_by_letters().tree
+    for tree in (byte_level, pieces):
+        assert fields_of_tokenizer(Tokenizer(json.dumps(with_tool(tree))), 400)
+        assert fields_of_tokenizer(Tokenizer(json.dumps(with_tool(tree, special=True, **{flag: True}))), 400)
+        tokenizer = Tokenizer(json.dumps(with_tool(tree, **{flag: True})))
+        if tree is byte_level and flag == "normalized":  # it has no normalizer
+            assert fields_of_tokenizer(tokenizer, 400)
+        else:
+            with pytest.raises(DataError, match=f"the added token '<tool>' has {flag}, which"):
+                fields_of_tokenizer(tokenizer, 400)
+
+
+def test_added_tokens_that_overlap_are_refused() -> None:
+    """In "abcd" the first is ab, and the longest bcd."""
+    tree = byte_tokenizer().tree
+    for contents, other in (
+        (("ab", "bcd"), "bcd"),
+        (("<a", "a>"), "a>"),
+        (("  ", "   ", "<a>", "<a><"), None),
+    ):
+        added = [special_entry(content, 257 + n) | {"special": False} for n, content in enumerate(contents)]
+        tokenizer = Tokenizer(json.dumps(tree | {"added_tokens": [*tree["added_tokens"], *added]}))
+        if other is None:
+            assert fields_of_tokenizer(tokenizer, 400)
+        else:
+            with pytest.raises(DataError, match=f"ends as '{other}' begins, of which llama.cpp takes the longer"):
+                fields_of_tokenizer(tokenizer, 400)
+
+
+def pieces_named_by_letters() -> Tokenizer:
+    texts = ["<unk>", "<s>", "</s>", *BYTES, "\u2581", "a", "aa"]
+    kinds = [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL] + [Kind.BYTE] * 256 + [Kind.NORMAL] * 3
+    return tokenizer_of(Pieces(texts, [0.0] * len(texts), kinds), "pieces")
+
+
+@pytest.mark.parametrize("change", [{"ignore_merges": True}, {"dropout": 0.5}, {"end_of_word_suffix": "</w>"}], ids=str)
+def test_ids_that_follow_from_more_than_merges_are_refused(change: dict[str, Any]) -> None:
+    tree = byte_tokenizer().tree
+    tokenizer = Tokenizer(json.dumps(tree | {"model": tree["model"] | change}))
+    with pytest.raises(DataError, match=r"cut as gpt-2 llama\.cpp makes ids by merges alone"):
+        gguf_bytes(release(LLAMA, tokenizer), name="a")
+
+
+@pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}], ids=str)
+def test_whether_a_qwen_composes_characters_is_kept(normalizer: dict[str, str] | None, tmp_path: Path) -> None:
+    """And of a file of others, which does not say, it is as Qwen's own."""
+    tree = byte_tokenizer().tree | {"normalizer": normalizer, "pre_tokenizer": PRE_TOKENIZERS["qwen2"]}
+    tokenizer = Tokenizer(json.dumps(tree))
+    written(tmp_path / "a.gguf", release(LLAMA, tokenizer))
+    header = gguf_file.read_header(tmp_path / "a.gguf")
+    assert tokenizer_in(header).encode("e\u0301") == tokenizer.encode("e\u0301")
+    others = replace(header, fields={key: value for key, value in header.fields.items() if "pocketlm" not in key})
+    assert bytes(tokenizer_in(others).encode("e\u0301")) == "\u00e9".encode()
+
+
+def test_a_llama_3_begins_texts_where_its_file_does_not_say(tmp_path: Path) -> None:
+    """As in llama.cpp; the others do not."""
+    tree = byte_tokenizer().tree
+    for cut, model in (("llama-bpe", tree["model"] | {"ignore_merges": True}), ("qwen2", tree["model"])):
+        tokenizer = Tokenizer(json.dumps(tree | {"model": model, "pre_tokenizer": PRE_TOKENIZERS[cut]}))
+        written(tmp_path / "a.gguf", release(LLAMA, tokenizer))
+        header = gguf_file.read_header(tmp_path / "a.gguf")
+        assert tokenizer_in(header).tree["pre_tokenizer"] == tokenizer.tree["pre_tokenizer"]
+        assert tokenizer_in(header).tree["model"]["ignore_merges"] == (cut == "llama-bpe")
+        fields = {key: value for key, value in header.fields.items() if key != "tokenizer.ggml.add_bos_token"}
+        assert tokenizer_in(replace(header, fields=fields)).begin_id == (256 if cut == "llama-bpe" else None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope.scaling.factor": 4.0}, "llama.rope.scaling.factor is 4.0"),
+        ({"rope.scale_linear": 4.0}, "llama.rope.scale_linear is 4.0"),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.type": "linear"}, r"scaled rotary positions \(linear\)"),
+        ({"rope.scaling.attn_factor": 0.5}, "attn_factor is 0.5; allowed is 1"),
+        ({"attention.causal": False}, "allowed is causal attention"),
+        ({"rope.scaling.factor": 1.0, "rope.scale_linear": 0.0, "attention.causal": True}, None),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.type": "none"}, None),  # llama.cpp scales nothing, either
+        (
+            {"attention.key_length": None, "attention.value_length": None, "rope.dimension_count": 12},
+            "rope.dimension_count is 12; allowed is 16",
+        ),
+        ({"attention.key_length": None, "attention.value_length": 24}, "value_length is 24; allowed is 16"),
+        ({"attention.key_length": None, "attention.value_length": None, "rope.dimension_count": None}, None),
+    ],
+    ids=str,
+)
+def test_what_a_file_asks_for_and_we_do_not_compute(fields: dict[str, Any], words: str | None, tmp_path: Path) -> None:
+    made = release(LLAMA | {"head_dim": 16})
+    written(tmp_path / "a.gguf", made)
+    header = gguf_file.read_header(tmp_path / "a.gguf")
+    others = {
+        key: value for key, value in header.fields.items() if fields.get(key.removeprefix("llama."), 0) is not None
+    }
+    given = {f"llama.{name}": value for name, value in fields.items() if value is not None}
+    header = replace(header, fields=others | given)
+    if words is None:
+        assert model_config(header) == made.model
+    else:
+        with pytest.raises(FileError, match=words):
+            model_config(header)
+
+
+def test_biases_on_some_projections_are_no_damage(tmp_path: Path) -> None:
+    """A Qwen2 that was made a Llama has them on q, k and v alone."""
+    written(tmp_path / "a.gguf", release(LLAMA | {"bias": True}))
+    header = gguf_file.read_header(tmp_path / "a.gguf")
+    kept = {name: place for name, place in header.tensors.items() if not name.endswith(("output.bias", "ffn_up.bias"))}
+    with pytest.raises(FileError, match=r"a.gguf has no blk.0.attn_output.bias; allowed are biases on all projections"):
+        model_config(replace(header, tensors=kept))
+
+
+def test_the_way_out_of_k_quants_is_named(tmp_path: Path) -> None:
+    written(tmp_path / "a.gguf", release(LLAMA))
+    name, q4_k = b"token_embd.weight", (12).to_bytes(4, "little")
+    data = bytearray((tmp_path / "a.gguf").read_bytes())
+    place = data.index(name) + len(name) + 4 + 2 * 8  # behind the number of dimensions, and both
+    data[place : place + 4] = q4_k
+    (tmp_path / "a.gguf").write_bytes(data)
+    with pytest.raises(FileError, match=r"is of type Q4_K; .* llama-quantize --allow-requantize IN OUT F16"):
+        gguf_file.read_header(tmp_path / "a.gguf")
+
+
 # --- a vocabulary of llama.cpp's own
 
 
 def test_gpt2s_vocabulary_has_gpt2s_ids(shared: Path) -> None:
-    from pocketlm.formats.gguf_tokenizer import tokenizer_in
-
     tokenizer = tokenizer_in(gguf_file.read_header(shared / "models/gguf/ggml-vocab-gpt-2.gguf"))
     inputs = (shared / "tokenizers/gpt2/llamacpp-vectors.inp").read_text().split("\n__ggml_vocab_test__\n")
     outputs = (shared / "tokenizers/gpt2/llamacpp-vectors.out").read_text().splitlines()

@@ -235,12 +235,12 @@ def test_sampling_that_is_not_said_is_ours_and_nonsense_is_refused() -> None:
 
 
 def test_ids_that_end_a_text() -> None:
-    assert hf.end_ids({"eos_token_id": [128001, 128009]}) == {128001, 128009}
-    assert hf.end_ids({"eos_token_id": 2}) == {2}
-    assert hf.end_ids({}) == hf.end_ids({"eos_token_id": None}) == set()
-    for wrong in ("2", 2.0, True, [2, [3]]):
+    assert hf.end_ids({"eos_token_id": [128001, 128009]}, 128256) == {128001, 128009}
+    assert hf.end_ids({"eos_token_id": [2, 0]}, 3) == {2, 0}
+    assert hf.end_ids({}, 3) == hf.end_ids({"eos_token_id": None}, 3) == set()
+    for wrong in ("2", 2.0, True, [2, [3]], -5, 3, [1, 99999]):
         with pytest.raises(FileError, match=r"generation_config\.json: eos_token_id is"):
-            hf.end_ids({"eos_token_id": wrong})
+            hf.end_ids({"eos_token_id": wrong}, 3)
 
 
 def test_the_tokenizer_class_is_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,14 +108,21 @@ def test_what_sentencepiece_would_cut_in_another_way_has_no_pieces() -> None:
         assert pieces_of(Tokenizer(json.dumps(whole | change), "</s>")) is None
 
 
-def test_metaspace_is_the_same_treatment_of_spaces() -> None:
-    tree = tokenizer_of(PIECES, "pieces").tree
-    cut = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+@pytest.mark.parametrize("scheme", ["never", "first", "always"])
+def test_metaspace_is_the_same_treatment_of_spaces_where_it_adds_none(scheme: str) -> None:
+    tree = tokenizer_of(replace(PIECES, adds_space=scheme != "never"), "pieces").tree
+    cut = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
     tokenizer = Tokenizer(json.dumps(tree | {"normalizer": None, "pre_tokenizer": cut}), "</s>")
-    pieces = pieces_of(tokenizer)
-    assert pieces is not None
-    assert pieces.adds_space
-    assert tokenizer.encode("the raven  sings") == encoded(PIECES, "the raven  sings")
+    pieces, same = pieces_of(tokenizer), replace(PIECES, adds_space=scheme != "never")
+    if scheme == "never":
+        assert pieces is not None
+        assert not pieces.adds_space
+        for text in ("the raven  sings", " the raven", "    return x\n"):
+            assert tokenizer.encode(text) == encoded(same, text)
+    else:
+        assert pieces is None
+        assert tokenizer.encode("the raven") == encoded(same, "the raven")
+        assert tokenizer.encode(" the raven") != encoded(same, " the raven")  # the reason
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def test_the_verbs_refuse_in_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
             2,
             "ranks is a folder and says its own --cut and --special; leave them out",
         ),
-        ("import a.tiktoken --out x", 2, "add --cut gpt-2|smollm|qwen2 and --special '<|endoftext|>=ID'"),
+        ("import a.tiktoken --out x", 2, "add --cut gpt-2|smollm|qwen2|llama-bpe and --special '<|endoftext|>=ID'"),
         ("import a.tiktoken --cut cl100k --special <s>=300 --out x", 2, "invalid choice: 'cl100k'"),
         ("import a.tiktoken --cut gpt-2 --special <s>=x --out x", 2, "--special '<s>=x': allowed is TOKEN=ID"),
         ("import a.tiktoken --cut gpt-2 --special <s>=300 --special <s>=301 --out x", 2, "names a token twice"),

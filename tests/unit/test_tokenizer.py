@@ -26,7 +26,7 @@ from pocketlm.text.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from pocketlm.text.tokenizer_json import byte_alphabet
+from pocketlm.text.tokenizer_json import byte_alphabet, merges_as_named, special_entry
 
 HARD_TEXTS = [
     "",
@@ -262,7 +262,7 @@ def test_long_texts_in_parts_have_the_same_ids(own: Tokenizer, monkeypatch: pyte
 @given(text=st.text(alphabet="a1.' \n\r\t\x0b\x1c\x85\u00a0\u2028\u0301\u00e9's", max_size=40), size=st.integers(1, 9))
 def test_no_token_spans_a_cut(text: str, size: int) -> None:
     assert "".join(cut_at_lines(text, size)) == text
-    for engine in (_OWN._engine, _QWEN):
+    for engine in (_OWN._engine, _QWEN, _LLAMA3.without_begin()._engine):
         cut = [token for part in cut_at_lines(text, size) for token in engine.encode(part).ids]
         assert cut == engine.encode(text).ids
 
@@ -282,6 +282,41 @@ def _qwen_like() -> tokenizers.Tokenizer:
 
 
 _QWEN = _qwen_like()
+
+
+def _llama3(**changes: Any) -> Tokenizer:
+    """In the form of Llama 3's own file, with two tokens that no merges make."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tree = json.loads(_OWN.to_json())
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    tree["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    begin, text = {"SpecialToken": {"id": "<|begin_of_text|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [begin | {"SpecialToken": begin["SpecialToken"] | {"type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    ids = {"<|begin_of_text|>": {"id": "<|begin_of_text|>", "ids": [302], "tokens": ["<|begin_of_text|>"]}}
+    template = {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, *second]}
+    around = byte_level | {"add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    tree["post_processor"] = {"type": "Sequence", "processors": [around, template | {"special_tokens": ids}]}
+    tree["added_tokens"].append(special_entry("<|begin_of_text|>", 302))
+    tree["model"] |= {"ignore_merges": True, "vocab": tree["model"]["vocab"] | {"\u0120zyx": 300, "123": 301}}
+    return Tokenizer(json.dumps(tree | changes))
+
+
+_LLAMA3 = _llama3()
+
+
+def test_llama_3_takes_whole_words_and_digits_by_threes() -> None:
+    assert (_LLAMA3.pre_tokenizer_name, _LLAMA3.begin_id) == ("llama-bpe", 302)
+    number = _LLAMA3.encode("4")
+    assert _LLAMA3.encode(" zyx1234") == [300, 301, *number]
+    assert _LLAMA3.encode(" zyxw") == _OWN.encode(" zyxw")
+    assert merges_as_named(_LLAMA3.tree, "llama-bpe")
+    assert not merges_as_named(_LLAMA3.tree, "qwen2")
+    assert not merges_as_named(_OWN.tree, "llama-bpe")
+    assert _llama3(normalizer={"type": "NFC"}).pre_tokenizer_name is None
 
 
 def test_added_tokens_with_line_ends_forbid_cuts(own: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

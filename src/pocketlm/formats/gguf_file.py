@@ -296,7 +296,10 @@ def _encoding(cursor: _Cursor, name: str, shape: tuple[int, ...]) -> Encoding:
     if kind not in ENCODINGS:
         allowed = ", ".join(encoding.name for encoding in ENCODINGS.values())
         given = OTHERS.get(kind, f"number {kind}")
-        raise FileError(f"{cursor.path}: {one_line(name)} is of type {given}; allowed are {allowed}")
+        raise FileError(
+            f"{cursor.path}: {one_line(name)} is of type {given}; allowed are {allowed}; llama.cpp makes one of them: "
+            "llama-quantize --allow-requantize IN OUT F16"
+        )
     if shape[-1] % ENCODINGS[kind].block or not math.prod(shape):
         raise FileError(f"{cursor.path} is damaged: {one_line(name)} is {shape} of type {ENCODINGS[kind].name}")
     return ENCODINGS[kind]

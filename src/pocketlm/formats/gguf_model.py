@@ -21,7 +21,7 @@ from pocketlm.clashes import problems
 from pocketlm.config import ModelConfig
 from pocketlm.errors import FileError, one_line
 from pocketlm.formats.gguf_file import Header, read_tensor
-from pocketlm.formats.huggingface import MAX_LAYERS, tensor_shapes
+from pocketlm.formats.huggingface import LLAMA3, MAX_LAYERS, tensor_shapes
 from pocketlm.formats.pairs import halves, neighbours
 from pocketlm.model.transformer import Llama3Scaling, llama3_scaled, rotary_frequencies
 from pocketlm.tensors import Shapes
@@ -46,7 +46,9 @@ INSIDE = {
     "mlp.down_proj": "ffn_down",
 }
 FACTORS, ORIGINAL_CONTEXT = "rope_freqs.weight", "rope.scaling.original_context_length"
-"""By how much slower each pair of a Llama 3 turns, and in which context it was first trained; low is 1 and high 4."""
+"""By how much slower each pair of a Llama 3 turns, and in which context it was first trained."""
+SCALING = [f"pocketlm.rope_llama3.{name}" for name in LLAMA3[:-1]]
+"""What gives these factors, which do not tell it in each case; files of others do not say, and low is 1 and high 4."""
 IN_ONE = re.compile(r"(blk\.\d+\.)attn_[qkv]\.(weight|bias)")
 """GPT-2's, which lie above one another in `attn_qkv`."""
 
@@ -104,7 +106,8 @@ def fields_of(model: ModelConfig, arch: str) -> dict[str, Number]:
         }
         if model.rope_llama3:
             numbers[ORIGINAL_CONTEXT] = model.rope_llama3[-1]
-    return {f"{arch}.{name}": number for name, number in numbers.items()}
+    own = dict(zip(SCALING, model.rope_llama3 or (), strict=False))
+    return {f"{arch}.{name}": number for name, number in numbers.items()} | own
 
 
 def tensors_of(model: ModelConfig, arch: str, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -139,7 +142,7 @@ def model_config(header: Header) -> ModelConfig:
         raise FileError(f"{path} is damaged: {problems(error)[0].removeprefix(': ')}") from None
     if model.num_hidden_layers > min(MAX_LAYERS, len(header.tensors)):
         raise FileError(f"{path} is damaged: {model.num_hidden_layers:,} layers in {len(header.tensors):,} tensors")
-    _check_shapes(header, shapes_of(model, str(arch)))
+    _check_shapes(header, str(arch), shapes_of(model, str(arch)))
     return model
 
 
@@ -223,7 +226,7 @@ def _model_fields(header: Header, numbers: _Numbers) -> dict[str, Any]:
         "num_hidden_layers": numbers.get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": numbers.get("attention.head_count_kv", heads),
-        "head_dim": numbers.get("attention.key_length", width // (heads or 1)),
+        "head_dim": _head_dim(numbers),
         "max_position_embeddings": numbers.get("context_length"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "bias": any(name.endswith(("attn_q.bias", "attn_qkv.bias")) for name in header.tensors),
@@ -237,6 +240,12 @@ def _model_fields(header: Header, numbers: _Numbers) -> dict[str, Any]:
     return fields | {"rope_llama3": _scaling(header, numbers, fields["head_dim"], theta)}
 
 
+def _head_dim(numbers: _Numbers) -> Number:
+    """The width of a head, said or by the model's."""
+    derived = numbers.get("embedding_length") // (numbers.get("attention.head_count") or 1)
+    return numbers.get("attention.key_length", derived)
+
+
 def _factors(head_dim: int, theta: float, scaling: Llama3Scaling) -> Tensor:
     """By how much slower each pair turns, (D/2,)."""
     frequencies = rotary_frequencies(head_dim, theta)
@@ -244,7 +253,7 @@ def _factors(head_dim: int, theta: float, scaling: Llama3Scaling) -> Tensor:
 
 
 def _scaling(header: Header, numbers: _Numbers, head_dim: Number, theta: Number) -> Llama3Scaling | None:
-    """Llama 3's scaling, found again from the factors that it gives.
+    """Llama 3's scaling, as a file of ours says it, or found again from the factors that it gives.
 
     Raises:
         FileError: it does not give them.
@@ -252,10 +261,13 @@ def _scaling(header: Header, numbers: _Numbers, head_dim: Number, theta: Number)
     if FACTORS not in header.tensors:
         return None
     given, original = read_tensor(header, FACTORS).flatten(), numbers.get(ORIGINAL_CONTEXT, 8192)
-    fits = len(given) == head_dim / 2 and given.max() > 0 and theta > 0
-    if fits and isinstance(original, int) and original > 0:
-        scaling = (given.max().item(), 1.0, 4.0, original)
-        if torch.allclose(given, _factors(int(head_dim), theta, scaling), rtol=1e-4):
+    usual = given.max().item(), 1.0, 4.0
+    said = [header.fields.get(key, number) for key, number in zip(SCALING, usual, strict=True)]
+    factor, low, high = (number if isinstance(number, float) else 0.0 for number in said)
+    if len(given) == head_dim / 2 and theta > 0 and isinstance(original, int):
+        scaling = (factor, low, high, original)
+        possible = low < high and min(scaling) > 0
+        if possible and torch.allclose(given, _factors(int(head_dim), theta, scaling), rtol=1e-4):
             return scaling
     raise FileError(f"{header.path}: scaled rotary positions in {FACTORS}; allowed are those of Llama 3, or plain ones")
 
@@ -270,21 +282,33 @@ def _refuse_other_options(header: Header, numbers: _Numbers) -> None:
         raise FileError(
             f"{path}: scaled rotary positions ({one_line(str(scaling))}); allowed are Llama 3's, or plain ones"
         )
+    for name in ("rope.scaling.factor", "rope.scale_linear"):
+        if f"{arch}.rope.scaling.type" not in header.fields and numbers.get(name, 1) not in (0, 1):
+            raise FileError(
+                f"{path}: {arch}.{name} is {numbers.get(name)}, which without a type is linear scaling of rotary "
+                "positions; allowed are Llama 3's, or plain ones"
+            )
+    if (factor := numbers.get("rope.scaling.attn_factor", 1)) != 1:
+        raise FileError(f"{path}: {arch}.rope.scaling.attn_factor is {factor}; allowed is 1")
+    if header.fields.get(f"{arch}.attention.causal", True) is not True:
+        raise FileError(f"{path}: given attention to later tokens, too; allowed is causal attention")
     if numbers.get("expert_count", 0):
         raise FileError(f"{path}: a mixture of {numbers.get('expert_count')} experts; allowed is a dense model")
     if numbers.get("attention.sliding_window", 0):
         raise FileError(f"{path}: given sliding-window attention; allowed is full attention in every layer")
     if arch == "gpt2":
         return
-    head = numbers.get("attention.key_length", numbers.get("rope.dimension_count", 0))
+    head = _head_dim(numbers)
     for name in ("attention.value_length", "rope.dimension_count"):
         if head and numbers.get(name, head) != head:
             raise FileError(f"{path}: {arch}.{name} is {numbers.get(name)}; allowed is {head}, the width of a head")
 
 
-def _check_shapes(header: Header, expected: Shapes) -> None:
+def _check_shapes(header: Header, arch: str, expected: Shapes) -> None:
     path, shapes = header.path, {name: place.shape for name, place in header.tensors.items()}
     missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    if missing and arch != "gpt2" and all(name.endswith(".bias") for name in missing):
+        raise FileError(f"{path} has no {missing[0]}; allowed are biases on all projections of a {arch} model, or none")
     if missing:
         raise FileError(f"{path} is damaged: {missing[0]} is missing")
     if extra:

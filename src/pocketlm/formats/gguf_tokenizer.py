@@ -4,7 +4,9 @@
     "llama"   SentencePiece's BPE: pieces and scores
 
 Ids stay equal only if llama.cpp cuts text in the same way, and it knows ways by name: a tokenizer whose way has no name
-here is refused, in both directions.
+here is refused, in both directions. So is one whose ids follow from more than merges, or whose added tokens ask for
+more than to be found. One difference is left: Qwen's tokenizers compose characters first (NFC), and llama.cpp does not,
+so that text which is not composed gets other ids there.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from pocketlm.errors import DataError, FileError, one_line
 from pocketlm.formats.gguf_file import Header, Numbers, Value
 from pocketlm.text.sentencepiece import Kind, Pieces, pieces_of, tokenizer_of
 from pocketlm.text.tokenizer import Tokenizer
-from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, byte_level_bpe, with_begin
+from pocketlm.text.tokenizer_json import PRE_TOKENIZERS, WHOLE_WORDS, Tree, byte_level_bpe, merges_as_named, with_begin
 
 KEY = "tokenizer.ggml."
+COMPOSES = "pocketlm.tokenizer.nfc"
+"""Whether a "qwen2" tokenizer has NFC; Qwen's own do, and files of others do not say."""
 Field = bool | int | float | str | list[str] | list[int] | list[float]
 Fields = dict[str, Field]
 
@@ -33,6 +37,7 @@ def fields_of(tokenizer: Tokenizer, rows: int) -> Fields:
     Raises:
         DataError: llama.cpp would give other ids.
     """
+    _check_added(tokenizer.tree)
     if (pieces := pieces_of(tokenizer)) is not None:
         own: Fields = {
             "model": "llama",
@@ -53,7 +58,50 @@ def fields_of(tokenizer: Tokenizer, rows: int) -> Fields:
     }
     if Kind.UNKNOWN in kinds:
         both["unknown_token_id"] = list(kinds).index(Kind.UNKNOWN)
-    return {KEY + name: value for name, value in (own | both).items()}
+    fields = {KEY + name: value for name, value in (own | both).items()}
+    return fields | ({COMPOSES: bool(tokenizer.tree["normalizer"])} if own.get("pre") == "qwen2" else {})
+
+
+def _check_added(tree: Tree) -> None:
+    """Refuses added tokens that are text, where llama.cpp would find other ones in a text."""
+    flags = ["lstrip", "rstrip", "single_word"]
+    if tree.get("normalizer") not in (None, {"type": "NFC"}):
+        flags.append("normalized")  # then it is looked for in the changed text, in its own changed form
+    plain = [entry for entry in tree.get("added_tokens") or () if not entry.get("special")]
+    why = [
+        (entry["content"], f"has {flag}, which llama.cpp does not know")
+        for entry in plain
+        for flag in flags
+        if entry.get(flag)
+    ]
+    why += _overlaps([entry["content"] for entry in plain])
+    for content, reason in why[:1]:
+        raise DataError(
+            f"the added token {_shown(content)} {reason}, and would give other ids; only a Hugging Face folder keeps "
+            "them: pocketlm export hf"
+        )
+
+
+def _overlaps(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Tokens with whose end another begins: a text has the first of them here, in llama.cpp the longest.
+
+    Of runs of one character (blanks) both take the longest.
+    """
+    begun: dict[str, set[str]] = {}
+    for text in texts:
+        for end in range(1, len(text)):
+            begun.setdefault(text[:end], set()).add(text)
+    return [
+        (text, f"ends as {_shown(other)} begins, of which llama.cpp takes the longer")
+        for text in texts
+        for begin in range(1, len(text))
+        for other in sorted(begun.get(text[begin:], set()) - {text})
+        if len(other) >= len(text) and len({*text, *other}) > 1
+    ]
+
+
+def _shown(text: object) -> str:
+    return one_line(repr(text))[:60]
 
 
 def tokenizer_in(header: Header) -> Tokenizer:
@@ -72,8 +120,9 @@ def tokenizer_in(header: Header) -> Tokenizer:
     if fields.get("model") == "llama":
         return _sentencepiece(fields, tokens, kinds, origin)
     if fields.get("model") == "gpt2":
-        return _byte_level(fields, tokens, kinds, origin)
-    raise DataError(f"{origin} is of the kind {one_line(repr(fields.get('model')))[:60]}; allowed are llama and gpt2")
+        composes = fields.get("pre") == "qwen2" and header.fields.get(COMPOSES) is not False
+        return _byte_level(fields, tokens, kinds, origin, {"type": "NFC"} if composes else None)
+    raise DataError(f"{origin} is of the kind {_shown(fields.get('model'))}; allowed are llama and gpt2")
 
 
 def eot_id(header: Header) -> int | None:
@@ -126,7 +175,14 @@ def _byte_level_fields(tokenizer: Tokenizer, rows: int) -> tuple[Fields, Sequenc
     if name is None or tree["model"].get("type") != "BPE":
         raise DataError(
             f"llama.cpp has no name for the way this tokenizer cuts text, and would give other ids; known are "
-            f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece's: train with --data.tokenizer gpt2 or bpe:SIZE"
+            f"{', '.join(PRE_TOKENIZERS)}, and SentencePiece's, but for Metaspace's space before a text: train with "
+            "--data.tokenizer gpt2 or bpe:SIZE"
+        )
+    if not merges_as_named(tree, name):
+        way = "whole words, and then merges (ignore_merges)" if name in WHOLE_WORDS else "merges alone"
+        raise DataError(
+            f"of text cut as {name} llama.cpp makes ids by {way}, and this tokenizer makes other ones; only a Hugging "
+            "Face folder keeps them: pocketlm export hf"
         )
     texts = {number: text for text, number in tree["model"]["vocab"].items()}
     texts |= {entry["id"]: entry["content"] for entry in tree["added_tokens"]}
@@ -150,10 +206,12 @@ def _kind(number: int, texts: Mapping[int, str], added: set[int], special: froze
     return Kind.USER_DEFINED if number in added else Kind.NORMAL
 
 
-def _byte_level(fields: Mapping[str, Value], tokens: list[str], kinds: list[Any], origin: str) -> Tokenizer:
+def _byte_level(
+    fields: Mapping[str, Value], tokens: list[str], kinds: list[Any], origin: str, normalizer: Tree | None
+) -> Tokenizer:
     name, merges = fields.get("pre"), fields.get("merges")
     if name not in PRE_TOKENIZERS:
-        raise DataError(f"{origin} cuts text by {one_line(repr(name))[:60]}; allowed are {', '.join(PRE_TOKENIZERS)}")
+        raise DataError(f"{origin} cuts text by {_shown(name)}; allowed are {', '.join(PRE_TOKENIZERS)}")
     if not isinstance(merges, list):
         raise FileError(f"{origin} has no merges")
     pairs = [tuple(merge.split(" ")) for merge in merges if merge]
@@ -162,7 +220,8 @@ def _byte_level(fields: Mapping[str, Value], tokens: list[str], kinds: list[Any]
     used = {text: number for number, text in enumerate(tokens) if kinds[number] != Kind.UNUSED}
     if len(used) < sum(kind != Kind.UNUSED for kind in kinds):
         raise DataError(f"{origin} has a token more than once")
-    begin = _id(fields, "bos_token_id", tokens, origin) if fields.get("add_bos_token") is True else None
+    begins = fields.get("add_bos_token", name == "llama-bpe") is True
+    begin = _id(fields, "bos_token_id", tokens, origin) if begins else None
     end = _id(fields, "eos_token_id", tokens, origin)
     special = {number for number, kind in enumerate(kinds) if kind == Kind.CONTROL}
     special |= {number for number in (begin, end) if number is not None}
@@ -171,7 +230,8 @@ def _byte_level(fields: Mapping[str, Value], tokens: list[str], kinds: list[Any]
         for text, number in used.items()
         if number in special or kinds[number] == Kind.USER_DEFINED
     ]
-    tree = byte_level_bpe(used, [(first, second) for first, second in pairs], str(name)) | {"added_tokens": added}
+    tree = byte_level_bpe(used, [(first, second) for first, second in pairs], str(name))
+    tree |= {"added_tokens": added, "normalizer": normalizer}
     if begin is not None:
         tree = with_begin(tree, tokens[begin], begin)
     return Tokenizer(json.dumps(tree), None if end is None else tokens[end], origin)

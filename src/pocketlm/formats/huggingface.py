@@ -122,16 +122,20 @@ def sample_config(tree: Mapping[str, Any]) -> SampleConfig:
         raise FileError(f"generation_config.json: {_first_problem(error)}") from None
 
 
-def end_ids(tree: Mapping[str, Any]) -> frozenset[int]:
+def end_ids(tree: Mapping[str, Any], vocab_size: int) -> frozenset[int]:
     """The ids that end a text, by a generation_config.json, or by the config.json of a folder without one.
 
     Raises:
-        FileError: they are none.
+        FileError: they are none, or the model has none such.
     """
     given = tree.get("eos_token_id")
     ids = [] if given is None else given if isinstance(given, list) else [given]
     if wrong := [number for number in ids if type(number) is not int]:
         raise FileError(f"generation_config.json: eos_token_id is {wrong[0]!r}; allowed is an id, or a list of them")
+    if strange := [number for number in ids if not 0 <= number < vocab_size]:
+        raise FileError(
+            f"generation_config.json: eos_token_id is {strange[0]}; allowed are ids of the model, 0 to {vocab_size - 1}"
+        )
     return frozenset(ids)
 
 

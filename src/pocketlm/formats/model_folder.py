@@ -43,7 +43,7 @@ def read_folder(
         tokenizer,
         huggingface.sample_config(generation),
         _chat_template(folder),
-        huggingface.end_ids(generation or tree) - {tokenizer.end_id},
+        huggingface.end_ids(generation or tree, config.vocab_size) - {tokenizer.end_id},
         token_names=_token_names(folder),
     )
 

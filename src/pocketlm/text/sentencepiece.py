@@ -178,10 +178,14 @@ def _kinds(tokenizer: Tokenizer, texts: Mapping[int, str]) -> dict[int, Kind]:
 
 
 def _spaces(tree: Tree) -> bool | None:
-    """Whether a tokenizer.json puts a space before a text; None if it treats spaces in another way than pieces do."""
+    """Whether a tokenizer.json puts a space before a text; None if it treats spaces in another way than pieces do.
+
+    Metaspace puts none before a text that begins with one, where SentencePiece does.
+    """
     cutting, normalizer = tree.get("pre_tokenizer"), tree.get("normalizer") or {}
     if cutting and not normalizer and (cutting["type"], cutting.get("replacement")) == ("Metaspace", SPACE):
-        return None if cutting.get("split", True) else bool(cutting.get("prepend_scheme") != "never")
+        same = not cutting.get("split", True) and cutting.get("prepend_scheme") == "never"
+        return False if same else None
     steps = normalizer.get("normalizers") if normalizer.get("type") == "Sequence" else [normalizer]
     if cutting or steps not in ([_REPLACE], [_PREPEND, _REPLACE]):
         return None

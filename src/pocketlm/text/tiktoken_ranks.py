@@ -25,11 +25,12 @@ from pocketlm.errors import DataError, one_line
 from pocketlm.text import fast_encoders
 from pocketlm.text.tokenizer import Tokenizer
 from pocketlm.text.tokenizer_json import (
+    LLAMA3_PATTERN,
     PRE_TOKENIZERS,
     QWEN2_PATTERN,
     byte_alphabet,
     byte_level_bpe,
-    merges_alone,
+    merges_as_named,
     special_entry,
     with_begin,
 )
@@ -37,7 +38,7 @@ from pocketlm.text.tokenizer_json import (
 if TYPE_CHECKING:
     import tiktoken
 
-PATTERNS = fast_encoders.PATTERNS | {"qwen2": QWEN2_PATTERN}
+PATTERNS = fast_encoders.PATTERNS | {"qwen2": QWEN2_PATTERN, "llama-bpe": LLAMA3_PATTERN}
 """The ways to cut text that have a name here, as tiktoken writes them."""
 MAX_TOKEN_BYTES = 256  # GPT-2's and Llama 3's longest have 128; the work for one grows with its square
 
@@ -97,7 +98,7 @@ def _unlike(tokenizer: Tokenizer) -> str | None:
         return f"it cuts text in a way that has no name here; known are {', '.join(PATTERNS)}"
     if tree.get("normalizer"):
         return f"it changes a text before it cuts it ({tree['normalizer']['type']})"
-    if not merges_alone(tree):
+    if not merges_as_named(tree, tokenizer.pre_tokenizer_name):
         return "its ids do not follow from merges alone"
     if plain := [entry["content"] for entry in tree.get("added_tokens") or () if not entry.get("special")]:
         return f"it has added tokens that text makes ({_shown(plain[0])})"

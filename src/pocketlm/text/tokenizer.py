@@ -80,8 +80,8 @@ class Tokenizer:
         special_tokens, special_ids: tokens that no text can make; {token: id} and the ids.
         token_bytes: the UTF-8 bytes of each id's text; b"" for special ids and for ids that do not exist.
         byte_lengths: (vocab_size,) int64, the lengths of token_bytes.
-        pre_tokenizer_name: what llama.cpp calls the way text is cut ("gpt-2", "smollm", "qwen2"), None if it has
-            no name here; without it a GGUF file would give other ids.
+        pre_tokenizer_name: what llama.cpp calls the way text is cut ("gpt-2", "smollm", "qwen2", "llama-bpe"), None if
+            it has no name here; without it a GGUF file would give other ids.
         fingerprint: SHA-256 of the canonical JSON, without what is put before a text, and the end id.
     """
 

@@ -22,6 +22,9 @@ QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Llama 3's tokenizer.json, the same in 3.1 and 3.2: digits by threes; llama.cpp's LLAMA_VOCAB_PRE_TYPE_LLAMA3.
+LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
+
 SPARE_IDS = 1 << 16
 
 # What known tokenizers stay far below: Llama 2 puts "\u2581" before a text, GPT-2 makes two bytes of one, and the
@@ -186,24 +189,34 @@ def merges_alone(tree: Tree) -> bool:
     return tree["model"].get("type") == "BPE" and not any(tree["model"].get(name) for name in others)
 
 
+def merges_as_named(tree: Tree, name: str) -> bool:
+    """Whether a token follows from merges, and from whole words first if, and only if, text cut so has that too."""
+    model = tree["model"]
+    whole_words = bool(model.get("ignore_merges"))
+    return whole_words == (name in WHOLE_WORDS) and merges_alone({"model": model | {"ignore_merges": False}})
+
+
 _BYTE_LEVEL: Tree = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_SPLIT: Tree = {"type": "Split", "behavior": "Isolated", "invert": False}
+_PATTERNS = {"qwen2": QWEN2_PATTERN, "llama-bpe": LLAMA3_PATTERN}
 PRE_TOKENIZERS: dict[str, Tree] = {
     "gpt-2": _BYTE_LEVEL,
     "smollm": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, _BYTE_LEVEL]},
-    "qwen2": {
+} | {
+    name: {
         "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": QWEN2_PATTERN}, "behavior": "Isolated", "invert": False},
-            _BYTE_LEVEL | {"use_regex": False},
-        ],
-    },
+        "pretokenizers": [_SPLIT | {"pattern": {"Regex": pattern}}, _BYTE_LEVEL | {"use_regex": False}],
+    }
+    for name, pattern in _PATTERNS.items()
 }
 """The ways to cut text that have a name in llama.cpp, by that name."""
+WHOLE_WORDS = ("llama-bpe",)
+"""Those in which a piece of text that is a token as a whole is that token, whatever its merges (`ignore_merges`)."""
 
 
 def byte_level_bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]], pre_tokenizer: str) -> Tree:
     """A tokenizer.json of byte-level BPE that cuts text in the way of that name."""
-    model = {"type": "BPE", "vocab": vocabulary, "merges": merges}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": merges, "ignore_merges": pre_tokenizer in WHOLE_WORDS}
     return {
         "version": "1.0",
         "added_tokens": [],
@@ -219,20 +232,18 @@ def pre_tokenizer_name(tree: Tree) -> str | None:
     """llama.cpp's name for the way a tokenizer.json cuts text, if it is one of those known here."""
     part = tree.get("pre_tokenizer") or {}
     steps: list[Tree] = part["pretokenizers"] if part.get("type") == "Sequence" else [part]
-    known = {
-        ("ByteLevel",): "gpt-2",
-        ("Digits", "ByteLevel"): "smollm",
-        ("Split", "ByteLevel"): "qwen2",
-    }
-    name = known.get(tuple(str(step.get("type")) for step in steps))
-    return name if name and _steps_are(name, steps, tree) else None
+    known = {("ByteLevel",): ["gpt-2"], ("Digits", "ByteLevel"): ["smollm"], ("Split", "ByteLevel"): [*_PATTERNS]}
+    names = known.get(tuple(str(step.get("type")) for step in steps), [])
+    return next((name for name in names if _steps_are(name, steps, tree.get("normalizer"))), None)
 
 
-def _steps_are(name: str, steps: list[Tree], tree: Tree) -> bool:
+def _steps_are(name: str, steps: list[Tree], normalizer: Tree | None) -> bool:
     byte_level = steps[-1]
-    if byte_level.get("add_prefix_space") or byte_level.get("use_regex", True) != (name != "qwen2"):
+    if byte_level.get("add_prefix_space") or byte_level.get("use_regex", True) != (name not in _PATTERNS):
         return False
-    if name == "qwen2":
-        pattern = steps[0].get("pattern") == {"Regex": QWEN2_PATTERN} and steps[0].get("behavior") == "Isolated"
-        return pattern and not steps[0].get("invert") and (tree.get("normalizer") or {"type": "NFC"}) == {"type": "NFC"}
-    return not tree.get("normalizer") and (name == "gpt-2" or bool(steps[0].get("individual_digits")))
+    if normalizer and (name, normalizer) != ("qwen2", {"type": "NFC"}):
+        return False
+    if name in _PATTERNS:
+        pattern = steps[0].get("pattern") == {"Regex": _PATTERNS[name]} and steps[0].get("behavior") == "Isolated"
+        return pattern and not steps[0].get("invert")
+    return name == "gpt-2" or bool(steps[0].get("individual_digits"))

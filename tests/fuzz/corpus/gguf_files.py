@@ -271,7 +271,17 @@ def _numbers() -> Iterator[tuple[str, Make]]:
     for value in (0.0, float("nan"), float("inf")):
         yield f"factors of frequencies of {value}", changed(lambda p, value=value: _factors(p, value))
     yield "scaled positions", to("llama.rope.scaling.type", TEXT, b"yarn")
+    yield "scaled positions without a type, which are linear", to("llama.rope.scaling.factor", F32, 4.0)
+    yield "scaled positions in the words of old files", to("llama.rope.scale_linear", F32, 4.0)
+    yield "a factor that is NaN", to("llama.rope.scaling.factor", F32, float("nan"))
+    yield "heads that turn by half, whose width is not said", changed(_turned_by_half)
     yield "a type of scaling that is a list", to("llama.rope.scaling.type", LIST, Listed(U32, [1]))
+
+
+def _turned_by_half(parts: Parts) -> None:
+    parts.drop("llama.attention.key_length")
+    parts.drop("llama.attention.value_length")
+    parts.set("llama.rope.dimension_count", U32, 8)
 
 
 def _factors(parts: Parts, value: float) -> None:

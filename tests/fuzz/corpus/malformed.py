@@ -486,6 +486,8 @@ def others() -> Iterator[Malformed]:
         yield Malformed("generation config", f"temperature is {str(value)[:9]}", put("temperature", value=value))
     yield Malformed("generation config", "top_k is 2^80", put("top_k", value=1 << 80), ignored=True)
     yield Malformed("generation config", "top_k is half", put("top_k", value=0.5))
+    yield Malformed("generation config", "a text ends with -5", put("eos_token_id", value=-5))
+    yield Malformed("generation config", "a text ends with what is no id", put("eos_token_id", value=[1, 99999]))
     yield Malformed("tokenizer config", "eos_token is a list", put("eos_token", value=["a"]))
     yield Malformed("tokenizer config", "eos_token is an object of an object", put("eos_token", value={"content": {}}))
     yield Malformed("tokenizer config", "eos_token is not there", put("eos_token", value="<|nothing|>"))
