@@ -21,6 +21,7 @@ from pocketlm.formats.release import Release
 from pocketlm.model.init import init_weights
 from pocketlm.model.transformer import allocate
 from pocketlm.text.tokenizer import byte_tokenizer
+from pocketlm.text.tokenizer_json import PRE_TOKENIZERS
 
 
 def model_folder(out: Path, **fields: object) -> Path:
@@ -84,6 +85,16 @@ def test_where_a_gguf_goes(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert code == 2
         assert "exists already; give another one, or remove it first" in err
     assert Path("folder/model.gguf").read_bytes() == first
+
+
+def test_what_llama_cpp_does_not_do_to_a_text_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path("model/tokenizer.json")
+    tree = json.loads(file.read_text()) | {"pre_tokenizer": PRE_TOKENIZERS["qwen2"], "normalizer": {"type": "NFC"}}
+    file.write_text(json.dumps(tree))
+    Path("model/manifest.json").unlink()
+    code, _, err = said(capsys, "export", "gguf", "model", "--out", "nfc.gguf")
+    assert code == 0
+    assert "llama.cpp does not compose characters (NFC)" in err
 
 
 @pytest.mark.parametrize("name", ["../out/of/here", "/tmp/x", "-m", "a\nb", ""])

@@ -44,6 +44,8 @@ def run(argv: list[str]) -> int:
 
     path = checkpoint.find_checkpoint(Path(arguments.model) if arguments.model else checkpoint.newest_run(), say)
     release = checkpoint.read_release(path)
+    if arguments.kind in FLAGS["type"] and release.tokenizer.tree.get("normalizer") == {"type": "NFC"}:
+        say("llama.cpp does not compose characters (NFC) as this tokenizer does: compose text before it gets it")
     made, hint = EXPORTS[arguments.kind](release, arguments, path)
     if arguments.json:
         print_json({"path": str(made), "kind": arguments.kind, "from": str(path)})
