@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
 FORBIDDEN = re.compile(
@@ -27,7 +26,8 @@ class Forbidden(BaseException):
 
 def environment() -> dict[str, str]:
     """For such a process: Python and its packages are where they are here, and nothing else is of the user's."""
-    folders = dict.fromkeys([*filter(None, sys.path), str(Path(__file__).parents[1])])
+    ours = os.path.dirname(os.path.dirname(__file__))
+    folders = dict.fromkeys([*filter(None, sys.path), ours])
     return {"PYTHONPATH": os.pathsep.join(folders)} | {name: os.environ[name] for name in LOADER if name in os.environ}
 
 
