@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pocketlm.checkpoint import find_checkpoint, read_release
 from pocketlm.cli.main import main
 from pocketlm.config import ModelConfig
+from pocketlm.confined import LOADER
 from pocketlm.errors import FileError
 from pocketlm.formats import gpt2, unpickling
 from pocketlm.formats.huggingface import tensor_shapes
@@ -332,8 +333,8 @@ def test_python_code_in_it_could_do_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-NAMES = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS", "LC_CTYPE", "KMP_INIT_AT_FORK"}
-"""The last two Python and OpenMP set themselves."""
+NAMES = {"PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS", "LC_CTYPE", "KMP_INIT_AT_FORK", *LOADER}
+"""LC_CTYPE and KMP_INIT_AT_FORK are set by Python and OpenMP themselves."""
 FOOLED = """
 import os, resource
 from pathlib import Path

@@ -33,6 +33,7 @@ ALLOWED = {
     ("src/pocketlm/cli/agent.py", "module that runs files"): "torchrun, in the process that is there for it",
     ("src/pocketlm/cli/agent.py", "writes"): "its own stderr is the log that files.py has opened",
     ("src/pocketlm/data/feed.py", "module that runs files"): "this Python on the feeder's module, and nothing else",
+    ("src/pocketlm/confined.py", "writes"): "the flags that it refuses",
     ("src/pocketlm/text/chat_template.py", "module that runs files"): "this Python on template_process.py, confined",
     ("src/pocketlm/data/feeder.py", "writes"): "its own stdout, a pipe to the run; and it ends itself when that ends",
     (

@@ -8,7 +8,7 @@
 PyTorch's own unpickler (`weights_only=True`) knows some functions that make tensors and calls no others. Should it be
 fooled, the process has no network where Linux gives a user namespaces of its own, no environment, little more memory
 and time than the file needs, and ends where Python code of any kind asks for a file to write, a process, a socket or
-another unpickler. Native code could still write what its user may.
+another unpickler (confined.py). Native code could still write what its user may.
 
 Classes that a file names are never imported: an object that stood in a training script becomes one that only keeps what
 was saved of it. A file that names a function of Python's own library is refused.
@@ -29,6 +29,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pocketlm.confined import Forbidden, refuse_event
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -40,8 +42,6 @@ CPU_S, BYTES_PER_CPU_S = 60, 20 << 20
 STATE_DICTS = ("model_state_dict", "state_dict", "model")
 """Where a checkpoint that holds more than weights has them."""
 HARMLESS = re.compile(r"pathlib\.\w*(\.\w+)?Path|argparse\.Namespace|types\.SimpleNamespace|datetime\.\w+|__main__\..+")
-FORBIDDEN = re.compile(r"os\.(?!listdir$|scandir$).+|(socket|subprocess|shutil|pty|ctypes|code|pickle)\..+")
-"""Events of the interpreter (PEP 578) that reading weights has no need of; an import lists folders."""
 NAMES = "names {}, which no weights have need of; nothing of it was run, and it is not read"
 UNKNOWN = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
 TOO_LARGE = "is damaged: it asks for more memory than a file of its size has need of"
@@ -51,10 +51,6 @@ MAX_VALUES, MAX_DEPTH, MAX_CHARS = 50_000, 32, 1000
 
 class Refused(Exception):
     """Why nothing is handed over: what is said of the file, behind its name."""
-
-
-class Forbidden(BaseException):
-    """What was asked for; no `except Exception` on the way may swallow it."""
 
 
 class StandIn:
@@ -91,19 +87,6 @@ def limit(size: int) -> None:
         _, hard = resource.getrlimit(kind)
         lower = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (lower, lower))
-
-
-def refuse_event(event: str, arguments: tuple[Any, ...]) -> None:
-    """What the interpreter asks before it does a thing."""
-    writes = event == "open" and not _only_reads(*arguments[1:3])
-    if writes or FORBIDDEN.fullmatch(event):
-        raise Forbidden(f"asked for {event}, of which no weights have need, and did not get it")
-
-
-def _only_reads(mode: object, flags: object) -> bool:
-    if isinstance(mode, str):
-        return not set(mode) & set("wax+")
-    return isinstance(flags, int) and not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
 
 
 # --- what is in the file
@@ -259,8 +242,10 @@ def answer(out: int) -> dict[str, Any]:
     """As `hand_over`; whatever goes wrong on the way is a refusal."""
     try:
         return hand_over(out)
-    except (Refused, Forbidden) as error:
+    except Refused as error:
         return {"refused": str(error)}
+    except Forbidden as event:
+        return {"refused": f"asked for {event}, of which no weights have need, and did not get it"}
     except MemoryError:
         return {"refused": TOO_LARGE}
     except OSError:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from pocketlm.confined import environment
 from pocketlm.errors import FileError, one_line
 from pocketlm.files import handed_over
 from pocketlm.formats.pickles import refuse_others
@@ -73,8 +74,6 @@ def _held(path: Path, folder: Path) -> Held:
 
 def _run(path: Path, answer: int, tensors: int) -> None:
     """Waits for the process, which has three open files and no environment of the user's."""
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment |= {"OMP_NUM_THREADS": "1"}
     limit_s = WAITS * cpu_limit_s(path.stat().st_size)
     with path.open("rb") as file:
         process = subprocess.Popen(
@@ -83,7 +82,7 @@ def _run(path: Path, answer: int, tensors: int) -> None:
             stdout=answer,
             stderr=subprocess.DEVNULL,
             pass_fds=[tensors],
-            env=environment,
+            env=environment() | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
             cwd="/",
             start_new_session=True,
         )

@@ -20,15 +20,17 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pocketlm.confined import environment
 from pocketlm.errors import DataError, FileError, PocketError, UsageError
 from pocketlm.text.control_tokens import ControlTokens
 from pocketlm.text.tokenizer import Tokenizer
 
-COMMAND = (sys.executable, "-I", str(Path(__file__).with_name("template_process.py")))
+COMMAND = (sys.executable, "-P", "-S", str(Path(__file__).with_name("template_process.py")))
 CPU_S = 2
 WALL_S = 10.0  # a template cannot wait, it can only compute; this is for a machine that is busy
 REPLY_BYTES = 1 << 26  # twelve for each of the 4,194,304 characters, and then some
@@ -79,7 +81,10 @@ class ChatTemplate:
         return run_template(self.source, names | values | {"documents": None})
 
     def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of the conversation; takes and raises what `render` does. No text of a message makes a special id."""
+        """Ids of the conversation; takes and raises what `render` does.
+
+        No text of a message makes a special id, unless the template itself makes other letters of it.
+        """
         marked = self._control_tokens.marked(messages)
         return self._control_tokens.encode(self.render(marked, add_generation_prompt=add_generation_prompt))
 
@@ -109,7 +114,8 @@ def run_template(source: str, values: Mapping[str, Any], cpu_s: int = CPU_S) -> 
         FileError: the template is wrong, does what none may, or takes too long.
     """
     try:
-        request = json.dumps({"template": source, "cpu_s": cpu_s, "values": values}).encode()
+        now = datetime.now().isoformat()  # there the time zone is not known
+        request = json.dumps({"template": source, "cpu_s": cpu_s, "now": now, "values": values}).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"a message holds what JSON cannot say ({error}); allowed are texts, numbers, lists") from None
     reply, code = _told(request)
@@ -127,7 +133,12 @@ def _told(request: bytes) -> tuple[bytes, int]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         process = subprocess.Popen(
-            COMMAND, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL, start_new_session=True
+            COMMAND,
+            stdin=theirs.fileno(),
+            stdout=theirs.fileno(),
+            stderr=subprocess.DEVNULL,
+            env=environment(),
+            start_new_session=True,
         )
         with process:
             theirs.close()

@@ -12,6 +12,9 @@ The aliases are added to a copy of the tokenizer with the flags of the tokens th
 the text at them as it would at these. Text without a special token in a message gets no mark at all, and its ids are
 those that the library gives when it reads every special token as one. Marks and aliases are made of noncharacters,
 which Unicode keeps for a program's own use; messages that hold one of the three are refused.
+
+A template that makes other letters of a message (`content|lower`, `content[::-1]`) can make a token where none was, and
+no mark: docs/decisions/030.
 """
 
 from __future__ import annotations

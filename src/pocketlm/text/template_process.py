@@ -1,15 +1,16 @@
 """The process in which one chat template runs, once. `chat_template.py` starts it, at its other end.
 
-    python -I template_process.py
+    python -P -S template_process.py
 
 It reads one JSON value from stdin, answers with one on stdout, and ends:
 
-    {"template": TEXT, "cpu_s": SECONDS, "values": {"messages": ..., "add_generation_prompt": ..., "bos_token": ...}}
+    {"template": TEXT, "cpu_s": SECONDS, "now": TIME, "values": {"messages": ..., "add_generation_prompt": ...}}
     {"text": RENDERED} | {"refused": KIND, "why": WORDS}
 
-A template is a program of a stranger. The language is kept inside by jinja2's sandbox, and whoever leaves it is in a
-process that can open no file and no socket, start nothing, write nothing, has no environment, and little time and
-memory. This file imports nothing of pocketlm: what is not here cannot be reached.
+A template is a program of a stranger. jinja2's sandbox keeps the language inside. Whoever leaves it is in a process to
+which the kernel gives no new file or socket, little time and memory, and no other process where the user is not
+root. It has no environment. What needs none of these, as to remove a file or to send a signal, Python refuses: see
+confined.py, which says what that does not hold. All is imported before, for afterwards nothing can be.
 """
 
 from __future__ import annotations
@@ -30,9 +31,14 @@ from jinja2.parser import Parser
 from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from pocketlm import confined
+from pocketlm.confined import Forbidden
+
 MEMORY_BYTES = 1 << 29
 TEXT_CHARS = 1 << 22
 WHY_CHARS = 500
+WARM_UP = "{{ 1|pprint ~ ''|wordwrap ~ '&lt;'|striptags ~ lipsum(1, min=1, max=2) ~ 1|tojson }}"
+"""Has in it what jinja2 imports only when a template first needs it."""
 
 
 class Refused(TemplateError):
@@ -56,12 +62,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
         raise SecurityError(f"{attribute[:WHY_CHARS]!r} of a {type(obj).__name__}")
 
+    def handle_exception(self, source: str | None = None) -> NoReturn:
+        """jinja2's makes code that shows up in a traceback, and making code is refused; here is no traceback."""
+        raise
 
-def environment() -> Sandbox:
+
+def environment(now: datetime) -> Sandbox:
     """What templates are written for: the settings and the names that transformers gives them."""
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     sandbox.filters["tojson"] = to_json
-    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": now.strftime}
     return sandbox
 
 
@@ -80,22 +90,18 @@ def raise_exception(words: str) -> NoReturn:
     raise Refused(words)
 
 
-def strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def answer(template: str, values: dict[str, Any]) -> dict[str, str]:
+def answer(template: str, values: dict[str, Any], now: datetime) -> dict[str, str]:
     """The rendered text, or why there is none; whatever a template does, it is told and not raised."""
     try:
-        text = environment().from_string(template).render(values)
+        text = environment(now).from_string(template).render(values)
         if len(text) > TEXT_CHARS:
             return {"refused": "long", "why": f"{len(text):,} characters; allowed are {TEXT_CHARS:,}"}
         return {"text": text}
     except Refused as error:
         return _refused("words", str(error))
     except TemplateSyntaxError as error:
-        return _refused("syntax", f"line {error.lineno}: {error}")
-    except SecurityError as error:
+        return _refused("syntax", f"line {error.lineno}: {error.message}")
+    except (SecurityError, Forbidden) as error:
         return _refused("forbidden", str(error))
     except MemoryError:
         return {"refused": "memory", "why": f"{MEMORY_BYTES >> 20} MiB"}
@@ -108,13 +114,24 @@ def _refused(kind: str, why: str) -> dict[str, str]:
 
 
 def confine(cpu_s: int) -> None:
-    """Takes from this process what it needs no more; from here on it has its memory, some time, and two open files."""
+    """Takes from this process what it needs no more; from here on it has its memory, some time, and two open files.
+
+    Python's hook is left in place for good.
+    """
     os.environ.clear()
     used_s = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     _limit(resource.RLIMIT_CPU, round(used_s) + cpu_s, more=1)  # a signal that tells why, and one more for good
     _limit(resource.RLIMIT_AS, MEMORY_BYTES)
     for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
         _limit(kind, 0)
+    sys.addaudithook(refuse_event)
+
+
+def refuse_event(event: str, arguments: tuple[Any, ...]) -> None:
+    """What the interpreter asks before it does a thing; all that is needed has been read and imported."""
+    if event in ("open", "import"):
+        raise Forbidden(f"{event} {str(arguments[0])[:WHY_CHARS]}")
+    confined.refuse_event(event, arguments)
 
 
 def _limit(kind: int, soft: int, more: int = 0) -> None:
@@ -125,9 +142,11 @@ def _limit(kind: int, soft: int, more: int = 0) -> None:
 
 def main(read: Callable[[], bytes], write: Callable[[bytes], Any]) -> None:
     request = json.loads(read())
-    answer("{{ '%s' % (1 / 0) | tojson }}", {})  # jinja2 imports some of itself when it first needs it
+    now = datetime.fromisoformat(request["now"])
+    said = answer(WARM_UP, {}, now)
+    assert "text" in said, said
     confine(request["cpu_s"])
-    write(json.dumps(answer(request["template"], request["values"])).encode())
+    write(json.dumps(answer(request["template"], request["values"], now)).encode())
 
 
 if __name__ == "__main__":
