@@ -114,8 +114,8 @@ def test_both_files_are_one_model(stories: Path) -> None:
 def test_out_again_as_gguf(file: str, imported: dict[str, Path], stories: Path, tmp_path: Path) -> None:
     """Weights bit for bit, the same tokenizer, from the folder and from the file itself."""
     before = read_release(stories / file)
-    for source in (imported[file], stories / file):
-        out = tmp_path / "again.gguf"
+    for number, source in enumerate((imported[file], stories / file)):
+        out = tmp_path / f"again-{number}.gguf"
         assert main(["export", "gguf", str(source), "--out", str(out)]) == 0
         again = read_release(out)
         assert again.model == before.model
