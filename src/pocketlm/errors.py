@@ -37,6 +37,11 @@ def one_line(text: str) -> str:
     return text if len(text) <= LINE_CHARS else f"{text[:half]} [...] {text[-half:]}"
 
 
+def quoted(value: object) -> str:
+    """A value out of a file of others, for a message that has more to say."""
+    return one_line(repr(value))[:60]
+
+
 class UsageError(PocketError):
     """A command that cannot be understood."""
 

@@ -136,8 +136,7 @@ def _form(release: Release, source: str) -> tuple[Chat, str]:
     if "strftime_now" in source:
         raise FileError(f"this chat template asks for the date, which Ollama's language has not; {INSTEAD}")
     template = ChatTemplate(source, release.tokenizer, release.token_names)
-    texts = {number: text for text, number in release.tokenizer.special_tokens.items()}
-    begin = "" if release.tokenizer.begin_id is None else texts[release.tokenizer.begin_id]
+    begin = release.tokenizer.begin_token or ""
     try:
         first = template.render(PROBES[0])
         if not first.startswith(begin):

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pocketlm.errors import DataError, FileError, one_line
+from pocketlm.errors import DataError, FileError, one_line, quoted
 from pocketlm.formats.gguf_file import Header, Numbers, Value
 from pocketlm.text.sentencepiece import Kind, Pieces, pieces_of, tokenizer_of
 from pocketlm.text.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def _check_added(tree: Tree) -> None:
     why += _overlaps([entry["content"] for entry in plain])
     for content, reason in why[:1]:
         raise DataError(
-            f"the added token {_shown(content)} {reason}, and would give other ids; only a Hugging Face folder keeps "
+            f"the added token {quoted(content)} {reason}, and would give other ids; only a Hugging Face folder keeps "
             "them: pocketlm export hf"
         )
 
@@ -92,16 +92,12 @@ def _overlaps(texts: Sequence[str]) -> list[tuple[str, str]]:
         for end in range(1, len(text)):
             begun.setdefault(text[:end], set()).add(text)
     return [
-        (text, f"ends as {_shown(other)} begins, of which llama.cpp takes the longer")
+        (text, f"ends as {quoted(other)} begins, of which llama.cpp takes the longer")
         for text in texts
         for begin in range(1, len(text))
         for other in sorted(begun.get(text[begin:], set()) - {text})
         if len(other) >= len(text) and len({*text, *other}) > 1
     ]
-
-
-def _shown(text: object) -> str:
-    return one_line(repr(text))[:60]
 
 
 def tokenizer_in(header: Header) -> Tokenizer:
@@ -122,7 +118,7 @@ def tokenizer_in(header: Header) -> Tokenizer:
     if fields.get("model") == "gpt2":
         composes = fields.get("pre") == "qwen2" and header.fields.get(COMPOSES) is not False
         return _byte_level(fields, tokens, kinds, origin, {"type": "NFC"} if composes else None)
-    raise DataError(f"{origin} is of the kind {_shown(fields.get('model'))}; allowed are llama and gpt2")
+    raise DataError(f"{origin} is of the kind {quoted(fields.get('model'))}; allowed are llama and gpt2")
 
 
 def eot_id(header: Header) -> int | None:
@@ -211,7 +207,7 @@ def _byte_level(
 ) -> Tokenizer:
     name, merges = fields.get("pre"), fields.get("merges")
     if name not in PRE_TOKENIZERS:
-        raise DataError(f"{origin} cuts text by {_shown(name)}; allowed are {', '.join(PRE_TOKENIZERS)}")
+        raise DataError(f"{origin} cuts text by {quoted(name)}; allowed are {', '.join(PRE_TOKENIZERS)}")
     if not isinstance(merges, list):
         raise FileError(f"{origin} has no merges")
     pairs = [tuple(merge.split(" ")) for merge in merges if merge]

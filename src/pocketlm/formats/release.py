@@ -95,7 +95,7 @@ def tokenizer_texts(
         names: what files of its model called special tokens: `bos_token` and so on.
         context: tokens that its model takes.
     """
-    begin = next((token for token, number in tokenizer.special_tokens.items() if number == tokenizer.begin_id), None)
+    begin = tokenizer.begin_token
     config = huggingface.tokenizer_config_json(tokenizer.end_token, begin_token=begin, context=context)
     given = {name: token for name, token in (names or {}).items() if token in tokenizer.special_tokens}
     if given and "bos_token" not in given:  # a template would write it before each conversation

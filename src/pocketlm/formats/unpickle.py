@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pocketlm.confined import Forbidden, refuse_event
+from pocketlm.formats.pickles import ZIP
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "/dev/fd/0"
-ZIP = b"PK\x03\x04"
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
 ROOM_BYTES, ROOM_FOR_VALUES_BYTES = 512 << 20, 4 << 20
 CPU_S, BYTES_PER_CPU_S = 60, 20 << 20

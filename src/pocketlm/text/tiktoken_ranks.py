@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from pocketlm.errors import DataError, one_line
+from pocketlm.errors import DataError, one_line, quoted
 from pocketlm.text import fast_encoders
 from pocketlm.text.tokenizer import Tokenizer
 from pocketlm.text.tokenizer_json import (
@@ -83,8 +83,8 @@ def ranks_of(tokenizer: Tokenizer, origin: str) -> MergeRanks:
     if why := _unlike(tokenizer) or _unlike_merges(tokenizer, vocabulary, origin):
         raise DataError(f"{origin} has no form for tiktoken: {why}; pocketlm tokenizer export hf takes it")
     special = dict(sorted(tokenizer.special_tokens.items(), key=lambda item: item[1]))
-    begin = next((token for token, number in special.items() if number == tokenizer.begin_id), None)
-    made = MergeRanks(vocabulary, special, str(tokenizer.pre_tokenizer_name), tokenizer.end_token, begin)
+    cut = str(tokenizer.pre_tokenizer_name)
+    made = MergeRanks(vocabulary, special, cut, tokenizer.end_token, tokenizer.begin_token)
     check_equal(tokenizer, made, origin)
     return made
 
@@ -101,7 +101,7 @@ def _unlike(tokenizer: Tokenizer) -> str | None:
     if not merges_as_named(tree, tokenizer.pre_tokenizer_name):
         return "its ids do not follow from merges alone"
     if plain := [entry["content"] for entry in tree.get("added_tokens") or () if not entry.get("special")]:
-        return f"it has added tokens that text makes ({_shown(plain[0])})"
+        return f"it has added tokens that text makes ({quoted(plain[0])})"
     return None
 
 
@@ -149,7 +149,7 @@ def _parts(token: bytes, rank: int, ranks: Mapping[bytes, int], origin: str) -> 
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     if len(parts) > 2 or any(ranks.get(part, rank) >= rank for part in parts):
         raise DataError(
-            f"{origin}: token {rank} ({_shown(token)}) is not made of two tokens with lower ids, so no merges give "
+            f"{origin}: token {rank} ({quoted(token)}) is not made of two tokens with lower ids, so no merges give "
             "tiktoken's ids"
         )
     return parts[0], parts[1]
@@ -205,21 +205,17 @@ def tokenizer_of(ranks: MergeRanks, origin: str) -> Tokenizer:
 
 def _check_special(ranks: MergeRanks, tokens: Mapping[str, int], origin: str) -> None:
     if ranks.pre_tokenizer not in PRE_TOKENIZERS:
-        raise DataError(f"{origin} cuts text by {_shown(ranks.pre_tokenizer)}; allowed are {', '.join(PRE_TOKENIZERS)}")
+        raise DataError(f"{origin} cuts text by {quoted(ranks.pre_tokenizer)}; allowed are {', '.join(PRE_TOKENIZERS)}")
     for name in filter(None, (ranks.end_token, ranks.begin_token)):
         if name not in ranks.special:
-            raise DataError(f"{origin}: {_shown(name)} is none of its special tokens")
+            raise DataError(f"{origin}: {quoted(name)} is none of its special tokens")
     taken = set(ranks.ranks.values())
     for token, number in ranks.special.items():
         if not token or token in tokens:
-            raise DataError(f"{origin}: the special token {_shown(token)} is a token of text, too")
+            raise DataError(f"{origin}: the special token {quoted(token)} is a token of text, too")
         if number in taken:
-            raise DataError(f"{origin}: the special token {_shown(token)} has the id {number} of another token")
+            raise DataError(f"{origin}: the special token {quoted(token)} has the id {number} of another token")
         taken.add(number)
-
-
-def _shown(text: str | bytes) -> str:
-    return one_line(repr(text))[:60]
 
 
 # --- the file
@@ -248,7 +244,7 @@ def read_rank_lines(data: bytes, origin: str) -> dict[bytes, int]:
             ranks[token] = _rank(rank)
         except ValueError:
             raise DataError(
-                f"{origin} is no rank file: line {number} is {_shown(line)}; allowed is bytes in base64 and a rank"
+                f"{origin} is no rank file: line {number} is {quoted(line)}; allowed is bytes in base64 and a rank"
             ) from None
     if not ranks or len(set(ranks.values())) < len(ranks):
         raise DataError(f"{origin}: {'two tokens have one rank' if ranks else 'no tokens in it'}")

@@ -76,7 +76,7 @@ class Tokenizer:
         tree: the tokenizer.json as the library reads it; not to be changed.
         end_token, end_id: what ends a text.
         adds_space: whether it puts a space before every text (SentencePiece), which `decode` takes off again.
-        begin_id: what its own model wants before a text, None if nothing; no text of `encode` has it.
+        begin_token, begin_id: what its own model wants before a text, None if nothing; no text of `encode` has it.
         special_tokens, special_ids: tokens that no text can make; {token: id} and the ids.
         token_bytes: the UTF-8 bytes of each id's text; b"" for special ids and for ids that do not exist.
         byte_lengths: (vocab_size,) int64, the lengths of token_bytes.
@@ -111,6 +111,7 @@ class Tokenizer:
         self.special_tokens = {token.content: number for number, token in added.items() if token.special}
         self.special_ids = frozenset(self.special_tokens.values())
         self.begin_id = begin_id_of(self.tree, self.special_ids, origin)
+        self.begin_token = next((token for token, n in self.special_tokens.items() if n == self.begin_id), None)
         plain = {number: token.content for number, token in added.items() if not token.special}
         self.token_bytes = token_bytes(vocabulary, self.tree, plain, self.special_ids, origin)
         self.byte_lengths = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
