@@ -12,9 +12,17 @@ from torch import Tensor
 
 
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients as one vector: () fp32, whatever their dtype."""
-    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float32)
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    """The Euclidean norm of all gradients as one vector: () fp32, whatever their dtype.
+
+    On a CPU by way of the norm of each row, for there PyTorch adds up all squares of a tensor in one chain of fp32: of
+    28 million values the norm is 0.03 % too small.
+    """
+    tensors = list(gradients)
+    if tensors[0].device.type == "cpu":
+        norms = torch.cat([torch.linalg.vector_norm(g, dim=-1, dtype=torch.float32).flatten() for g in tensors])
+    else:
+        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32))
+    total: Tensor = torch.linalg.vector_norm(norms)
     return total
 
 
