@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpu_device import Device
 
-NEEDED = ("torch", "numpy", "pydantic", "tomli_w", "tokenizers", "safetensors", "psutil", "pocketlm")
+NEEDED = ("torch", "numpy", "pydantic", "tomli_w", "tokenizers", "safetensors", "psutil", "jinja2", "rich", "pocketlm")
 """What is asked for by name, so that the message comes at once and not from the middle of a worker."""
 PEERS = {"transformers": ("transformers",), "litgpt": ("litgpt", "lightning")}
 SHARES: Mapping[str, float] = {

@@ -23,7 +23,7 @@ from pocketlm.model.arithmetic import Arithmetic, usable
 from pocketlm.optim import adamw
 from pocketlm.optim.adamw import AdamW
 from pocketlm.tensors import Copies
-from pocketlm.training import memory, micro_batch, resolve, state
+from pocketlm.training import boundary, memory, micro_batch, resolve, state
 
 CPU, XPU, MPS = (torch.device(kind) for kind in ("cpu", "xpu", "mps"))
 GB = 10**9
@@ -184,6 +184,17 @@ def test_numbers_are_heard_without_waiting_for_what_came_after(monkeypatch: pyte
     number.fill_(7)
     assert told.hear() == [1.5, 3.0]
     assert events == ["record", "wait", "read", "read"]
+
+
+def test_the_loop_hears_what_was_told_and_asks_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = list[Any]()
+    monkeypatch.setattr(boundary, "_hear", lambda run, state, after, figures, seconds: heard.append(figures))
+    late = boundary.Late(None, None)  # type: ignore[arg-type]
+    for told, figures in (([2.5, 1.0, 0.0], (2.5, 1.0, 0, None)), ([2.5, 1.0, 4.0, 64.0], (2.5, 1.0, 4, 64.0))):
+        figures_of_a_gpu = SimpleNamespace(hear=lambda told=told: told)
+        late.put(SimpleNamespace(progress=None, told=figures_of_a_gpu, started_at=0.0, ended_at=1.0))  # type: ignore[arg-type]
+        late.read()
+        assert heard.pop() == figures
 
 
 def test_a_gpu_takes_few_large_chunks_of_logits() -> None:
