@@ -15,6 +15,7 @@ import datetime
 import importlib.util
 import itertools
 import json
+import math
 import sys
 import tempfile
 import time
@@ -202,20 +203,21 @@ def speed(session: Session, part: str) -> None:
     ]
     if entries:
         void = gpu_speed.problems(entries, task)
-        lines += ["", *(f"VOID: {line}" for line in void), *gpu_speed.table(entries, task, peak)]
+        lines += ["", *(line for each in void for line in (f"VOID: {each}", "")), *gpu_speed.table(entries, task, peak)]
         lines += gpu_speed.comparison(entries, task, peak, has_goal=SPEED[part])
     lines += [line for each in missing for line in (f"- {each}", "")]
     session.results.add(part, lines, gpu_speed.tree(entries, task, peak) | {"missing": missing})
 
 
 def peak_flops(session: Session) -> tuple[float, str]:
-    """The chip's dense bf16 rate, and where it is from; for an unknown chip the best product that was measured."""
+    """The chip's dense bf16 rate, and where it is from; for an unknown chip the best product that is measured here."""
     if sheet := session.device.sheet_flops():
         return sheet, "its data sheet, dense bf16"
-    ceilings = session.results.tree.get("ceilings") or {}
-    if products := ceilings.get("products"):
+    if "ceilings" not in session.results.tree:
+        checks(session, ["ceilings"])
+    if products := (session.results.tree["ceilings"] or {}).get("products"):
         return max(products.values()), "the best product measured here, as its data sheet is not in the table"
-    return 1.0, "NOTHING: the rate is not known, add the part ceilings"
+    return math.nan, "unknown, for no product could be measured"
 
 
 def say(line: str) -> None:
