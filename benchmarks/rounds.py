@@ -129,8 +129,12 @@ def started(name: str, task: Task, say: Say) -> Iterator[Contestant]:
 
 
 @contextmanager
-def spawned(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
-    """A fresh process that is given `arguments` and one end of a pipe; it leaves when the other is closed."""
+def spawned(target: Callable[..., None], *arguments: Any, patience_s: float = 30) -> Iterator[Connection]:
+    """A fresh process that is given `arguments` and one end of a pipe; it leaves when the other is closed.
+
+    Args:
+        patience_s: how long it may take to leave.
+    """
     context = get_context("spawn")
     mine, theirs = context.Pipe()
     process = context.Process(target=target, args=(*arguments, theirs), daemon=False)
@@ -140,16 +144,16 @@ def spawned(target: Callable[..., None], *arguments: Any) -> Iterator[Connection
         yield mine
     finally:
         mine.close()
-        process.join(30)
+        process.join(patience_s)
         if process.is_alive():
             process.kill()
             process.join()
 
 
-def receive(name: str, pipe: Connection, kind: type[Any]) -> Any:
+def receive(name: str, pipe: Connection, kind: type[Any], seconds: float = START_S) -> Any:
     """What a worker sends next."""
-    if not pipe.poll(START_S):
-        raise SystemExit(f"{name} has said nothing for {START_S} s")
+    if not pipe.poll(seconds):
+        raise SystemExit(f"{name} has said nothing for {seconds:.0f} s")
     try:
         value = pipe.recv()
     except EOFError:

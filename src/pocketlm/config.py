@@ -217,8 +217,8 @@ class TrainConfig(Section):
     """With several devices: one that says nothing for so long is given up, and the run ends with an error."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more work."""
-    loss_chunk: Natural = 1024
-    """Rows of logits alive at once; 0 for all."""
+    loss_chunk: Literal["auto"] | Natural = "auto"
+    """Rows of logits alive at once; 0 for all. `auto`: 1024 on a CPU, on a GPU as many as 1 GiB of fp32 logits are."""
     eval_every: Natural = 250
     """Steps between evaluations; 0 for only the last."""
     eval_tokens: Natural = 0
@@ -277,6 +277,9 @@ FREE_FIELDS = frozenset(
     | {"guard.spike_sigma", "guard.max_skips", "guard.max_rollbacks"}
     | {f"sample.{name}" for name in SampleConfig.model_fields}
 )
+
+# What fields were by default before `auto` was theirs. A run that was begun so keeps it: `auto` is resolved once.
+BEFORE_AUTO = {"train.loss_chunk": 1024}
 
 # How many steps, in which legs: what may differ here when a run goes on, training/more_steps.py says.
 STEPS_FIELDS = frozenset({"train.total_steps", "schedule.continued_at", "schedule.continued_to", "schedule.begun_with"})
@@ -357,6 +360,7 @@ class Config(Section):
         """Lines `field: mine, theirs` for every field that changes the result; the steps have a rule of their own."""
         changed = differing([self, other]).items()
         binding = {name: values for name, values in changed if name not in FREE_FIELDS | STEPS_FIELDS}
+        binding = {name: values for name, values in binding.items() if values != ["auto", BEFORE_AUTO.get(name)]}
         return [f"{name}: {mine}, {theirs}" for name, (mine, theirs) in binding.items()]
 
     def decided(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -22,7 +23,7 @@ from pocketlm.model.arithmetic import Arithmetic, usable
 from pocketlm.optim import adamw
 from pocketlm.optim.adamw import AdamW
 from pocketlm.tensors import Copies
-from pocketlm.training import memory, micro_batch, resolve, state
+from pocketlm.training import boundary, memory, micro_batch, resolve, state
 
 CPU, XPU, MPS = (torch.device(kind) for kind in ("cpu", "xpu", "mps"))
 GB = 10**9
@@ -158,3 +159,52 @@ def test_copies_wait_for_themselves_where_no_memory_is_pinned(monkeypatch: pytes
     monkeypatch.setattr(torch, "_foreach_copy_", lambda *_, non_blocking: waits.append(not non_blocking))
     Copies().of({"a": torch.ones(3)})
     assert waits == [True]
+
+
+def test_numbers_are_heard_without_waiting_for_what_came_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose copies are made in the order of its queue: an event stands behind them, and it is waited for.
+
+    Here they are made at once; whatever the number is later, the one that was told is heard.
+    """
+    events, number, count = list[str](), torch.tensor(1.5), torch.tensor(3)
+
+    class Event:
+        def record(self) -> None:
+            events.append("record")
+
+        def synchronize(self) -> None:
+            events.append("wait")
+
+    monkeypatch.setattr(devices, "COPIES_BESIDE", ("cpu",))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
+    monkeypatch.setattr(devices, "_pinned_like", torch.empty_like)
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: events.append("read") or float(tensor))
+    told = devices.Told([number, count])
+    assert events == ["record"]
+    number.fill_(7)
+    assert told.hear() == [1.5, 3.0]
+    assert events == ["record", "wait", "read", "read"]
+
+
+def test_the_loop_hears_what_was_told_and_asks_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = list[Any]()
+    monkeypatch.setattr(boundary, "_hear", lambda run, state, after, figures, seconds: heard.append(figures))
+    late = boundary.Late(None, None)  # type: ignore[arg-type]
+    for told, figures in (([2.5, 1.0, 0.0], (2.5, 1.0, 0, None)), ([2.5, 1.0, 4.0, 64.0], (2.5, 1.0, 4, 64.0))):
+        figures_of_a_gpu = SimpleNamespace(hear=lambda told=told: told)
+        late.put(SimpleNamespace(progress=None, told=figures_of_a_gpu, started_at=0.0, ended_at=1.0))  # type: ignore[arg-type]
+        late.read()
+        assert heard.pop() == figures
+
+
+def test_a_gpu_takes_few_large_chunks_of_logits() -> None:
+    """2^30 bytes are 5,461 rows of 49,152 ids in fp32; beside them the chunk is there in bf16 once more."""
+    auto, given = (Config.preset("smollm2-135m", {"train.loss_chunk": chunk}) for chunk in ("auto", 512))
+    assert resolve._loss_chunk(auto, CPU) == (1024, "more are no faster here")
+    assert resolve._loss_chunk(auto, torch.device("cuda")) == (5461, "1.1 GB of them in fp32")
+    assert resolve._loss_chunk(given, torch.device("cuda")) == (512, "as given")
+    on_cpu, on_gpu = (micro_batch.needs(auto, 4, "bf16", "sdpa", kind).loss for kind in ("cpu", "cuda"))
+    head_gradients = 8 * 49152 * 576
+    assert on_cpu - head_gradients == 2 * 1024 * 49152
+    assert on_gpu - head_gradients == 6 * 5461 * 49152
+    assert micro_batch.needs(auto, 4, "fp32", "sdpa", "cuda").loss == 4 * 5461 * 49152 + 12 * 49152 * 576

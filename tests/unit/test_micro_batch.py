@@ -54,7 +54,7 @@ def test_a_gpu_takes_all_that_fits() -> None:
     config = smallm()
     assert config.rows_per_step == 248
     assert chosen(config, "cuda", "bf16", "sdpa", PLENTY)[0] == 248
-    half = int(sizes.training_memory(config, 150, "bf16").total / file.USABLE["cuda"]) + 1
+    half = int(sizes.training_memory(config, 150, "bf16", on_gpu=True).total / file.USABLE["cuda"]) + 1
     rows, reason = chosen(config, "cuda", "bf16", "sdpa", half)
     assert rows == 124, "150 would fit; two times 124 take as many turns as 150 and 98"
     assert "all that fits" in reason

@@ -119,3 +119,17 @@ def test_what_fits_only_in_shares_is_resolved_and_goes_on_so(monkeypatch: pytest
     again = resolve.strategy_again(config, ranks(CPU, 64), resolved)
     assert again == ("fsdp", resolved.reasons["strategy"])
     assert resolve.strategy_again(config, ranks(CPU, 32), resolved)[0] == "ddp", "another number is another run"
+
+
+def test_a_run_begun_before_its_loss_chunk_was_chosen_keeps_it() -> None:
+    """Then 1,024 rows were the default, and stood in its configuration; another number is still another result."""
+    before = begun_on(1, "ddp", threads=1)
+    assert before.loss_chunk is None
+    auto, old, other = (Config.preset("debug", {"train.loss_chunk": chunk}) for chunk in ("auto", 1024, 4096))
+    assert auto == Config.preset("debug")
+    assert auto.differences(old) == []
+    assert auto.differences(other) == ["train.loss_chunk: auto, 4096"]
+    assert old.differences(auto) == ["train.loss_chunk: 1024, auto"], "who asks for a number is heard"
+    assert [before.rows_of_logits(config) for config in (auto, old, other)] == [1024, 1024, 4096]
+    assert "loss_chunk = 1024" in before.to_toml(auto)
+    assert before.model_copy(update={"loss_chunk": 5461}).rows_of_logits(auto) == 5461

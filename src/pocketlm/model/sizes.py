@@ -29,6 +29,9 @@ and a heap that keeps what is freed falls into pieces. As measured of one model 
 VOCAB_MULTIPLE = 64
 """Columns of logits in 16 bits are a multiple of it: matrix kernels of CPUs and GPUs are slow at odd widths."""
 
+CPU_CHUNK, GPU_CHUNK_BYTES = 1024, 2**30
+"""Rows of logits alive at once where a CPU computes, and what those of a GPU may take in fp32."""
+
 Tensors = tuple[int, int, int]
 """How many of them there are, and the rows and columns of each; of a vector its values and 1."""
 
@@ -107,6 +110,17 @@ def kv_cache_bytes_per_token(model: ModelConfig, bytes_per_value: int) -> int:
     return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * bytes_per_value
 
 
+def loss_chunk(config: Config, *, on_gpu: bool) -> int:
+    """Rows of logits alive at once while training, 0 for all: as given, or what `auto` is there.
+
+    Between two chunks the head's gradient is read and written in fp32, and a GPU runs out of work at the end of each
+    product: it takes few and large ones. A CPU works on a few rows at a time anyway.
+    """
+    if config.train.loss_chunk != "auto":
+        return config.train.loss_chunk
+    return max(1, GPU_CHUNK_BYTES // (4 * config.model.vocab_size)) if on_gpu else CPU_CHUNK
+
+
 @dataclass(frozen=True)
 class TrainingMemory:
     """Bytes by part on one device. The last three are estimates, held against measured runs (docs/plan.md).
@@ -154,6 +168,7 @@ def training_memory(
     *,
     folded: bool = False,
     snapshot: bool = False,
+    on_gpu: bool = False,
     team: Team = ALONE,
 ) -> TrainingMemory:
     """What training takes of each rank with `micro_batch` rows of `data.context` tokens at once, computing in `dtype`.
@@ -161,13 +176,15 @@ def training_memory(
     Args:
         folded: whether attention keeps its probabilities, as folded attention does in short rows.
         snapshot: whether checkpoints are written from copies on the same device.
+        on_gpu: whether a GPU computes, which has a whole chunk of logits in fp32 beside those in `dtype`.
     """
     model, context, half = config.model, config.data.context, dtype != "fp32"
     size = 2 if half else 4
     num = _held(_tensors(model), team)
     num_muon = _held(_in_blocks(model), team) if config.optim.kind == "muon" else 0
     rows = micro_batch * context
-    chunk = min(config.train.loss_chunk or rows, rows)
+    chunk = min(loss_chunk(config, on_gpu=on_gpu) or rows, rows)
+    logit = size + 4 if on_gpu and half else size
     moments = 8 * num - 4 * num_muon
     keys = _keys_kept(context) if folded else 0
     activations = rows * activation_bytes_per_token(model, dtype, config.train.gradient_checkpointing, keys)
@@ -182,7 +199,7 @@ def training_memory(
         snapshot=_snapshot(model, moments, team) if snapshot else 0,
         activations=activations,
         backward=int(BACKWARD_BLOCKS * block + (LOST_TO_PARTS if team.shares and snapshot else LOST) * activations),
-        loss=size * chunk * model.vocab_size + (4 + 2 * size) * model.vocab_size * model.hidden_size,
+        loss=logit * chunk * model.vocab_size + (4 + 2 * size) * model.vocab_size * model.hidden_size,
     )
 
 

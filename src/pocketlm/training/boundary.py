@@ -52,8 +52,8 @@ class Late:
         """
         outcome, self.unread = self.unread, None
         if outcome is not None:
-            scale = None if outcome.loss_scale is None else outcome.loss_scale.item()
-            figures = _Figures(outcome.loss.item(), outcome.grad_norm.item(), int(outcome.verdict.item()), scale)
+            loss, grad_norm, verdict, *scale = outcome.told.hear()
+            figures = _Figures(loss, grad_norm, int(verdict), scale[0] if scale else None)
             ended_at = outcome.ended_at or time.perf_counter()  # a GPU has just told its figures
             seconds = ended_at - max(outcome.started_at, self.ended_at)
             self.ended_at = ended_at

@@ -123,8 +123,10 @@ def needs(
     config: Config, micro_batch: int, dtype: Dtype, attention: AttentionKernel, device: str, team: Team = ALONE
 ) -> sizes.TrainingMemory:
     """Bytes on a device of this type. Folded attention keeps probabilities; a save copies to the host's memory."""
-    folded, snapshot = attention == "folded", device not in COUNTED
-    return sizes.training_memory(config, micro_batch, dtype, folded=folded, snapshot=snapshot, team=team)
+    folded, on_gpu = attention == "folded", device in COUNTED
+    return sizes.training_memory(
+        config, micro_batch, dtype, folded=folded, snapshot=not on_gpu, on_gpu=on_gpu, team=team
+    )
 
 
 def largest_that_fits(

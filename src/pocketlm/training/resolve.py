@@ -24,9 +24,9 @@ from pocketlm.machine import BITWISE_ON, Runtime, versions
 from pocketlm.model.arithmetic import ATTENTION_ON, FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
 from pocketlm.model.attention import folded_attention
 from pocketlm.model.documents import documents_in
-from pocketlm.model.sizes import Team, flops_per_token, training_memory
+from pocketlm.model.sizes import GPU_CHUNK_BYTES, Team, flops_per_token, loss_chunk, training_memory
 from pocketlm.training import micro_batch as micro_batches
-from pocketlm.training.memory import available_bytes
+from pocketlm.training.memory import COUNTED, available_bytes
 
 MUST_GAIN = 1.2
 """What is chosen for its speed has to be faster by more than a probe's noise, so that a second run chooses the same."""
@@ -62,18 +62,25 @@ class Resolved(BaseModel):
     """Processes of the run."""
     strategy: Strategy = "ddp"
     """Whether each has the whole state, or a share of it; one process has it all."""
+    loss_chunk: Annotated[int, Field(ge=0)] | None = None
+    """Rows of logits alive at once, 0 for all; None in a run that was begun before it was chosen."""
     reasons: dict[str, str]
 
     @property
     def arithmetic(self) -> Arithmetic:
         return Arithmetic(self.dtype, self.attention, self.fp32_matmul)
 
+    def rows_of_logits(self, config: Config) -> int:
+        """Rows of logits alive at once, 0 for all. A run that was begun before they were chosen keeps what it had."""
+        return loss_chunk(config, on_gpu=False) if self.loss_chunk is None else self.loss_chunk
+
     def to_toml(self, config: Config) -> str:
         """`resolved.toml`: the configuration as it ran, this table, and the versions of the libraries."""
         ran = self.model_dump(include={"dtype", "attention", "fp32_matmul", "micro_batch", "threads", "determinism"})
         tree = config.tree()
-        tree["train"] = tree["train"] | ran | {"compile": "on" if self.compile else "off"}
-        return tomli_w.dumps(tree | {"resolved": self.model_dump(), "versions": versions()})
+        ran |= {"compile": "on" if self.compile else "off", "loss_chunk": self.rows_of_logits(config)}
+        tree["train"] = tree["train"] | ran
+        return tomli_w.dumps(tree | {"resolved": self.model_dump(exclude_none=True), "versions": versions()})
 
 
 def resolve(config: Config, runtime: Runtime) -> Resolved:
@@ -97,6 +104,7 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     strategy, strategy_reason = choose_strategy(config, runtime)
     team = team_of(runtime, strategy)
     micro_batch, micro_reason = micro_batches.choose(config, device, dtype, attention, team)
+    chunk, chunk_reason = _loss_chunk(config, device)
     return Resolved(
         dtype=dtype,
         attention=attention,
@@ -109,6 +117,7 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
         peak_flops=rates[dtype],
         ranks=runtime.ranks,
         strategy=strategy,
+        loss_chunk=chunk,
         reasons={
             "dtype": dtype_reason,
             "attention": attention_reason,
@@ -116,6 +125,7 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
             "compile": compile_reason,
             "micro_batch": micro_reason,
             "strategy": strategy_reason,
+            "loss_chunk": chunk_reason,
             "threads": "every core that this process may use" if config.train.threads == "auto" else "as given",
             "determinism": f"what a {device.type} does by itself" if config.train.determinism == "auto" else "as given",
         },
@@ -275,6 +285,14 @@ def _compile(config: Config, device: torch.device, peak_flops: float) -> tuple[b
             raise UsageError(f"train.compile: given on, but {NOTHING_COMPILES}{refusal}; take auto or off")
         return False, NOTHING_COMPILES + refusal
     return True, "as given" if config.train.compile == "on" else f"about {run_s / 3600:.1f} h of training pay for it"
+
+
+def _loss_chunk(config: Config, device: torch.device) -> tuple[int, str]:
+    on_gpu = device.type in COUNTED
+    chunk = loss_chunk(config, on_gpu=on_gpu)
+    if config.train.loss_chunk != "auto":
+        return chunk, "as given"
+    return chunk, f"{GPU_CHUNK_BYTES / 1e9:.1f} GB of them in fp32" if on_gpu else "more are no faster here"
 
 
 def why_not_compile(device: torch.device) -> str:

@@ -353,7 +353,8 @@ def new_state(
     precision = _precision(model, resolved, ranks, runtime.device)
     optimizer = Optimizer(precision.parameters, config.optim, precision.copies, precision.shared)
     scaler = LossScaler(runtime.device) if resolved.dtype == "fp16" else None
-    state = TrainState(precision, optimizer, Guard(config.guard, runtime.device), scaler)
+    chunk = resolved.rows_of_logits(config)
+    state = TrainState(precision, optimizer, Guard(config.guard, runtime.device), scaler, loss_chunk=chunk)
     state.begin(config, resolved.micro_batch)
     return state
 
@@ -424,6 +425,8 @@ def info(run: Run, state: TrainState) -> RunInfo:
         f"fp32 products: {resolved.fp32_matmul} ({resolved.reasons['fp32_matmul']})",
         f"attention: {resolved.attention}{apart} ({resolved.reasons['attention']}); "
         f"blocks {'compiled' if resolved.compile else 'not compiled'} ({resolved.reasons['compile']})",
+        f"loss: {resolved.rows_of_logits(config) or 'all'} row(s) of logits at once "
+        f"({resolved.reasons.get('loss_chunk', 'as it began')})",
         f"determinism: {run.runtime.determinism}: {machine.PROMISES[run.runtime.determinism]}",
         *_rank_lines(run),
         *going_on,

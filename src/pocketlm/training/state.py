@@ -26,6 +26,7 @@ from pocketlm.devices import in_use
 from pocketlm.distributed import Ranks
 from pocketlm.errors import FileError
 from pocketlm.machine import versions
+from pocketlm.model.sizes import CPU_CHUNK
 from pocketlm.optim.optimizer import MOMENTS, Optimizer
 from pocketlm.tensors import Shapes, read_tensors
 from pocketlm.text.tokenizer import Tokenizer
@@ -73,6 +74,8 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     saved: Mark | None = None
     """The mark of the newest checkpoint that this process has read or written."""
+    loss_chunk: int = CPU_CHUNK
+    """Rows of logits alive at once, 0 for all."""
 
     def check_finite(self) -> None:
         """What is not finite is never evaluated, sampled from or saved.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pocketlm.config import Config
-from pocketlm.devices import COPIES_BESIDE
+from pocketlm.devices import COPIES_BESIDE, Told
 from pocketlm.distributed import turns
 from pocketlm.errors import one_line
 from pocketlm.model.loss import IGNORED, linear_cross_entropy
@@ -49,6 +49,8 @@ class Outcome:
     """() int64, the guard's, or the scaler's OVERFLOW."""
     loss_scale: Tensor | None
     """() fp32, what it was computed with in fp16."""
+    told: Told
+    """These figures, in this order, for who reads them when the next step has been begun."""
     started_at: float
     """By the clock of time.perf_counter."""
     ended_at: float | None
@@ -92,8 +94,9 @@ def train_step(
     now.step += 1
     now.position += rows
     now.tokens += rows * config.data.context
+    told = Told([loss, norm, verdict] if loss_scale is None else [loss, norm, verdict, loss_scale])
     ended_at = time.perf_counter() if loss.device.type == "cpu" else None
-    return Outcome(now.model_copy(), loss, norm, verdict, loss_scale, started_at, ended_at)
+    return Outcome(now.model_copy(), loss, norm, verdict, loss_scale, told, started_at, ended_at)
 
 
 def _gradients_or_nothing(
@@ -144,7 +147,7 @@ def _micro_batches(state: TrainState, loader: Rows, config: Config, micro_batch:
             model.head,
             targets.flatten(),
             scale=scale,
-            chunk=config.train.loss_chunk,
+            chunk=state.loss_chunk,
             softcap=config.model.logit_softcap,
             num_ids=config.model.vocab_size,
         )
