@@ -33,7 +33,7 @@ from pocketlm.training import slowness
 from pocketlm.training.gpus import ASSUMED_MFU, Gpu
 from pocketlm.training.guard import Guard
 from pocketlm.training.memory import available_bytes
-from pocketlm.training.micro_batch import chosen, evenly, needs, rows_of_a_rank
+from pocketlm.training.micro_batch import Training, evenly
 from pocketlm.training.probe import Hear, Probed, device_name, probe
 from pocketlm.training.resolve import Resolved, resolve, strategy_within
 from pocketlm.training.state import SCHEMA, Scalars, random_states
@@ -257,7 +257,8 @@ def plan_here(config: Config, hear: Hear) -> Plan:
     probed = trial.probed
     on_cpu = runtime.device.type == "cpu"
     beside = process + KERNELS_BYTES if on_cpu else 0
-    memory = _memory(config, resolved, trial.micro_batch, available, beside)
+    training = Training(config, runtime.device, resolved.dtype, resolved.attention)
+    memory = _memory(training, trial.micro_batch, available, beside)
     if trial.is_whole:
         # the probe saves nothing; shards are mapped, and count as taken once they were read
         beside_steps = memory.by_part.snapshot + (_data_bytes(dataset) or 0) if on_cpu else 0
@@ -307,12 +308,13 @@ def plan_for(config: Config, gpu: Gpu, devices: int = 1) -> Plan:
     attention: AttentionKernel = "folded" if config.train.attention == "folded" else "sdpa"
     team = sizes.Team(devices)
     team = replace(team, strategy=strategy_within(config, team, gpu.memory_bytes)[0])
-    micro_batch, _ = chosen(config, "cuda", dtype, attention, gpu.memory_bytes, team)
+    training = Training(config, torch.device("cuda"), dtype, attention, team)
+    micro_batch, _ = training.chosen(gpu.memory_bytes)
     dataset, left_out = _dataset(config)
     work = work_of(config, dataset)
     rate = gpu.rate(dtype)
     per_token = sizes.flops_per_token(config.model, config.data.context)
-    tokens = rows_of_a_rank(config, team) * config.data.context
+    tokens = training.rows * config.data.context
     # an update reads and writes weights, moments, sums and the copy
     moved = 30 * sizes.parameters(config.model).total // (devices if team.shares else 1)
     step_s = tokens * per_token / (ASSUMED_MFU * rate) + moved / gpu.bytes_per_s
@@ -344,7 +346,7 @@ def plan_for(config: Config, gpu: Gpu, devices: int = 1) -> Plan:
         peak_flops=rate,
         step_s=step_s,
         seconds=Seconds(0.0, work.steps * step_s, evaluated / (ASSUMED_MFU * rate), 0.0),
-        memory=_memory(config, resolved, micro_batch, gpu.memory_bytes, 0, team),
+        memory=_memory(training, micro_batch, gpu.memory_bytes, 0),
         checkpoint_bytes=checkpoint_bytes(config, _tokenizer(dataset, left_out), resolved),
         data_bytes=_data_bytes(dataset),
         joules=None,
@@ -396,16 +398,11 @@ def _row_s(config: Config, context: int, resolved: Resolved) -> float:
     return context * sizes.flops_per_token(config.model, context) / (ASSUMED_MFU * resolved.peak_flops)
 
 
-def _memory(
-    config: Config, resolved: Resolved, micro_batch: int, available: int, process: int, team: sizes.Team = sizes.ALONE
-) -> Memory:
-    def needed(rows: int) -> sizes.TrainingMemory:
-        return needs(config, rows, resolved.dtype, resolved.attention, resolved.device, team)
-
-    rows = rows_of_a_rank(config, team)
+def _memory(training: Training, micro_batch: int, available: int, process: int) -> Memory:
+    rows, by_part = training.rows, training.needs(micro_batch)
     shown = sorted({1, micro_batch, rows, *(evenly(rows, 1 << power) for power in range(0, rows.bit_length(), 2))})
-    by_micro_batch = [(each, process + needed(each).total) for each in shown]
-    return Memory(needed(micro_batch), process, available, process + needed(micro_batch).total, by_micro_batch)
+    by_micro_batch = [(each, process + training.needs(each).total) for each in shown]
+    return Memory(by_part, process, available, process + by_part.total, by_micro_batch)
 
 
 def _dataset(config: Config) -> tuple[Dataset | None, list[str]]:
