@@ -80,6 +80,17 @@ def test_micro_batches_are_summed_in_fp32(dtype: str) -> None:
         torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
+def test_the_first_gradients_in_fp32_are_moved_from_between_the_activations() -> None:
+    precision = Precision(model_of(True), Arithmetic("fp32"))
+    for num in (1, 2, 3):
+        backward(precision.compute, *rows(num))
+        made = precision.gradients()
+        precision.collect_gradients()
+        for name, gradient in precision.gradients().items():
+            assert (gradient.data_ptr() == made[name].data_ptr()) == (num > 1), name
+            assert torch.equal(gradient, made[name])
+
+
 def test_refresh_writes_the_copy_and_leaves_the_padding() -> None:
     precision = Precision(model_of(True), Arithmetic("bf16"))
     with torch.no_grad():

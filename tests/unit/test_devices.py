@@ -94,7 +94,7 @@ def test_a_run_may_go_on_elsewhere() -> None:
 @pytest.mark.parametrize("kind", get_args(Device))
 def test_every_kind_has_an_answer_wherever_one_is_asked(kind: Device) -> None:
     config, device = Config.preset("tiny", {"train.micro_batch": "auto"}), torch.device(kind)
-    rows, _ = micro_batch.chosen(config, kind, "fp32", "sdpa", 80 * GB)
+    rows, _ = micro_batch.Training(config, device, "fp32", "sdpa").chosen(80 * GB)
     small = micro_batch.FULL_SPEED_TOKENS // config.data.context
     assert rows == (config.rows_per_step if kind in ("cuda", "xpu") else min(small, config.rows_per_step))
     kept, why = usable(Arithmetic("bf16", "sdpa"), device)

@@ -20,9 +20,10 @@ from pocketlm.training.gpus import ASSUMED_MFU, find_gpu, gpu_by_name
 from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
 from pocketlm.training.meter import Meter
-from pocketlm.training.plan import checkpoint_bytes, plan_for, plan_here, work_of
+from pocketlm.training.plan import plan_for, plan_here
 from pocketlm.training.probe import Probed, RandomRows
 from pocketlm.training.state import read_state
+from pocketlm.training.work import checkpoint_bytes, work_of
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,9 +108,9 @@ def test_what_fits_only_in_shares_is_resolved_and_goes_on_so(monkeypatch: pytest
         "train.compile": "off",
     }
     config = Config.preset("smollm2-360m", fields | {"data.context": 256, "train.tokens_per_step": 4096})
-    fsdp = Team(64, "fsdp", 64)
-    one = micro_batch.needs(config, 1, "bf16", "folded", "cpu").total
-    assert 5 * micro_batch.needs(config, 1, "bf16", "folded", "cpu", fsdp).total < one
+    alone = micro_batch.Training(config, CPU, "bf16", "folded")
+    one = alone.needs(1).total
+    assert 5 * replace(alone, team=Team(64, "fsdp", 64)).needs(1).total < one
     for module in (resolve, micro_batch):
         monkeypatch.setattr(module, "available_bytes", lambda device: 64 * one // 5)
     monkeypatch.setattr(resolve, "matmul_rate", lambda config, device, dtype: 1e9)

@@ -29,9 +29,10 @@ from pocketlm.training.guard import Trouble
 from pocketlm.training.halving import compile_that_fits, step_that_fits
 from pocketlm.training.log import Listener, Silent
 from pocketlm.training.more_steps import Standing, going_on
+from pocketlm.training.outlook import info
 from pocketlm.training.progress import Progress
 from pocketlm.training.report import write_report
-from pocketlm.training.run import Run, begin, info, set_aside_later
+from pocketlm.training.run import Run, begin, set_aside_later
 from pocketlm.training.runs import run_folder
 from pocketlm.training.saving import Saver, prune, regular_steps
 from pocketlm.training.signals import Stopped, StopRequest, exit_signal, stop_on_signal

@@ -6,15 +6,17 @@ thousand tokens at once, so it takes the fewest that reach full speed, and leave
 whose memory is the machine's.
 
 Of several ranks each has its rows of a step, and on a CPU its part of the host's memory; what one holds of the state
-depends on their strategy. `Team` says all that.
+depends on their strategy. `Team` says all that; `Training` has all that memory depends on.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
+from pydantic import BaseModel
 
 from pocketlm.config import Config
 from pocketlm.distributed import share
@@ -54,93 +56,119 @@ def is_out_of_memory(error: BaseException) -> bool:
     return before is not None and is_out_of_memory(before)
 
 
-def choose(
-    config: Config, device: torch.device, dtype: Dtype, attention: AttentionKernel, team: Team = ALONE
-) -> tuple[int, str]:
-    """Rows at once, on each rank, and why so many.
+@dataclass(frozen=True)
+class Training:
+    """What decides how much memory a rank takes: what is trained, where, how it is computed, and with how many."""
 
-    Raises:
-        ConfigError: not even one row fits, or not as many as were asked for.
-    """
-    return chosen(config, device.type, dtype, attention, available_bytes(device) // team.here, team)
+    config: Config
+    device: torch.device
+    dtype: Dtype
+    attention: AttentionKernel
+    team: Team = ALONE
 
+    @property
+    def rows(self) -> int:
+        """The most rows of a step that one of the ranks has."""
+        return len(share(self.config.rows_per_step, 0, self.team.ranks))
 
-def chosen(
-    config: Config, device: str, dtype: Dtype, attention: AttentionKernel, available: int, team: Team = ALONE
-) -> tuple[int, str]:
-    """The same as a function of what is available to each rank, in bytes."""
-    rows, given = rows_of_a_rank(config, team), config.train.micro_batch
-    if given != "auto":
-        return _as_given(config, min(given, rows), dtype, attention, available, device, team), "as given"
-    fits = largest_that_fits(config, dtype, attention, int(available * USABLE[device]), device, team)
-    if fits == 0 and not largest_that_fits(config, dtype, attention, available, device, team):
-        raise ConfigError(refusal(config, 1, dtype, attention, available, device, team))
-    wanted = rows if device in COUNTED else max(1, FULL_SPEED_TOKENS // config.data.context)
-    micro_batch = evenly(rows, max(1, min(rows, wanted, fits)))
-    bounded = f", all that fits in {_gb(available)}" if fits < min(rows, wanted) else ""
-    tokens = micro_batch * config.data.context
-    return micro_batch, f"{tokens} tokens at once, of {rows * config.data.context} a step{bounded}"
+    def needs(self, micro_batch: int) -> sizes.TrainingMemory:
+        """Bytes on the device. Folded attention keeps probabilities; a save copies to the host's memory."""
+        folded, on_gpu = self.attention == "folded", self.device.type in COUNTED
+        return sizes.training_memory(
+            self.config, micro_batch, self.dtype, folded=folded, snapshot=not on_gpu, on_gpu=on_gpu, team=self.team
+        )
 
+    def largest_that_fits(self, room: int) -> int:
+        """The most rows, of a rank's in a step, whose training takes no more than `room` bytes; 0 if one takes more."""
+        low, high = 0, self.rows
+        while low < high:  # memory grows with the rows: bisection
+            middle = (low + high + 1) // 2
+            if self.needs(middle).total <= room:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
-def rows_of_a_rank(config: Config, team: Team) -> int:
-    """The most rows of a step that one of them has."""
-    return len(share(config.rows_per_step, 0, team.ranks))
+    def choose(self) -> tuple[int, str]:
+        """Rows at once, on each rank, and why so many.
 
+        Raises:
+            ConfigError: not even one row fits, or not as many as were asked for.
+        """
+        return self.chosen(self._available())
 
-def warning(
-    config: Config,
-    micro_batch: int,
-    dtype: Dtype,
-    attention: AttentionKernel,
-    device: torch.device,
-    team: Team = ALONE,
-) -> str | None:
-    """What to say of a run that goes on with the rows it had, where there is less memory than they need."""
-    available = available_bytes(device) // team.here
-    if (total := needs(config, micro_batch, dtype, attention, device.type, team).total) <= available:
-        return None
-    return (
-        f"this run goes on with {micro_batch} row(s) at once, which need about {_gb(total)}{_each(team)}; "
-        f"{_gb(available)} are free{_for_each(team)}: it may be killed"
-    )
+    def chosen(self, available: int) -> tuple[int, str]:
+        """The same as a function of what is available to each rank, in bytes."""
+        rows, given, context = self.rows, self.config.train.micro_batch, self.config.data.context
+        if given != "auto":
+            return self._as_given(min(given, rows), available), "as given"
+        fits = self.largest_that_fits(int(available * USABLE[self.device.type]))
+        if fits == 0 and not self.largest_that_fits(available):
+            raise ConfigError(self.refusal(1, available))
+        wanted = rows if self.device.type in COUNTED else max(1, FULL_SPEED_TOKENS // context)
+        micro_batch = evenly(rows, max(1, min(rows, wanted, fits)))
+        bounded = f", all that fits in {_gb(available)}" if fits < min(rows, wanted) else ""
+        return micro_batch, f"{micro_batch * context} tokens at once, of {rows * context} a step{bounded}"
 
+    def warning(self, micro_batch: int) -> str | None:
+        """What to say of a run that goes on with the rows it had, where there is less memory than they need."""
+        available = self._available()
+        if (total := self.needs(micro_batch).total) <= available:
+            return None
+        return (
+            f"this run goes on with {micro_batch} row(s) at once, which need about {_gb(total)}{self._each()}; "
+            f"{_gb(available)} are free{self._for_each()}: it may be killed"
+        )
 
-def _as_given(
-    config: Config,
-    micro_batch: int,
-    dtype: Dtype,
-    attention: AttentionKernel,
-    available: int,
-    device: str,
-    team: Team,
-) -> int:
-    if needs(config, micro_batch, dtype, attention, device, team).total > available:
-        raise ConfigError(refusal(config, micro_batch, dtype, attention, available, device, team))
-    return micro_batch
+    def refusal(self, micro_batch: int, available: int) -> str:
+        """One line: what it needs, what there is, and what would help."""
+        memory = self.needs(micro_batch)
+        kept = memory.per_parameter
+        what = (
+            f"{self.config.name} needs about {_gb(memory.total)}{self._each()} to train with {micro_batch} row(s) of "
+            f"{self.config.data.context} at once ({_gb(kept)} for the parameters, {_gb(memory.total - kept)} for the "
+            f"rows), {_gb(available)} are free{self._for_each()}"
+        )
+        if fits := self.largest_that_fits(available):
+            return f"{what}; add --train.micro-batch {min(fits, micro_batch - 1)}, or leave it to auto"
+        return f"{what}; {self._advice(available)}"
 
+    def _as_given(self, micro_batch: int, available: int) -> int:
+        if self.needs(micro_batch).total > available:
+            raise ConfigError(self.refusal(micro_batch, available))
+        return micro_batch
 
-def needs(
-    config: Config, micro_batch: int, dtype: Dtype, attention: AttentionKernel, device: str, team: Team = ALONE
-) -> sizes.TrainingMemory:
-    """Bytes on a device of this type. Folded attention keeps probabilities; a save copies to the host's memory."""
-    folded, on_gpu = attention == "folded", device in COUNTED
-    return sizes.training_memory(
-        config, micro_batch, dtype, folded=folded, snapshot=not on_gpu, on_gpu=on_gpu, team=team
-    )
+    def _advice(self, available: int) -> str:
+        """What makes the state or a row smaller, as far as it would; else a smaller model."""
+        team, train, data = self.team, self.config.train, self.config.data
 
+        def fits(changed: Training) -> bool:
+            return changed.needs(1).total <= available
 
-def largest_that_fits(
-    config: Config, dtype: Dtype, attention: AttentionKernel, room: int, device: str, team: Team = ALONE
-) -> int:
-    """The most rows, of a rank's in a step, whose training takes no more than `room` bytes; 0 if one takes more."""
-    low, high = 0, rows_of_a_rank(config, team)
-    while low < high:  # memory grows with the rows: bisection
-        middle = (low + high + 1) // 2
-        if needs(config, middle, dtype, attention, device, team).total <= room:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+        if team.ranks > 1 and not team.shares and fits(replace(self, team=replace(team, strategy="fsdp"))):
+            return "add --train.strategy fsdp"
+        recomputed = train.model_copy(update={"gradient_checkpointing": True})
+        if fits(self._with({"train": recomputed})):
+            return "add --train.gradient-checkpointing true"
+        for context in (data.context // 2, data.context // 4):
+            shorter = data.model_copy(update={"context": context})
+            if context and fits(self._with({"data": shorter})):
+                rows = self.config.rows_per_step
+                return f"add --data.context {context} --train.tokens-per-step {rows * context}"
+        return "take a smaller preset, or a machine with more memory"
+
+    def _with(self, sections: Mapping[str, BaseModel]) -> Training:
+        return replace(self, config=self.config.model_copy(update=sections))
+
+    def _available(self) -> int:
+        """Bytes that this rank can still take."""
+        return available_bytes(self.device) // self.team.here
+
+    def _each(self) -> str:
+        return f" on each of {self.team.ranks} ranks" if self.team.ranks > 1 else ""
+
+    def _for_each(self) -> str:
+        return " for each" if self.team.ranks > 1 else ""
 
 
 def evenly(rows: int, most: int) -> int:
@@ -151,54 +179,6 @@ def evenly(rows: int, most: int) -> int:
     in_fewest_turns = math.ceil(rows / math.ceil(rows / most))
     alike = max(size for size in range(1, most + 1) if rows % size == 0)
     return alike if 4 * alike >= 3 * in_fewest_turns else in_fewest_turns
-
-
-def refusal(
-    config: Config,
-    micro_batch: int,
-    dtype: Dtype,
-    attention: AttentionKernel,
-    available: int,
-    device: str,
-    team: Team = ALONE,
-) -> str:
-    """One line: what it needs, what there is, and what would help."""
-    memory = needs(config, micro_batch, dtype, attention, device, team)
-    kept = memory.per_parameter
-    what = (
-        f"{config.name} needs about {_gb(memory.total)}{_each(team)} to train with {micro_batch} row(s) of "
-        f"{config.data.context} at once ({_gb(kept)} for the parameters, {_gb(memory.total - kept)} for the rows), "
-        f"{_gb(available)} are free{_for_each(team)}"
-    )
-    if fits := largest_that_fits(config, dtype, attention, available, device, team):
-        return f"{what}; add --train.micro-batch {min(fits, micro_batch - 1)}, or leave it to auto"
-    return f"{what}; {_advice(config, dtype, attention, available, device, team)}"
-
-
-def _advice(config: Config, dtype: Dtype, attention: AttentionKernel, available: int, device: str, team: Team) -> str:
-    """What makes the state or a row smaller, as far as it would; else a smaller model."""
-
-    def fits(changed: Config, among: Team = team) -> bool:
-        return needs(changed, 1, dtype, attention, device, among).total <= available
-
-    train, data, rows = config.train, config.data, config.rows_per_step
-    if team.ranks > 1 and not team.shares and fits(config, replace(team, strategy="fsdp")):
-        return "add --train.strategy fsdp"
-    recomputed = train.model_copy(update={"gradient_checkpointing": True})
-    if fits(config.model_copy(update={"train": recomputed})):
-        return "add --train.gradient-checkpointing true"
-    for context in (data.context // 2, data.context // 4):
-        if context and fits(config.model_copy(update={"data": data.model_copy(update={"context": context})})):
-            return f"add --data.context {context} --train.tokens-per-step {rows * context}"
-    return "take a smaller preset, or a machine with more memory"
-
-
-def _each(team: Team) -> str:
-    return f" on each of {team.ranks} ranks" if team.ranks > 1 else ""
-
-
-def _for_each(team: Team) -> str:
-    return " for each" if team.ranks > 1 else ""
 
 
 def _gb(size: int) -> str:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Set
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from pocketlm import checkpoint, machine
+from pocketlm import machine
 from pocketlm.config import Config
 from pocketlm.data.opened import mixed
 from pocketlm.data.prepare import find_prepared
@@ -25,18 +24,14 @@ from pocketlm.data.streamed import open_as_run
 from pocketlm.errors import ConfigError, PocketError
 from pocketlm.field_types import AttentionKernel, Dtype
 from pocketlm.model import sizes
-from pocketlm.model.transformer import Transformer
-from pocketlm.optim.optimizer import Optimizer
-from pocketlm.optim.schedule import ends, rests_on
 from pocketlm.text.tokenizer import Tokenizer, load_tokenizer
 from pocketlm.training import slowness
 from pocketlm.training.gpus import ASSUMED_MFU, Gpu
-from pocketlm.training.guard import Guard
 from pocketlm.training.memory import available_bytes
-from pocketlm.training.micro_batch import chosen, evenly, needs, rows_of_a_rank
+from pocketlm.training.micro_batch import Training, evenly
 from pocketlm.training.probe import Hear, Probed, device_name, probe
 from pocketlm.training.resolve import Resolved, resolve, strategy_within
-from pocketlm.training.state import SCHEMA, Scalars, random_states
+from pocketlm.training.work import Work, checkpoint_bytes, work_of
 
 PROBE_S = 12.0
 PROBE_STEPS = 8
@@ -48,88 +43,6 @@ KERNELS_BYTES = 100 << 20
 HASHED_PER_SAVE = {"cpu": 2}
 """Times that a checkpoint's bytes go through SHA-256 in the training's time, by device: while it is written, and when
 it is checked before old ones go. That is beside the training: it takes time of a CPU that trains, not of a GPU."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run does, counted."""
-
-    steps: int
-    tokens: int
-    flops: int
-    evaluations: int
-    evaluated_tokens: int | None
-    """Of each evaluation; None where the data are not known."""
-    checkpoints: int
-    """Written in all."""
-    kept: int
-    """On the disk at the end, at most: the best may be among the last."""
-
-    @property
-    def most_kept(self) -> int:
-        """On the disk at once: a new one is whole before an old one goes."""
-        return min(self.checkpoints, self.kept + 1)
-
-
-def work_of(config: Config, dataset: Dataset | None) -> Work:
-    """Counts it."""
-    train = config.train
-    tokens = train.total_steps * train.tokens_per_step
-    ending = set(ends(config.schedule, train.total_steps))
-    rests = rests_on(config.schedule, train.total_steps)
-    rest = set() if rests is None else {rests}
-    saved = _times(train.total_steps, train.checkpoint_every, ending | rest) + 1  # the beginning is a checkpoint
-    held_out = dataset.val.num_tokens - 1 if dataset else config.data.validation_tokens or None
-    if train.eval_tokens:
-        held_out = min(train.eval_tokens, held_out or train.eval_tokens)
-    return Work(
-        steps=train.total_steps,
-        tokens=tokens,
-        flops=tokens * sizes.flops_per_token(config.model, config.data.context),
-        evaluations=_times(train.total_steps, train.eval_every, ending),
-        evaluated_tokens=held_out,
-        checkpoints=saved,
-        kept=min(saved, train.keep_last + train.keep_best + len(rest)),
-    )
-
-
-def _times(steps: int, every: int, besides: Set[int]) -> int:
-    """How often something is due: every so many steps (0: never), and besides."""
-    if not every:
-        return len(besides)
-    return steps // every + sum(step % every > 0 for step in besides)
-
-
-def checkpoint_bytes(config: Config, tokenizer: Tokenizer, resolved: Resolved) -> int:
-    """What one checkpoint takes of the disk, in whole blocks: from the shapes alone, no tensor is made."""
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    parameters = dict(model.named_parameters())
-    optimizer, guard = Optimizer(parameters, config.optim), Guard(config.guard, torch.device("meta"))
-    scalars = Scalars(
-        schema=SCHEMA,
-        updates=config.train.total_steps,
-        regular=True,
-        records=2 * config.train.total_steps,
-        journal_sha256="0" * 64,
-        random=random_states(),
-        versions=machine.versions(),
-        data_fingerprint="0" * 64,
-        resolved=resolved,
-        step=config.train.total_steps,
-    )
-    return checkpoint.size_bytes(
-        checkpoint.Snapshot(
-            step=config.train.total_steps,
-            model=config.model,
-            sample=config.sample,
-            tokenizer=tokenizer,
-            weights=dict(model.named_parameters()),
-            optimizer=optimizer.tensors() | guard.tensors(),
-            config_toml=config.to_toml(),
-            state=scalars.model_dump(by_alias=True),
-        )
-    )
 
 
 @dataclass(frozen=True)
@@ -257,7 +170,8 @@ def plan_here(config: Config, hear: Hear) -> Plan:
     probed = trial.probed
     on_cpu = runtime.device.type == "cpu"
     beside = process + KERNELS_BYTES if on_cpu else 0
-    memory = _memory(config, resolved, trial.micro_batch, available, beside)
+    training = Training(config, runtime.device, resolved.dtype, resolved.attention)
+    memory = _memory(training, trial.micro_batch, available, beside)
     if trial.is_whole:
         # the probe saves nothing; shards are mapped, and count as taken once they were read
         beside_steps = memory.by_part.snapshot + (_data_bytes(dataset) or 0) if on_cpu else 0
@@ -307,12 +221,13 @@ def plan_for(config: Config, gpu: Gpu, devices: int = 1) -> Plan:
     attention: AttentionKernel = "folded" if config.train.attention == "folded" else "sdpa"
     team = sizes.Team(devices)
     team = replace(team, strategy=strategy_within(config, team, gpu.memory_bytes)[0])
-    micro_batch, _ = chosen(config, "cuda", dtype, attention, gpu.memory_bytes, team)
+    training = Training(config, torch.device("cuda"), dtype, attention, team)
+    micro_batch, _ = training.chosen(gpu.memory_bytes)
     dataset, left_out = _dataset(config)
     work = work_of(config, dataset)
     rate = gpu.rate(dtype)
     per_token = sizes.flops_per_token(config.model, config.data.context)
-    tokens = rows_of_a_rank(config, team) * config.data.context
+    tokens = training.rows * config.data.context
     # an update reads and writes weights, moments, sums and the copy
     moved = 30 * sizes.parameters(config.model).total // (devices if team.shares else 1)
     step_s = tokens * per_token / (ASSUMED_MFU * rate) + moved / gpu.bytes_per_s
@@ -344,7 +259,7 @@ def plan_for(config: Config, gpu: Gpu, devices: int = 1) -> Plan:
         peak_flops=rate,
         step_s=step_s,
         seconds=Seconds(0.0, work.steps * step_s, evaluated / (ASSUMED_MFU * rate), 0.0),
-        memory=_memory(config, resolved, micro_batch, gpu.memory_bytes, 0, team),
+        memory=_memory(training, micro_batch, gpu.memory_bytes, 0),
         checkpoint_bytes=checkpoint_bytes(config, _tokenizer(dataset, left_out), resolved),
         data_bytes=_data_bytes(dataset),
         joules=None,
@@ -396,16 +311,11 @@ def _row_s(config: Config, context: int, resolved: Resolved) -> float:
     return context * sizes.flops_per_token(config.model, context) / (ASSUMED_MFU * resolved.peak_flops)
 
 
-def _memory(
-    config: Config, resolved: Resolved, micro_batch: int, available: int, process: int, team: sizes.Team = sizes.ALONE
-) -> Memory:
-    def needed(rows: int) -> sizes.TrainingMemory:
-        return needs(config, rows, resolved.dtype, resolved.attention, resolved.device, team)
-
-    rows = rows_of_a_rank(config, team)
+def _memory(training: Training, micro_batch: int, available: int, process: int) -> Memory:
+    rows, by_part = training.rows, training.needs(micro_batch)
     shown = sorted({1, micro_batch, rows, *(evenly(rows, 1 << power) for power in range(0, rows.bit_length(), 2))})
-    by_micro_batch = [(each, process + needed(each).total) for each in shown]
-    return Memory(needed(micro_batch), process, available, process + needed(micro_batch).total, by_micro_batch)
+    by_micro_batch = [(each, process + training.needs(each).total) for each in shown]
+    return Memory(by_part, process, available, process + by_part.total, by_micro_batch)
 
 
 def _dataset(config: Config) -> tuple[Dataset | None, list[str]]:

@@ -41,6 +41,8 @@ class Precision:
         self._masters = dict(model.named_parameters())
         self._computed = dict(self.compute.named_parameters())
         self._sums = None if ranks.alone else Sums(self._masters)
+        self._are_apart = False
+        """In fp32, whether the gradients of this step have been moved out of what the backward pass has freed."""
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -97,9 +99,18 @@ class Precision:
 
     @torch.no_grad()
     def collect_gradients(self) -> None:
-        """After each micro-batch of several: adds the copy's gradients to the parameters' fp32 sums."""
+        """After each micro-batch of several: adds the copy's gradients to the parameters' fp32 sums.
+
+        In fp32 autograd has summed them already. It has made them between activations, and there they would stay: what
+        is free around them is in pieces that the next micro-batch does not fit into. So the first ones are moved.
+        """
         if self.compute is self.model:
-            return  # autograd has summed them already
+            if not self._are_apart:
+                for parameter in self._masters.values():
+                    assert parameter.grad is not None
+                    parameter.grad = parameter.grad.clone()
+                self._are_apart = True
+            return
         for name, master in self._masters.items():
             computed = self._computed[name]
             assert computed.grad is not None, name
@@ -114,6 +125,7 @@ class Precision:
         """Forgets a step that was not finished, or is."""
         for parameter in (*self._masters.values(), *self._computed.values()):
             parameter.grad = None
+        self._are_apart = False
 
     @torch.no_grad()
     def refresh(self) -> None:

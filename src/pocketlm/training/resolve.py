@@ -25,8 +25,8 @@ from pocketlm.model.arithmetic import ATTENTION_ON, FP32_ERROR, TORCH_DTYPES, Ar
 from pocketlm.model.attention import folded_attention
 from pocketlm.model.documents import documents_in
 from pocketlm.model.sizes import GPU_CHUNK_BYTES, Team, flops_per_token, loss_chunk, training_memory
-from pocketlm.training import micro_batch as micro_batches
 from pocketlm.training.memory import COUNTED, available_bytes
+from pocketlm.training.micro_batch import Training
 
 MUST_GAIN = 1.2
 """What is chosen for its speed has to be faster by more than a probe's noise, so that a second run chooses the same."""
@@ -102,8 +102,8 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
     strategy, strategy_reason = choose_strategy(config, runtime)
-    team = team_of(runtime, strategy)
-    micro_batch, micro_reason = micro_batches.choose(config, device, dtype, attention, team)
+    training = Training(config, device, dtype, attention, team_of(runtime, strategy))
+    micro_batch, micro_reason = training.choose()
     chunk, chunk_reason = _loss_chunk(config, device)
     return Resolved(
         dtype=dtype,
@@ -166,7 +166,7 @@ def team_of(runtime: Runtime, strategy: Strategy) -> Team:
 def memory_warning(config: Config, at_once: int, resolved: Resolved, runtime: Runtime) -> str | None:
     """What to say of a run that goes on with so many rows at once, where memory has become less than they need."""
     team = team_of(runtime, resolved.strategy)
-    return micro_batches.warning(config, at_once, resolved.dtype, resolved.attention, runtime.device, team)
+    return Training(config, runtime.device, resolved.dtype, resolved.attention, team).warning(at_once)
 
 
 def _fp32_matmul(config: Config, device: torch.device) -> tuple[FP32Matmul, str, dict[Dtype, float]]:

@@ -155,6 +155,7 @@ def _micro_batches(state: TrainState, loader: Rows, config: Config, micro_batch:
         if count > 1:
             state.precision.collect_gradients()
         loss += part_loss.detach()
+        del hidden, part_loss  # the nodes of their graph lie between what it has freed, and keep it in pieces
         yield loss
 
 
