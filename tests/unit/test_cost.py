@@ -51,10 +51,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 RECORDED = {  # with torch 2.13.0
-    "llama, fp32": Cost(125, 0, 366, 380, 3, 58.2),
-    "llama, bf16": Cost(146, 30, 388, 444, 80, 63.1),
-    "smallm, bf16": Cost(104, 23, 294, 350, 64, 63.1),
-    "tiny, bf16": Cost(226, 44, 492, 721, 116, 183.1),
+    "llama, fp32": Cost(134, 0, 367, 400, 3, 58.6),
+    "llama, bf16": Cost(155, 30, 389, 464, 80, 63.5),
+    "smallm, bf16": Cost(112, 23, 295, 369, 64, 63.5),
+    "tiny, bf16": Cost(237, 44, 493, 745, 116, 183.5),
 }
 
 Spoil = Callable[[TrainState], None]
