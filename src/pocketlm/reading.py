@@ -128,7 +128,7 @@ def verify_file(path: Path, entry: Mapping[str, int | str], written: Iterable[Ch
 
     Args:
         written: the bytes that the entry was made of, where they are still at hand. The file is read and compared
-            with them, which takes a sixth of the time of hashing it; where it differs, its hash decides.
+            with them, which takes a fifth of the time of hashing it; where it differs, its hash decides.
 
     Raises:
         FileError: missing, not a file (a link counts as none), of another size or of another hash.
