@@ -41,6 +41,7 @@ BLOCK_BYTES = 1 << 20  # is written at once: Linux takes four times as long over
 BESIDE_BYTES = 1 << 20  # a chunk from here on is hashed in a thread while the next is written
 HASH_THREAD = "pocketlm-hash"
 
+
 # --- writing
 
 
