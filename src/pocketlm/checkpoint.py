@@ -213,8 +213,12 @@ def differences(run: Path, path: Path) -> list[str]:
         return []
 
 
-def verify(path: Path) -> None:
+def verify(path: Path, snapshot: Snapshot | None = None) -> None:
     """Checks a checkpoint byte for byte, that it has all that a save writes, and that it is of the step in its name.
+
+    Args:
+        snapshot: what `save` has made it of, unchanged since: the files with tensors are compared with that, and
+            hashed only where they differ.
 
     Raises:
         FileError: naming the file that is damaged or missing.
@@ -224,7 +228,8 @@ def verify(path: Path) -> None:
     expected = [*(name for name in SAVED if name != OPTIMIZER), *_optimizer_files(path, files)]
     if missing := [name for name in expected if name not in files]:
         raise FileError(f"{path / MANIFEST} is of no checkpoint: it does not name {missing[0]}")
-    verify_folder(path)
+    tensors = _tensors(snapshot) if snapshot else {}
+    verify_folder(path, {name: serialize(of_file) for name, of_file in tensors.items()})
     if STEP_FOLDER.fullmatch(path.name) and (step := read_state(path).get("step")) != step_of(path):
         raise FileError(f"{path / STATE} is of step {step}, its folder is named {path.name}")
 

@@ -30,7 +30,7 @@ from typing import Self
 from pocketlm.beside import Beside
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError, Unreadable
-from pocketlm.reading import MANIFEST, PLAIN_NAME, Entry, manifest_bytes, verify_folder
+from pocketlm.reading import MANIFEST, PLAIN_NAME, Chunk, Entry, manifest_bytes, verify_folder
 
 DISK = Disk()
 
@@ -38,10 +38,8 @@ SET_ASIDE = ".set-aside"
 HANDED_OVER = ".handed-over"
 OLD = ".old"  # what is about to be replaced is named NAME.old.tmp-PID
 BLOCK_BYTES = 1 << 20  # is written at once: Linux takes four times as long over the same bytes in larger calls
-BESIDE_BYTES = 1 << 20  # a chunk from here on is hashed in a thread while it is written
+BESIDE_BYTES = 1 << 20  # a chunk from here on is hashed in a thread while the next is written
 HASH_THREAD = "pocketlm-hash"
-
-Chunk = bytes | memoryview
 
 
 # --- writing
@@ -294,17 +292,24 @@ def _old(path: Path) -> Path:
 
 
 def _write_synced(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
-    """Writes and syncs a new file; returns its size in bytes and its SHA-256."""
+    """Writes and syncs a new file; returns its size in bytes and its SHA-256.
+
+    A chunk is hashed after it was written, beside the next one. Were its memory to change in between, then what
+    `verify_file` reads and compares with that memory would differ: a file that is equal to it has this hash.
+    """
     size, digest = 0, hashlib.sha256()
+    hashing: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     file = DISK.create(path)
     try:
         for chunk in [data] if isinstance(data, bytes | memoryview) else data:
             view = memoryview(chunk).cast("B")
-            with _hashing(digest, view):
+            with hashing:
                 for begin in range(0, view.nbytes, BLOCK_BYTES):
                     DISK.write(file, view[begin : begin + BLOCK_BYTES])
+            hashing = _hashing(digest, view)
             size += view.nbytes
-        DISK.sync(file)
+        with hashing:
+            DISK.sync(file)
     except BaseException:
         with contextlib.suppress(OSError):  # the first failure is the one to tell
             DISK.close(file)

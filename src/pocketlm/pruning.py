@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 
-from pocketlm.checkpoint import CONFIG, Check, Warn, differences, list_checkpoints, step_of, valid, verify
+from pocketlm.checkpoint import CONFIG, Check, Snapshot, Warn, differences, list_checkpoints, step_of, valid, verify
 from pocketlm.errors import FileError, Unreadable
 from pocketlm.files import remove_folder
 from pocketlm.reading import MANIFEST, read_manifest, verify_file
@@ -24,14 +24,17 @@ class Verified:
     def __init__(self) -> None:
         self._whole: dict[Path, list[Stamp]] = {}
 
-    def verify(self, path: Path) -> None:
+    def verify(self, path: Path, snapshot: Snapshot | None = None) -> None:
         """
+        Args:
+            snapshot: what it was just made of, as for `verify`.
+
         Raises:
             FileError, Unreadable: as `verify`.
         """
         before, now = self._whole.pop(path, None), _stamps(path)
         if now is None or now != before:
-            verify(path)
+            verify(path, snapshot)
         if now is not None:
             self._whole[path] = now
 

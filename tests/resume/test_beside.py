@@ -19,7 +19,7 @@ from inside import join_the_save, poison
 from rig import Rig
 from world import EVERY, TRAIN, Whole, trained
 
-from pocketlm import checkpoint, pruning
+from pocketlm import checkpoint, pruning, reading
 from pocketlm.config import Config
 from pocketlm.errors import Diverged, FileError, Interrupted
 from pocketlm.training import halving, saving
@@ -195,6 +195,40 @@ def test_a_refused_save_does_not_keep_the_last_from_being_made(known: str, monke
     assert sum("cannot save step 10" in note for note in story.notes) == 1
     assert list(states(Path("run"))) == [0, 5, 12]
     oracle.assert_equal(train(config_of(), out=Path("run")), whole)
+
+
+@pytest.mark.goal("R9")
+@pytest.mark.parametrize("name", ["model.safetensors", "training/optimizer.safetensors", "training/state.json"])
+def test_what_the_medium_changed_after_it_was_written_lets_nothing_go(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte of each checkpoint but the first is another one when the thread reads it again."""
+    save, story = checkpoint.save, Story()
+
+    def changed(checkpoints: Path, snapshot: checkpoint.Snapshot) -> Path:
+        folder = save(checkpoints, snapshot)
+        if snapshot.step:
+            data = bytearray((folder / name).read_bytes())
+            data[len(data) // 2] ^= 1
+            (folder / name).write_bytes(data)
+        return folder
+
+    monkeypatch.setattr(checkpoint, "save", changed)
+    run = train(config_of(train__keep_last=2), out=Path("run"), listener=story)
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run)] == [0, 5, 10, 15, 20]
+    for step in (5, 10, 15, 20):
+        assert any(f"step-{step:08d}/{name} is damaged" in note for note in story.notes), story.notes
+
+
+def test_a_save_hashes_no_tensors_that_it_reads_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed, real = set[str](), reading.sha256_of
+    monkeypatch.setattr(reading, "sha256_of", lambda path: (hashed.add(path.name), real(path))[1])
+    run = train(config_of(train__keep_last=2, train__keep_best=0), out=Path("run"))
+    assert hashed >= {"state.json", "config.toml"}
+    assert not hashed & {"model.safetensors", "optimizer.safetensors"}
+    kept = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run)]
+    assert kept[-2:] == [15, 20]
+    assert 5 not in kept, "it is what pruning removes that is read for"
 
 
 def test_without_a_thread_a_save_is_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,9 +108,9 @@ def test_pruning_keeps_the_newest_and_the_best_and_strangers(tmp_path: Path) -> 
 def test_a_whole_checkpoint_is_read_again_only_if_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, read, real = save(tmp_path, 1), list[Path](), checkpoint.verify
 
-    def verify(path: Path) -> None:
+    def verify(path: Path, snapshot: checkpoint.Snapshot | None) -> None:
         read.append(path)
-        real(path)
+        real(path, snapshot)
 
     monkeypatch.setattr(pruning, "verify", verify)
     verified = pruning.Verified()

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from pocketlm import files
+from pocketlm import files, reading
 from pocketlm.disk import Disk
 from pocketlm.errors import FileError, Unreadable
 from pocketlm.files import Lock, commit_folder, remove_folder, sweep, write_file
 from pocketlm.journal import Journal
-from pocketlm.reading import read_json, verify_folder
+from pocketlm.reading import read_json, verify_file, verify_folder
 
 FOLDER = re.compile(r"folder(\.old)?")
 
@@ -81,6 +81,57 @@ def test_the_hash_is_of_all_that_is_written(threads: bool, tmp_path: Path, monke
         with pytest.raises(FileError, match=f"{name} is damaged"):
             verify_folder(tmp_path / "folder")
         (tmp_path / "folder" / "b.bin").write_bytes(b"whole")
+
+
+def test_a_file_is_compared_with_what_was_written_and_hashed_where_it_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, hashed, real = tmp_path / "file", list[Path](), reading.sha256_of
+    monkeypatch.setattr(reading, "sha256_of", lambda path: (hashed.append(path), real(path))[1])
+    block = reading.COMPARED_BYTES
+    chunks = [b"head", memoryview(bytes(range(256)) * (block // 128) + b"tail"), b"", b"end"]
+    whole = b"".join(chunks)
+    entry = write_file(path, chunks)
+    verify_file(path, entry, iter(chunks))
+    assert hashed == []
+    for place in (0, 4, block - 1, block, block + 4, 2 * block + 3, 2 * block + 4, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(FileError, match="SHA-256 is not the one"):
+            verify_file(path, entry, chunks)
+    path.write_bytes(whole)
+    for others in ([], chunks[:-1], [*chunks, b"more"], [b"Head", *chunks[1:]]):
+        hashed.clear()
+        verify_file(path, entry, others)
+        assert hashed == [path], "what the manifest says is what counts"
+    path.write_bytes(whole[:-1])
+    with pytest.raises(FileError, match="bytes instead of"):
+        verify_file(path, entry, chunks)
+
+
+@pytest.mark.parametrize("size", [9, files.BESIDE_BYTES + 9])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_is_equal_to_the_memory_has_the_hash_also_where_that_changed(
+    when: str, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bit of the memory flips just before the last write from it, or just after."""
+    data, path = bytearray(size), tmp_path / "file"
+
+    class Flipping(Disk):
+        def write(self, descriptor: int, data_: bytes | memoryview) -> None:
+            is_last = len(data_) == 9
+            data[-1] ^= is_last and when == "before"
+            super().write(descriptor, data_)
+            data[-1] ^= is_last and when == "after"
+
+    monkeypatch.setattr(files, "DISK", Flipping())
+    entry = write_file(path, memoryview(data))
+    if when == "before":
+        verify_file(path, entry)
+        verify_file(path, entry, [memoryview(data)])
+    else:
+        for written in (None, [memoryview(data)]):
+            with pytest.raises(FileError, match="SHA-256 is not the one"):
+                verify_file(path, entry, written)
 
 
 def test_a_folder_appears_whole_with_its_manifest(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -241,10 +242,14 @@ class Saver:
                 assert shares
                 follow(saving.notes_of_ranks, self.ranks.rank, checkpoints, shares.file, _own(saving.rows, shares))
             if saving.folder:
-                check = self._verified.verify
+                check = partial(self._check, saving)
                 prune(self.run.folder, self.run.config, saving.progress, saving.notes.append, check)
         except BaseException as error:  # is raised again where the save is heard of
             saving.failed = error
+
+    def _check(self, saving: Saving, path: Path) -> None:
+        """What this save has written is read against its snapshot, which no other overwrites before this one ends."""
+        self._verified.verify(path, saving.snapshot if path == saving.folder else None)
 
     def _commit(self, saving: Saving, snapshot: checkpoint.Snapshot) -> None:
         assert self.run.journal
