@@ -91,7 +91,15 @@ def lists(ids: list[Ids]) -> list[list[int]]:
 
 
 def test_hard_texts_have_the_tokenizers_ids(tokenizer: Tokenizer, make: Make, said: list[str]) -> None:
-    texts = [*HARD_TEXTS, *PROSE, "<|endoftext|> in a page", "a\x04b\x06", "\U000e0001\U0010ffff\u0378", "x" * 70_000]
+    texts = [
+        *HARD_TEXTS,
+        *PROSE,
+        "<|endoftext|> in a page",
+        "a\x04b\x06",
+        "the \x04 " * 3000,
+        "\U000e0001\U0010ffff\u0378",
+        "x" * 70_000,
+    ]
     fast = encoder(tokenizer, said, ("it", make))
     assert fast.name == "it", said
     ids = fast.encode(texts)
@@ -426,7 +434,7 @@ def test_a_library_is_never_asked_again(said: list[str]) -> None:
     def counted(tokenizer: Tokenizer) -> Encode:
         inner = short_by_one(tokenizer, is_of_the_corpus)
 
-        def encode(data: list[bytes]) -> list[Ids]:
+        def encode(data: Utf8) -> list[Ids]:
             calls.append(len(data))
             return inner(data)
 

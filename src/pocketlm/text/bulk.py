@@ -42,6 +42,7 @@ FIRST_CHECKS_CHARS = 32 * PART_CHARS
 CHECK_EVERY = 1 << 10  # characters for one that is checked
 PROBE = "a__b _ 1_1  _._'s\n_\n\n_  2"  # of a character that has not come before, where patterns look at what it is
 OF_NO_TOKEN = -(1 << 30)  # "bytes" of an id that nothing has: more than a text can make up for
+ANY_ID = np.zeros(1, dtype=np.uint32)
 MAX_CHARGE = 1 << 14  # a part that is longer, for lack of places to cut, counts as this
 
 HARD_TEXTS = [
@@ -95,7 +96,7 @@ class BulkEncoder:
         """
         self.tokenizer, self._say = tokenizer, say
         lengths = [*tokenizer.byte_lengths, *[0] * 256, OF_NO_TOKEN]
-        self._byte_lengths = np.array(lengths, dtype=np.int64)
+        self._byte_lengths = np.array(lengths, dtype=np.int32)
         self._is_small = text_bytes < SMALL_BYTES
         self._libraries = iter(() if self._is_small else LIBRARIES)
         self._library: Encode | None = None
@@ -173,7 +174,8 @@ class BulkEncoder:
 
     def _found(self, parts: list[Part], ids: Ids, size: int) -> list[Ids | None]:
         """The ids of parts among those of their text; None in a text that the reference made, having fewer bytes."""
-        before = self._bytes_before(ids)
+        lengths = self._byte_lengths.take(ids, mode="clip")
+        before = np.append(0, np.cumsum(lengths, dtype=np.int64))
         if before[-1] != size:
             return [None] * len(parts)
         begins = np.searchsorted(before, [part.begin for part in parts]).tolist()
@@ -200,13 +202,10 @@ class BulkEncoder:
 
     def _sizes(self, ids: list[Ids]) -> NDArray[np.int64]:
         """How many bytes the ids of each text stand for; less than none where an id is nobody's. (texts,)"""
-        ends = self._bytes_before(np.concatenate(ids))[np.cumsum([0, *map(len, ids)])]
-        return ends[1:] - ends[:-1]
-
-    def _bytes_before(self, ids: Ids) -> NDArray[np.int64]:
-        """How many bytes those before each id stand for, and all. (tokens + 1,)"""
-        before: NDArray[np.int64] = np.append(0, np.cumsum(self._byte_lengths.take(ids, mode="clip")))
-        return before
+        counts = np.array(list(map(len, ids)))
+        lengths = self._byte_lengths.take(np.concatenate([*ids, ANY_ID]), mode="clip")
+        sums: NDArray[np.int64] = np.add.reduceat(lengths, np.cumsum(counts) - counts, dtype=np.int64)
+        return np.where(counts > 0, sums, 0)  # of no ids `reduceat` gives the one that follows
 
     def _compare(self, texts: list[str], ids: Sequence[Ids | None], right: list[Ids]) -> None:
         for text, given, expected in zip(texts, ids, right, strict=True):

@@ -190,9 +190,14 @@ class _Numerals:
         """Each text, cut before and after each numeral at which the two patterns may differ, and perhaps at others."""
         self._meet(data.characters)
         cuts = dict.fromkeys(data.with_any(self._numerals), _at(self._numerals))
-        after_blanks = [*data.with_any(self._blanks), *_with_digits_after_blanks(data)]
-        cuts |= dict.fromkeys(after_blanks, _at({"[0-9]", *self._numerals}))
-        return [list(filter(None, cuts[i].split(own))) if i in cuts else [own] for i, own in enumerate(data)]
+        cuts |= dict.fromkeys(data.with_any(self._blanks), _at({"[0-9]", *self._numerals}))
+        texts = [[own] for own in data]
+        for number, places in _digits_after_blanks(data).items():
+            own = data[number]
+            texts[number] = [own[begin:end] for begin, end in pairwise([0, *places, len(own)])]
+        for number, cut in cuts.items():
+            texts[number] = list(filter(None, chain.from_iterable(map(cut.split, texts[number]))))
+        return texts
 
     def _meet(self, characters: set[str]) -> None:
         if new := characters - self._met:
@@ -206,11 +211,15 @@ def _at(numerals: set[str]) -> re.Pattern[bytes]:
     return re.compile(f"({'|'.join(sorted(numerals))})".encode())
 
 
-def _with_digits_after_blanks(data: Utf8) -> list[int]:
-    """The numbers of texts in which an ASCII digit follows two ASCII blanks; perhaps of some more."""
+def _digits_after_blanks(data: Utf8) -> dict[int, list[int]]:
+    """The places of ASCII digits that follow two ASCII blanks, and perhaps of some more; {text: bytes before each}."""
     codes = np.frombuffer(b"".join(data), dtype=np.uint8)
     blank = codes <= ord(" ")
-    digits = 2 + np.flatnonzero(blank[:-2] & blank[1:-1])  # candidates: blanks in a row are rarer than digits
+    digits = 2 + np.flatnonzero(blank[:-2] & blank[1:-1])  # two blanks are rarer than digits
     digits = digits[codes[digits] - np.uint8(ord("0")) < 10]
-    found: list[int] = np.searchsorted(np.cumsum(list(map(len, data))), digits, side="right").tolist()
-    return found
+    ends = np.cumsum([0, *map(len, data)])
+    numbers = np.searchsorted(ends, digits, side="right") - 1
+    places: dict[int, list[int]] = {}
+    for number, place in zip(numbers.tolist(), (digits - ends[numbers]).tolist(), strict=True):
+        places.setdefault(number, []).append(place)
+    return places
