@@ -448,6 +448,18 @@ def test_a_library_is_never_asked_again(said: list[str]) -> None:
     assert (len(calls), fast.name) == (before, "tokenizers")
 
 
+def test_the_reference_makes_nothing_but_what_is_compared(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last texts are empty, and with a vocabulary in which id 0 stands for text."""
+    own, asked = byte_tokenizer(), list[list[str]]()
+    fast = encoder(own, said, ("bytes", lambda _: lambda data: [np.array([*text], dtype=np.uint32) for text in data]))
+    encode = own.encode_batch
+    monkeypatch.setattr(own, "encode_batch", lambda texts: asked.append(texts) or encode(texts))
+    for texts in (["a b", "", "\u16c3"], ["a b"], ["", "c", "", ""]):
+        asked.clear()
+        assert lists(fast.encode(texts)) == [[*text.encode()] for text in texts]
+        assert len(asked) == 1, "a text was made again"
+
+
 @pytest.mark.parametrize("fails", [drops_a_text, raises])
 def test_the_reference_works_in_no_thread_that_is_left(fails: Make, said: list[str]) -> None:
     fast = encoder(KINDS["own"](), said, ("liar", partial(fails, wrong=is_of_the_corpus)))

@@ -42,7 +42,6 @@ FIRST_CHECKS_CHARS = 32 * PART_CHARS
 CHECK_EVERY = 1 << 10  # characters for one that is checked
 PROBE = "a__b _ 1_1  _._'s\n_\n\n_  2"  # of a character that has not come before, where patterns look at what it is
 OF_NO_TOKEN = -(1 << 30)  # "bytes" of an id that nothing has: more than a text can make up for
-ANY_ID = np.zeros(1, dtype=np.uint32)
 MAX_CHARGE = 1 << 14  # a part that is longer, for lack of places to cut, counts as this
 
 HARD_TEXTS = [
@@ -97,6 +96,7 @@ class BulkEncoder:
         self.tokenizer, self._say = tokenizer, say
         lengths = [*tokenizer.byte_lengths, *[0] * 256, OF_NO_TOKEN]
         self._byte_lengths = np.array(lengths, dtype=np.int32)
+        self._of_no_bytes = np.array([tokenizer.vocab_size], dtype=np.uint32)
         self._is_small = text_bytes < SMALL_BYTES
         self._libraries = iter(() if self._is_small else LIBRARIES)
         self._library: Encode | None = None
@@ -203,9 +203,9 @@ class BulkEncoder:
     def _sizes(self, ids: list[Ids]) -> NDArray[np.int64]:
         """How many bytes the ids of each text stand for; less than none where an id is nobody's. (texts,)"""
         counts = np.array(list(map(len, ids)))
-        lengths = self._byte_lengths.take(np.concatenate([*ids, ANY_ID]), mode="clip")
+        lengths = self._byte_lengths.take(np.concatenate([*ids, self._of_no_bytes]), mode="clip")
         sums: NDArray[np.int64] = np.add.reduceat(lengths, np.cumsum(counts) - counts, dtype=np.int64)
-        return np.where(counts > 0, sums, 0)  # of no ids `reduceat` gives the one that follows
+        return np.where(counts > 0, sums, 0)  # of no ids `reduceat` gives the one that follows, which there must be
 
     def _compare(self, texts: list[str], ids: Sequence[Ids | None], right: list[Ids]) -> None:
         for text, given, expected in zip(texts, ids, right, strict=True):
