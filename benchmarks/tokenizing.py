@@ -90,9 +90,11 @@ def tiktoken_encoder(tokenizer: Any, spec: str, threads: int) -> Callable[[list[
     return lambda texts: list(pool.map(encode, texts))
 
 
-def of_texts(encode: Callable[[list[bytes]], list[Any]]) -> Callable[[list[str]], list[Any]]:
+def of_texts(encode: Callable[[Any], list[Any]]) -> Callable[[list[str]], list[Any]]:
     """What takes UTF-8, with the making of it."""
-    return lambda texts: encode([text.encode() for text in texts])
+    from pocketlm.text.fast_encoders import Utf8
+
+    return lambda texts: encode(Utf8.of(texts))
 
 
 def batches(texts: list[str]) -> list[list[str]]:

@@ -23,7 +23,7 @@ from pocketlm.disk import Disk
 from pocketlm.errors import DataError
 from pocketlm.text import bulk, fast_encoders
 from pocketlm.text.bulk import HARD_TEXTS, BulkEncoder, Unequal
-from pocketlm.text.fast_encoders import Encode, Unsuited, gigatoken_encoder, tiktoken_encoder
+from pocketlm.text.fast_encoders import Encode, Unsuited, Utf8, gigatoken_encoder, tiktoken_encoder
 from pocketlm.text.sources import open_source
 from pocketlm.text.tokenizer import Ids, Tokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
 from pocketlm.text.tokenizer_json import byte_alphabet
@@ -91,7 +91,15 @@ def lists(ids: list[Ids]) -> list[list[int]]:
 
 
 def test_hard_texts_have_the_tokenizers_ids(tokenizer: Tokenizer, make: Make, said: list[str]) -> None:
-    texts = [*HARD_TEXTS, *PROSE, "<|endoftext|> in a page", "a\x04b\x06", "\U000e0001\U0010ffff\u0378", "x" * 70_000]
+    texts = [
+        *HARD_TEXTS,
+        *PROSE,
+        "<|endoftext|> in a page",
+        "a\x04b\x06",
+        "the \x04 " * 3000,
+        "\U000e0001\U0010ffff\u0378",
+        "x" * 70_000,
+    ]
     fast = encoder(tokenizer, said, ("it", make))
     assert fast.name == "it", said
     ids = fast.encode(texts)
@@ -110,7 +118,7 @@ PARTS = st.sampled_from([*NUMERALS, *BLANKS, *OTHERS])
 @given(st.lists(PARTS, max_size=30).map("".join))
 def test_any_text_has_the_tokenizers_ids(tokenizer: Tokenizer, make: Make, text: str) -> None:
     """Of the library alone, with no check behind it but the mark of a byte that the vocabulary lacks."""
-    (ids,) = engine(tokenizer, make)([text.encode()])
+    (ids,) = engine(tokenizer, make)(Utf8.of([text]))
     if (ids < tokenizer.vocab_size).all():
         assert ids.tolist() == tokenizer.encode(text)
     else:
@@ -124,8 +132,8 @@ def test_any_text_has_the_tokenizers_ids(tokenizer: Tokenizer, make: Make, text:
 @given(st.lists(st.lists(PARTS, max_size=4).map("".join), max_size=30))
 def test_texts_of_a_batch_do_not_touch(tokenizer: Tokenizer, make: Make, texts: list[str]) -> None:
     """Blanks at the end of one and a digit at the beginning of the next, and that each gets its own ids."""
-    encode, data = engine(tokenizer, make), [text.encode() for text in texts]
-    assert lists(encode(data)) == [ids for own in data for ids in lists(encode([own]))]
+    encode = engine(tokenizer, make)
+    assert lists(encode(Utf8.of(texts))) == [ids for text in texts for ids in lists(encode(Utf8.of([text])))]
 
 
 ENGINES: dict[tuple[str, str], Encode] = {}
@@ -155,7 +163,7 @@ def test_real_texts_and_vectors(name: str, column: str, make: Make, shared: Path
 def test_gigatoken_forgets(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gigatoken", reason="the [fast] extra is not installed")
     encode = gigatoken_encoder(tokenizer)
-    data = [text.encode() for text in PROSE]
+    data = Utf8.of(PROSE)
     before = lists(encode(data))
     monkeypatch.setattr(fast_encoders, "RENEW_BYTES", 0)
     assert lists(encode(data)) == before == lists(tokenizer.encode_batch(PROSE))
@@ -426,7 +434,7 @@ def test_a_library_is_never_asked_again(said: list[str]) -> None:
     def counted(tokenizer: Tokenizer) -> Encode:
         inner = short_by_one(tokenizer, is_of_the_corpus)
 
-        def encode(data: list[bytes]) -> list[Ids]:
+        def encode(data: Utf8) -> list[Ids]:
             calls.append(len(data))
             return inner(data)
 
@@ -438,6 +446,18 @@ def test_a_library_is_never_asked_again(said: list[str]) -> None:
     before = len(calls)
     assert lists(fast.encode(texts)) == lists(own.encode_batch(texts))
     assert (len(calls), fast.name) == (before, "tokenizers")
+
+
+def test_the_reference_makes_nothing_but_what_is_compared(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last texts are empty, and with a vocabulary in which id 0 stands for text."""
+    own, asked = byte_tokenizer(), list[list[str]]()
+    fast = encoder(own, said, ("bytes", lambda _: lambda data: [np.array([*text], dtype=np.uint32) for text in data]))
+    encode = own.encode_batch
+    monkeypatch.setattr(own, "encode_batch", lambda texts: asked.append(texts) or encode(texts))
+    for texts in (["a b", "", "\u16c3"], ["a b"], ["", "c", "", ""]):
+        asked.clear()
+        assert lists(fast.encode(texts)) == [[*text.encode()] for text in texts]
+        assert len(asked) == 1, "a text was made again"
 
 
 @pytest.mark.parametrize("fails", [drops_a_text, raises])

@@ -9,9 +9,9 @@ reference, and a library that takes its vocabulary is held against it
                    libraries differ in which version of Unicode says what is a letter
     ever again     one character of 1,024, at random places
 
-Places are compared in the very ids that are written. So that this is cheap a library is handed a long text in parts of
-some 4,096 characters, cut where no ids depend on it (cuts.py); a text without such places is compared whole. Meanwhile,
-in a thread beside it, the reference encodes the same places; no ids leave before both are done and equal.
+Places are compared in the very ids that are written: a part of some 4,096 characters, cut where no ids depend on it
+(cuts.py), which its bytes find again among the ids of its text; a text without such places is compared whole. The
+reference encodes these parts in a thread beside the library; no ids leave before both are done and equal.
 
 All of it takes a few percent of the time. A library that fails is told of and never asked again, and everything that
 was made before is in doubt: `Unequal` says so. A document with a byte that the vocabulary lacks has fewer bytes in its
@@ -21,10 +21,11 @@ ids by right; the reference does it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
-from functools import partial
-from itertools import chain
-from typing import TypeVar
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from itertools import accumulate, pairwise
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,8 @@ from numpy.typing import NDArray
 from pocketlm.beside import Beside
 from pocketlm.errors import DataError
 from pocketlm.text.cuts import cut_at_lines
-from pocketlm.text.fast_encoders import Encode, Unsuited, beyond_ascii, gigatoken_encoder, tiktoken_encoder
-from pocketlm.text.tokenizer import HALF_A_PAIR, Ids, Tokenizer
+from pocketlm.text.fast_encoders import Encode, Unsuited, Utf8, gigatoken_encoder, tiktoken_encoder
+from pocketlm.text.tokenizer import Ids, Tokenizer
 
 SMALL_BYTES = 1 << 20  # below it, checking a library takes as long as doing without
 PART_CHARS = 1 << 12
@@ -69,6 +70,14 @@ class Unequal(Exception):
     """A library gave other ids than the tokenizer; what it gave before is in doubt."""
 
 
+class Part(NamedTuple):
+    """A part of a text, and which of its bytes it is."""
+
+    text: str
+    begin: int
+    end: int
+
+
 class BulkEncoder:
     """A tokenizer's `encode_batch` for many batches.
 
@@ -87,6 +96,7 @@ class BulkEncoder:
         self.tokenizer, self._say = tokenizer, say
         lengths = [*tokenizer.byte_lengths, *[0] * 256, OF_NO_TOKEN]
         self._byte_lengths = np.array(lengths, dtype=np.int32)
+        self._of_no_bytes = np.array([tokenizer.vocab_size], dtype=np.uint32)
         self._is_small = text_bytes < SMALL_BYTES
         self._libraries = iter(() if self._is_small else LIBRARIES)
         self._library: Encode | None = None
@@ -120,7 +130,7 @@ class BulkEncoder:
             try:
                 self._library = _guarded(partial(make, self.tokenizer))
                 hard = [*HARD_TEXTS, *self.tokenizer.special_tokens, " ".join(self.tokenizer.special_tokens)]
-                self._compare(hard, self._ids(self._library, _utf8(hard)), self.tokenizer.encode_batch(hard))
+                self._compare(hard, self._ids(self._library, Utf8.of(hard)), self.tokenizer.encode_batch(hard))
                 self.name = name
                 return self._say(f"tokenizing with {name}, held against tokenizers")
             except (Unsuited, DataError) as error:
@@ -133,36 +143,53 @@ class BulkEncoder:
 
     def _checked(self, library: Encode, texts: list[str]) -> list[Ids]:
         """The library's ids, held against those that the reference makes beside it."""
-        cut = [cut_at_lines(text, PART_CHARS) for text in texts]
-        parts = _utf8(chain.from_iterable(cut))
-        new = set(beyond_ascii(b"".join(parts))) - self._characters
-        probes = _utf8(PROBE.replace("_", character) for character in sorted(new))
-        places = self._places([len(part) for own in cut for part in own])
-        places += range(len(parts), len(parts) + len(probes))
-        data = parts + probes
-        asked = [data[place].decode() for place in places]
+        data = Utf8.of(texts)
+        new = data.characters - self._characters
+        probes = [PROBE.replace("_", character) for character in sorted(new)]
+        parts = self._parts(texts, data)
+        asked = probes + [part.text for own in parts.values() for part in own]
         with Beside(REFERENCE, partial(self.tokenizer.encode_batch, asked)) as right:
             ids = self._ids(library, data)
-        self._compare(asked, [ids[place] for place in places], right.result())
+            given: list[Ids | None] = [*self._ids(library, Utf8.of(probes))]
+        for number, own in parts.items():
+            given += self._found(own, ids[number], len(data[number]))
+        self._compare(asked, given, right.result())
         self._characters |= new
-        each = iter(ids)
-        return [next(each) if len(own) == 1 else np.concatenate([next(each) for _ in own]) for own in cut]
+        return ids
 
-    def _places(self, sizes: list[int]) -> list[int]:
-        """Which parts are due to be compared: each as likely as it is long in characters, some perhaps twice."""
-        ends, places = np.cumsum(sizes), list[int]()
-        self._due += int(ends[-1]) / CHECK_EVERY
-        while self._due > 0 and len(places) < len(sizes) and ends[-1] > 0:
-            places.append(int(np.searchsorted(ends, self._random.randrange(int(ends[-1])), side="right")))
-            self._due -= min(sizes[places[-1]], MAX_CHARGE)
-        return places
+    def _parts(self, texts: list[str], data: Utf8) -> dict[int, list[Part]]:
+        """Which parts of which texts are due: each as likely as it is long in bytes, some perhaps twice."""
+        ends, parts, cut = np.cumsum(list(map(len, data))), dict[int, list[Part]](), cache(_cut)
+        size, count = int(ends[-1]), 0
+        self._due += size / CHECK_EVERY
+        while self._due > 0 and count < len(texts) + size // PART_CHARS and size > 0:
+            place = self._random.randrange(size)
+            number = int(np.searchsorted(ends, place, side="right"))
+            own, within = cut(texts[number]), place - int(ends[number]) + len(data[number])
+            part = own[bisect_right(own, within, key=lambda part: part.end)]
+            parts.setdefault(number, []).append(part)
+            self._due -= min(part.end - part.begin, MAX_CHARGE)
+            count += 1
+        return parts
 
-    def _ids(self, library: Encode, data: list[bytes]) -> list[Ids]:
+    def _found(self, parts: list[Part], ids: Ids, size: int) -> list[Ids | None]:
+        """The ids of parts among those of their text; None in a text that the reference made, having fewer bytes."""
+        lengths = self._byte_lengths.take(ids, mode="clip")
+        before = np.append(0, np.cumsum(lengths, dtype=np.int64))
+        if before[-1] != size:
+            return [None] * len(parts)
+        begins = np.searchsorted(before, [part.begin for part in parts]).tolist()
+        ends = np.searchsorted(before, [part.end for part in parts], side="right").tolist()
+        return [ids[begin : end - 1] for begin, end in zip(begins, ends, strict=True)]
+
+    def _ids(self, library: Encode, data: Utf8) -> list[Ids]:
         """What a library gives, where it stands for all bytes of a text; else the reference's ids.
 
         Raises:
             Unequal: the reference's do stand for all of them.
         """
+        if not data:
+            return []
         ids = _guarded(partial(library, data))
         if len(ids) != len(data):
             raise Unequal(f"how many texts there are: {len(data)}, not {len(ids)}")
@@ -175,26 +202,21 @@ class BulkEncoder:
 
     def _sizes(self, ids: list[Ids]) -> NDArray[np.int64]:
         """How many bytes the ids of each text stand for; less than none where an id is nobody's. (texts,)"""
-        lengths = self._byte_lengths.take(np.concatenate(ids), mode="clip")
-        sums = np.append(0, np.cumsum(lengths, dtype=np.int64))
-        ends: NDArray[np.int64] = sums[np.cumsum([0, *map(len, ids)])]
-        return ends[1:] - ends[:-1]
+        counts = np.array(list(map(len, ids)))
+        lengths = self._byte_lengths.take(np.concatenate([*ids, self._of_no_bytes]), mode="clip")
+        sums: NDArray[np.int64] = np.add.reduceat(lengths, np.cumsum(counts) - counts, dtype=np.int64)
+        return np.where(counts > 0, sums, 0)  # of no ids `reduceat` gives the one that follows, which there must be
 
-    def _compare(self, texts: list[str], ids: list[Ids], right: list[Ids]) -> None:
+    def _compare(self, texts: list[str], ids: Sequence[Ids | None], right: list[Ids]) -> None:
         for text, given, expected in zip(texts, ids, right, strict=True):
-            if not np.array_equal(given, expected):
+            if given is not None and not np.array_equal(given, expected):
                 raise Unequal(_told(text))
 
 
-def _utf8(texts: Iterable[str]) -> list[bytes]:
-    """
-    Raises:
-        DataError: half a surrogate pair; no library is asked what it makes of that.
-    """
-    try:
-        return list(map(str.encode, texts))
-    except UnicodeEncodeError:
-        raise DataError(HALF_A_PAIR) from None
+def _cut(text: str) -> list[Part]:
+    parts = cut_at_lines(text, PART_CHARS)
+    bounds = pairwise([0, *accumulate(len(part.encode()) for part in parts)])
+    return [Part(part, *own) for part, own in zip(parts, bounds, strict=True)]
 
 
 def _guarded(work: Callable[[], T]) -> T:

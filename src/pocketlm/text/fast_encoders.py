@@ -9,28 +9,29 @@ holds what they give against the tokenizer itself. Two things are the same for a
 
 gigatoken knows GPT-2's pattern, not SmolLM2's, where each numeral stands alone. As long as no merge takes a digit the
 two differ only where a digit follows two blanks or more (GPT-2 leaves the last of them out of their run), and at
-numerals beyond ASCII, whose bytes may merge. A text in which either may be is cut at its numerals, as SmolLM2's pattern
-does.
+numerals beyond ASCII, whose bytes may merge. A text in which either may be is cut at these numerals, as SmolLM2's
+pattern does.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from itertools import chain, pairwise
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from itertools import chain, islice, pairwise
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 
+from pocketlm.errors import DataError
 from pocketlm.limits import available_cores
-from pocketlm.text.tokenizer import Ids, Tokenizer
+from pocketlm.text.cuts import cut_at_lines
+from pocketlm.text.tokenizer import HALF_A_PAIR, PART_CHARS, Ids, Tokenizer
 from pocketlm.text.tokenizer_json import byte_alphabet, merges_alone
 
-Encode = Callable[[list[bytes]], list[Ids]]
-"""UTF-8 texts to the ids of each."""
 Tree = dict[str, Any]
 
 # GPT-2's, and the same with each numeral alone, so that the blanks before one are a run of their own.
@@ -44,6 +45,41 @@ RENEW_BYTES = 1 << 26
 
 class Unsuited(Exception):
     """Why a library does not take a tokenizer."""
+
+
+class Utf8(list[bytes]):
+    """Texts in UTF-8, with what is asked of them more than once; not to be changed."""
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Self:
+        """
+        Raises:
+            DataError: half a surrogate pair; no library is asked what it makes of that.
+        """
+        try:
+            return cls(map(str.encode, texts))
+        except UnicodeEncodeError:
+            raise DataError(HALF_A_PAIR) from None
+
+    @cached_property
+    def beyond_ascii(self) -> list[str]:
+        """The characters of each text that are not ASCII."""
+        return ["" if own.isascii() else own.translate(None, ASCII).decode() for own in self]
+
+    @cached_property
+    def characters(self) -> set[str]:
+        """All of these."""
+        return set("".join(self.beyond_ascii))
+
+    def with_any(self, characters: set[str]) -> list[int]:
+        """The numbers of the texts that have one of these, which are not ASCII."""
+        if characters.isdisjoint(self.characters):
+            return []
+        return [number for number, own in enumerate(self.beyond_ascii) if not characters.isdisjoint(own)]
+
+
+Encode = Callable[[Utf8], list[Ids]]
+"""Texts to the ids of each."""
 
 
 def gigatoken_encoder(tokenizer: Tokenizer) -> Encode:
@@ -72,23 +108,23 @@ def gigatoken_encoder(tokenizer: Tokenizer) -> Encode:
     engine: Any = None
     met_bytes = 0
 
-    def encode(data: list[bytes]) -> list[Ids]:
+    def encode(data: Utf8) -> list[Ids]:
         nonlocal engine, met_bytes
         if engine is None or met_bytes > RENEW_BYTES:
             engine, met_bytes = Engine.from_json(plain_json), 0
         met_bytes += sum(map(len, data))
         parts = numerals.apart(data) if numerals else [[own] for own in data]
         batch = engine.encode_batch(list(chain.from_iterable(parts)), parallel=False)
-        ids, ends = np.asarray(awkward.flatten(batch)), np.append(0, np.cumsum(awkward.num(batch)))
+        ids, ends = np.asarray(awkward.flatten(batch)), np.append(0, np.cumsum(np.asarray(awkward.num(batch))))
         bounds = ends[np.cumsum([0, *map(len, parts)])].tolist()
         return [ids[begin:end] for begin, end in pairwise(bounds)]
 
-    encode([b""])
+    encode(Utf8.of([""]))
     return encode
 
 
 def tiktoken_encoder(tokenizer: Tokenizer) -> Encode:
-    """tiktoken, whose batches go over this process's cores. It merges by the rank of what comes out.
+    """tiktoken, whose batches go over the cores, a long text in parts. It merges by the rank of what comes out.
 
     Raises:
         Unsuited: a tokenizer of another kind, or one in which two merges have one result.
@@ -109,9 +145,11 @@ def tiktoken_encoder(tokenizer: Tokenizer) -> Encode:
     engine = tiktoken.Encoding("pocketlm", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     cores = available_cores()
 
-    def encode(data: list[bytes]) -> list[Ids]:
-        batch = engine.encode_ordinary_batch(list(map(bytes.decode, data)), num_threads=cores)
-        return [table[np.array(ranked, dtype=np.intp)] for ranked in batch]
+    def encode(data: Utf8) -> list[Ids]:
+        cut = [cut_at_lines(own.decode(), PART_CHARS) for own in data]
+        batch = iter(engine.encode_ordinary_batch(list(chain.from_iterable(cut)), num_threads=cores))
+        ranked = (list(chain.from_iterable(islice(batch, len(parts)))) for parts in cut)
+        return [table[np.array(own, dtype=np.intp)] for own in ranked]
 
     return encode
 
@@ -148,15 +186,18 @@ class _Numerals:
         self._numerals: set[str] = set()
         self._blanks: set[str] = set()
 
-    def apart(self, data: list[bytes]) -> list[list[bytes]]:
-        """Each text, cut before and after each numeral if the two patterns may differ in it, else whole."""
-        beyond = list(map(beyond_ascii, data))
-        self._meet(set("".join(beyond)))
-        rare = self._numerals | self._blanks
-        differ = {number for number, own in enumerate(beyond) if not rare.isdisjoint(own)}
-        differ.update(_with_digits_after_blanks(data))
-        cut = re.compile(f"({'|'.join(['[0-9]', *sorted(self._numerals)])})".encode())
-        return [list(filter(None, cut.split(own))) if i in differ else [own] for i, own in enumerate(data)]
+    def apart(self, data: Utf8) -> list[list[bytes]]:
+        """Each text, cut before and after each numeral at which the two patterns may differ, and perhaps at others."""
+        self._meet(data.characters)
+        cuts = dict.fromkeys(data.with_any(self._numerals), _at(self._numerals))
+        cuts |= dict.fromkeys(data.with_any(self._blanks), _at({"[0-9]", *self._numerals}))
+        texts = [[own] for own in data]
+        for number, places in _digits_after_blanks(data).items():
+            own = data[number]
+            texts[number] = [own[begin:end] for begin, end in pairwise([0, *places, len(own)])]
+        for number, cut in cuts.items():
+            texts[number] = list(filter(None, chain.from_iterable(map(cut.split, texts[number]))))
+        return texts
 
     def _meet(self, characters: set[str]) -> None:
         if new := characters - self._met:
@@ -166,15 +207,19 @@ class _Numerals:
             self._met |= new
 
 
-def _with_digits_after_blanks(data: list[bytes]) -> list[int]:
-    """The numbers of texts in which an ASCII digit follows two ASCII blanks; perhaps of some more."""
-    codes = np.frombuffer(b"  " + b"".join(data), dtype=np.uint8)
-    places = np.flatnonzero(codes - np.uint8(ord("0")) < 10)
-    after = places[(codes[places - 1] <= ord(" ")) & (codes[places - 2] <= ord(" "))] - 2
-    found: list[int] = np.searchsorted(np.cumsum(list(map(len, data))), after, side="right").tolist()
-    return found
+def _at(numerals: set[str]) -> re.Pattern[bytes]:
+    return re.compile(f"({'|'.join(sorted(numerals))})".encode())
 
 
-def beyond_ascii(data: bytes) -> str:
-    """The characters of a UTF-8 text that are not ASCII."""
-    return "" if data.isascii() else data.translate(None, ASCII).decode()
+def _digits_after_blanks(data: Utf8) -> dict[int, list[int]]:
+    """The places of ASCII digits that follow two ASCII blanks, and perhaps of some more; {text: bytes before each}."""
+    codes = np.frombuffer(b"".join(data), dtype=np.uint8)
+    blank = codes <= ord(" ")
+    digits = 2 + np.flatnonzero(blank[:-2] & blank[1:-1])  # two blanks are rarer than digits
+    digits = digits[codes[digits] - np.uint8(ord("0")) < 10]
+    ends = np.cumsum([0, *map(len, data)])
+    numbers = np.searchsorted(ends, digits, side="right") - 1
+    places: dict[int, list[int]] = {}
+    for number, place in zip(numbers.tolist(), (digits - ends[numbers]).tolist(), strict=True):
+        places.setdefault(number, []).append(place)
+    return places
