@@ -29,7 +29,7 @@ from pocketlm.config import Config
 from pocketlm.journal import Journal
 from pocketlm.training.log import Silent
 from pocketlm.training.loop import train
-from pocketlm.training.micro_batch import needs
+from pocketlm.training.micro_batch import Training
 from pocketlm.training.probe import RandomRows
 from pocketlm.training.resolve import resolve
 from pocketlm.training.run import compile_if_wanted, new_state
@@ -208,7 +208,7 @@ def _counted(device: Device, config: Config) -> dict[str, int]:
     state, micro_batch = begun(config)
     dtype, kernel = config.train.dtype, "sdpa"
     assert dtype != "auto"
-    said = needs(config, micro_batch, dtype, kernel, "cuda")  # type: ignore[arg-type]
+    said = Training(config, torch.device("cuda"), dtype, kernel).needs(micro_batch)
     between = device.allocated()
     for _ in range(2):
         outcome = train_step(state, RandomRows(config), config, micro_batch)
@@ -323,7 +323,7 @@ def _profile(device: Device, config: Config) -> tuple[Sequence[tuple[str, int, f
 
     for _ in range(3):
         step()
-    step_s = _seconds(device, step, repeats=1)
+    step_s = _seconds(device, step, repeats=5)
     return device.profiled(step), step_s
 
 

@@ -2,8 +2,8 @@
 
 Architecture, rows, tokens of a step, AdamW (fused), clipping and bf16 are the same; peers in autocast, with PyTorch's
 attention. Flags: `+compile`, `+eager`, and for pocketlm `+bitwise` (else `same-data`). Each takes as many rows at once
-as fit. Peers get what makes them fastest: rows from pinned memory, and no look at a loss inside a block of steps, where
-the Trainer has one for each.
+as fit. Peers get rows from pinned memory, and no look at a loss inside a block; the Trainer has one for each step;
+litgpt's loss is in chunks of 128 rows, as `litgpt pretrain` has it.
 
     driver                          worker
     ("warm", rows or None)  ->      builds, compiles, makes three steps               Ready
@@ -30,7 +30,7 @@ from gpu_device import Device
 from pocketlm import machine
 from pocketlm.config import Config
 from pocketlm.model import sizes
-from pocketlm.training.micro_batch import OutOfMemory, evenly, is_out_of_memory, needs
+from pocketlm.training.micro_batch import OutOfMemory, Training, evenly, is_out_of_memory
 from pocketlm.training.resolve import resolve
 from pocketlm.training.run import compile_if_wanted, new_state
 from pocketlm.training.step import Outcome, train_step
@@ -128,7 +128,8 @@ class Ours:
     @property
     def said_bytes(self) -> int:
         resolved = self.resolved
-        return needs(self.config, self.rows_at_once, resolved.dtype, resolved.attention, resolved.device).total
+        training = Training(self.config, torch.device(resolved.device), resolved.dtype, resolved.attention)
+        return training.needs(self.rows_at_once).total
 
     def compile(self) -> None:
         self.state.progress.micro_batch = self.rows_at_once

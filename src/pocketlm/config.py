@@ -218,7 +218,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more work."""
     loss_chunk: Literal["auto"] | Natural = "auto"
-    """Rows of logits alive at once; 0 for all. `auto`: 1024 on a CPU, on a GPU as many as 1 GiB of fp32 logits are."""
+    """Rows of logits alive at once; 0 for all. `auto`: 1024, on a GPU with its own memory 1 GiB in fp32."""
     eval_every: Natural = 250
     """Steps between evaluations; 0 for only the last."""
     eval_tokens: Natural = 0

@@ -311,7 +311,7 @@ def _write_synced(path: Path, data: Chunk | Iterable[Chunk]) -> Entry:
         with hashing:
             DISK.sync(file)
     except BaseException:
-        with contextlib.suppress(OSError):  # the first failure is the one to tell
+        with contextlib.suppress(OSError), hashing:  # the first failure is the one to tell
             DISK.close(file)
         raise
     DISK.close(file)

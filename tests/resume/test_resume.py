@@ -36,6 +36,17 @@ def resolved(run: Path) -> dict[str, Any]:
     return {name.rpartition(".")[2]: state[name] for name in ("step", "resolved.dtype", "resolved.micro_batch")}
 
 
+def test_a_run_begun_before_a_field_was_auto_goes_on_with_what_it_had(tmp_path: Path) -> None:
+    """Of one configuration to its end: its old checkpoints stay its own, and go as they would have."""
+    fields = {"train.total_steps": 8, "train.checkpoint_every": 2, "train.keep_last": 2, "train.keep_best": 0}
+    old = Config.preset("debug", fields | {"train.loss_chunk": 1024, "train.stop_at_step": 4})
+    run, heard = train(old, out=tmp_path / "run"), Notes()
+    train(Config.preset("debug", fields), out=run, listener=heard)
+    assert "loss_chunk = 1024" in (run / "config.toml").read_text()
+    assert not [note for note in heard.notes if "another run" in note]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000006", "step-00000008"]
+
+
 FAST = {"train.total_steps": 4, "train.attention": "folded", "train.fp32_matmul": "medium", "sample.prompts": []}
 
 

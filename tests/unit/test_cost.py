@@ -51,10 +51,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 RECORDED = {  # with torch 2.13.0
-    "llama, fp32": Cost(134, 0, 367, 400, 3, 58.6),
-    "llama, bf16": Cost(155, 30, 389, 464, 80, 63.5),
-    "smallm, bf16": Cost(112, 23, 295, 369, 64, 63.5),
-    "tiny, bf16": Cost(237, 44, 493, 745, 116, 183.5),
+    "llama, fp32": Cost(140, 0, 383, 416, 3, 58.6),
+    "llama, bf16": Cost(157, 36, 395, 470, 95, 63.5),
+    "smallm, bf16": Cost(113, 26, 299, 373, 73, 63.5),
+    "tiny, bf16": Cost(241, 56, 503, 755, 143, 183.5),
 }
 
 Spoil = Callable[[TrainState], None]

@@ -198,13 +198,15 @@ def test_the_loop_hears_what_was_told_and_asks_no_tensor(monkeypatch: pytest.Mon
 
 
 def test_a_gpu_takes_few_large_chunks_of_logits() -> None:
-    """2^30 bytes are 5,461 rows of 49,152 ids in fp32; beside them the chunk is there in bf16 once more."""
+    """2^30 bytes are 5,461 rows of 49,152 ids in fp32, and some more; beside them they are there in bf16."""
     auto, given = (Config.preset("smollm2-135m", {"train.loss_chunk": chunk}) for chunk in ("auto", 512))
     assert resolve._loss_chunk(auto, CPU) == (1024, "more are no faster here")
-    assert resolve._loss_chunk(auto, torch.device("cuda")) == (5461, "1.1 GB of them in fp32")
+    assert resolve._loss_chunk(auto, torch.device("cuda")) == (5504, "1.1 GB of them in fp32")
     assert resolve._loss_chunk(given, torch.device("cuda")) == (512, "as given")
-    on_cpu, on_gpu = (micro_batch.needs(auto, 4, "bf16", "sdpa", kind).loss for kind in ("cpu", "cuda"))
+    kinds = (CPU, torch.device("cuda"))
+    on_cpu, on_gpu = (micro_batch.Training(auto, kind, "bf16", "sdpa").needs(4).loss for kind in kinds)
     head_gradients = 8 * 49152 * 576
     assert on_cpu - head_gradients == 2 * 1024 * 49152
-    assert on_gpu - head_gradients == 6 * 5461 * 49152
-    assert micro_batch.needs(auto, 4, "fp32", "sdpa", "cuda").loss == 4 * 5461 * 49152 + 12 * 49152 * 576
+    assert on_gpu - head_gradients == 6 * 5504 * 49152
+    in_fp32 = micro_batch.Training(auto, kinds[1], "fp32", "sdpa").needs(4).loss
+    assert in_fp32 == 4 * 5504 * 49152 + 12 * 49152 * 576

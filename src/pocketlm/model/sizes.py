@@ -118,7 +118,8 @@ def loss_chunk(config: Config, *, on_gpu: bool) -> int:
     """
     if config.train.loss_chunk != "auto":
         return config.train.loss_chunk
-    return max(1, GPU_CHUNK_BYTES // (4 * config.model.vocab_size)) if on_gpu else CPU_CHUNK
+    rows = GPU_CHUNK_BYTES // (4 * config.model.vocab_size)
+    return (rows // 64 + 1) * 64 if on_gpu else CPU_CHUNK  # a power of two of rows leaves no thin last chunk
 
 
 @dataclass(frozen=True)
@@ -245,22 +246,21 @@ def activation_bytes_per_token(
 ) -> int:
     """Estimate of the bytes per token that the forward pass leaves for the backward pass.
 
-    Per block: what its norms keep, q, k and v as attention reads them and its result, the steps inside the MLP.
-    With checkpointing: each block's input, and one block at a time in full. PyTorch's CPU kernels keep exactly this;
-    fused ones on a GPU keep less of the norms.
+    Per block: input and result of its norms, q, k and v as attention reads them and its result, the steps inside the
+    MLP. With checkpointing: each block's input, and one block at a time in full. Blocks that are compiled keep less.
 
     Args:
         keys_kept: keys a query and head whose probabilities are kept.
     """
     C, size = model.hidden_size, 4 if dtype == "fp32" else 2
-    rms = 3 * size + (0 if dtype == "fp32" else 4)  # input, its fp32 copy, normalised, times the weight
-    norm = C * (rms if model.norm == "rms" else 2 * size)
+    rms = 3 if dtype == "fp32" and model.norm == "rms" else 2  # input, in fp32 normalised, result
+    norm = C * rms * size
     heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
     block = norm * (1 if model.block == "parallel" else 2) + 2 * heads * size
     block += model.num_attention_heads * keys_kept * size
     block += model.intermediate_size * size * (4 if model.mlp == "swiglu" else 2)
     if model.qk_norm:
-        block += heads * (rms - size)  # the result is the q and k above
+        block += heads * (rms - 1) * size  # the result is the q and k above
     if gradient_checkpointing:
         return norm + model.num_hidden_layers * C * size + block
     return norm + model.num_hidden_layers * block

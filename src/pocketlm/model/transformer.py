@@ -28,6 +28,7 @@ from pocketlm.config import ModelConfig
 from pocketlm.field_types import AttentionKernel
 from pocketlm.model.attention import folded_attention
 from pocketlm.model.documents import Documents, documents_in
+from pocketlm.model.norm import RMSNorm
 
 Rotary = tuple[Tensor, Tensor]
 Llama3Scaling = tuple[float, float, float, int]
@@ -199,8 +200,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=config.bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.bias)
         if self.qk_norm:
-            self.q_norm = nn.RMSNorm(D, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(D, eps=config.norm_eps)
+            self.q_norm = RMSNorm(D, eps=config.norm_eps)
+            self.k_norm = RMSNorm(D, eps=config.norm_eps)
 
     def forward(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -250,8 +251,8 @@ class MLP(nn.Module):
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """RMSNorm, or LayerNorm with a bias; PyTorch computes both in fp32 inside when x is bf16."""
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    """RMSNorm, or LayerNorm with a bias; both compute in fp32 inside when x is bf16."""
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.norm_eps)
 
 

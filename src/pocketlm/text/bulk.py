@@ -161,14 +161,14 @@ class BulkEncoder:
         """Which parts of which texts are due: each as likely as it is long in bytes, some perhaps twice."""
         ends, parts, cut = np.cumsum(list(map(len, data))), dict[int, list[Part]](), cache(_cut)
         size, count = int(ends[-1]), 0
-        self._due += size / CHECK_EVERY
+        self._due += sum(map(len, texts)) / CHECK_EVERY
         while self._due > 0 and count < len(texts) + size // PART_CHARS and size > 0:
             place = self._random.randrange(size)
             number = int(np.searchsorted(ends, place, side="right"))
             own, within = cut(texts[number]), place - int(ends[number]) + len(data[number])
             part = own[bisect_right(own, within, key=lambda part: part.end)]
             parts.setdefault(number, []).append(part)
-            self._due -= min(part.end - part.begin, MAX_CHARGE)
+            self._due -= min(len(part.text), MAX_CHARGE)
             count += 1
         return parts
 

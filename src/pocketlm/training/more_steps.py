@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pocketlm import checkpoint
-from pocketlm.config import STEPS_FIELDS, Config
+from pocketlm.config import BEFORE_AUTO, STEPS_FIELDS, Config
 from pocketlm.errors import ConfigError, FileError, PocketError, Unreadable
 from pocketlm.files import write_file
 from pocketlm.journal import Journal
@@ -65,6 +65,7 @@ def going_on(folder: Path, newest: Path, given: Config, additional: int | None, 
         FileError: no checkpoint from before the decay is whole.
     """
     there = Standing.of(newest)
+    given = _replaced(given, {name: _field(there.config, name) for name in BEFORE_AUTO})
     run = _with_steps_of(_recorded(folder, there.config), given)
     config = _changed(folder, run, there, given)
     if additional is not None:
@@ -76,8 +77,11 @@ def going_on(folder: Path, newest: Path, given: Config, additional: int | None, 
 
 def _with_steps_of(run: Config, given: Config) -> Config:
     """`given` with the steps of the run."""
-    mine = dict(flat(run.model_dump()))
-    return _replaced(given, {name: mine[name] for name in STEPS_FIELDS})
+    return _replaced(given, {name: _field(run, name) for name in STEPS_FIELDS})
+
+
+def _field(config: Config, name: str) -> Any:
+    return dict(flat(config.model_dump()))[name]
 
 
 def _replaced(config: Config, fields: dict[str, Any]) -> Config:

@@ -108,7 +108,8 @@ class Precision:
             if not self._are_apart:
                 for parameter in self._masters.values():
                     assert parameter.grad is not None
-                    parameter.grad = parameter.grad.clone()
+                    if parameter.device.type == "cpu":
+                        parameter.grad = parameter.grad.clone()
                 self._are_apart = True
             return
         for name, master in self._masters.items():
