@@ -487,7 +487,7 @@ def test_places_are_spread_over_the_work(monkeypatch: pytest.MonkeyPatch, said: 
         fast.encode([text])
         checked = sum(len(part) for part, _ in seen)
         due = 131_072 + (batch + 1) * len(text) / 8
-        assert due <= checked < due + 2 * bulk.PART_CHARS
+        assert due <= checked < due + 2 * bulk.CHECKED_CHARS
     assert len({part for part, _ in seen}) > 40, "of some 48"
     assert all(bytes(ids.tolist()).decode() == part for part, ids in seen)
 

@@ -37,8 +37,8 @@ from pocketlm.text.fast_encoders import Encode, Unsuited, Utf8, gigatoken_encode
 from pocketlm.text.tokenizer import Ids, Tokenizer
 
 SMALL_BYTES = 1 << 20  # below it, checking a library takes as long as doing without
-PART_CHARS = 1 << 12
-FIRST_CHECKS_CHARS = 32 * PART_CHARS
+CHECKED_CHARS = 1 << 12
+FIRST_CHECKS_CHARS = 32 * CHECKED_CHARS
 CHECK_EVERY = 1 << 10  # characters for one that is checked
 PROBE = "a__b _ 1_1  _._'s\n_\n\n_  2"  # of a character that has not come before, where patterns look at what it is
 OF_NO_TOKEN = -(1 << 30)  # "bytes" of an id that nothing has: more than a text can make up for
@@ -162,7 +162,7 @@ class BulkEncoder:
         ends, parts, cut = np.cumsum(list(map(len, data))), dict[int, list[Part]](), cache(_cut)
         size, count = int(ends[-1]), 0
         self._due += sum(map(len, texts)) / CHECK_EVERY
-        while self._due > 0 and count < len(texts) + size // PART_CHARS and size > 0:
+        while self._due > 0 and count < len(texts) + size // CHECKED_CHARS and size > 0:
             place = self._random.randrange(size)
             number = int(np.searchsorted(ends, place, side="right"))
             own, within = cut(texts[number]), place - int(ends[number]) + len(data[number])
@@ -214,7 +214,7 @@ class BulkEncoder:
 
 
 def _cut(text: str) -> list[Part]:
-    parts = cut_at_lines(text, PART_CHARS)
+    parts = cut_at_lines(text, CHECKED_CHARS)
     bounds = pairwise([0, *accumulate(len(part.encode()) for part in parts)])
     return [Part(part, *own) for part, own in zip(parts, bounds, strict=True)]
 

@@ -166,6 +166,8 @@ def team_of(runtime: Runtime, strategy: Strategy) -> Team:
 def memory_warning(config: Config, at_once: int, resolved: Resolved, runtime: Runtime) -> str | None:
     """What to say of a run that goes on with so many rows at once, where memory has become less than they need."""
     team = team_of(runtime, resolved.strategy)
+    train = config.train.model_copy(update={"loss_chunk": resolved.rows_of_logits(config)})  # of where it began
+    config = config.model_copy(update={"train": train})
     return Training(config, runtime.device, resolved.dtype, resolved.attention, team).warning(at_once)
 
 
