@@ -111,7 +111,7 @@ def test_stopped_and_resumed_with_document_masks(cell: dict[str, Any], rig: Rig)
     ]
     assert [each["document_masks"] for each in said] == [True, True, False]
     assert [each["loss"] for each in said[:2]] == [measured] * 2
-    assert said[2]["loss"] > measured, "it has never seen two documents at once"
+    assert said[2]["loss"] != measured, "documents are read otherwise"
 
 
 @pytest.mark.parametrize("threads", [1, 2])

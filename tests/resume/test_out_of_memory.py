@@ -131,7 +131,7 @@ def test_nothing_of_the_attempt_is_left(where: str, call: int, dtype: str, run_w
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_curve_stays(dtype: str, where: str, run_with: Any) -> None:
-    """Within 1e-3 nats in fp32. In bf16 fewer rows at once alone, from the first step on, move it by more than that."""
+    """Within 1e-3 nats in fp32. In bf16 the same sizes, from the first step on, move it as far: 0.0004 to 0.005."""
     fields = {"train.dtype": dtype, "optim.lr": 2e-3}
     whole, _ = run_with("whole", **fields)
     at = 2 * 10 + 1  # the second micro-batch of step 11
@@ -140,12 +140,13 @@ def test_the_curve_stays(dtype: str, where: str, run_with: Any) -> None:
     assert set(faults.rows) == {16, 8, 4}
     assert [(r["step"], r["before"], r["micro_batch"]) for r in halvings(disturbed)] == [(10, 16, 8), (40, 8, 4)]
     assert MESSAGE in halvings(disturbed)[0]["reason"]
-    fewer, _ = run_with("fewer", **fields, **{"train.micro_batch": 8})
     ours, theirs = losses(disturbed), losses(whole)
     assert len(ours) == STEPS
     assert ours[:10] == theirs[:10]
     assert ours != theirs
-    assert furthest(ours, theirs) < (1e-3 if dtype == "fp32" else furthest(losses(fewer), theirs))
+    by_size = [run_with(f"of {size}", **fields, **{"train.micro_batch": size})[0] for size in (8, 4)]
+    rounding = max(furthest(losses(run), theirs) for run in by_size)
+    assert furthest(ours, theirs) < (1e-3 if dtype == "fp32" else rounding)
     assert theirs[-1] < theirs[0] - 1, "nothing was learned: close losses would mean little"
 
 

@@ -41,13 +41,13 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         C = len(weight)
         rows, w = x.reshape(-1, C), weight.float()
-        y, r = torch.empty_like(rows), torch.empty(len(rows), 1)
-        for x_part, y_part, r_part in _parts(rows, y, r):
+        y, r = x.new_empty(x.shape), torch.empty(len(rows), 1)  # not as rows and viewed: FSDP warns of views
+        for x_part, y_part, r_part in _parts(rows, y.view(-1, C), r):
             n = x_part.float()
             r_part.copy_(n.square().mean(1, keepdim=True).add_(eps).rsqrt_())
             y_part.copy_(n.mul_(r_part).mul_(w))
         ctx.save_for_backward(rows, weight, r)
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
