@@ -153,7 +153,7 @@ def _softmax(x: Tensor, head: Tensor, t: Tensor, options: _Options, *, want_D: b
     """
     z = x @ head.t()  # (n, V)
     column = t.clamp(min=0)[:, None]  # what an ignored target reads does not matter
-    rows = max(1, CACHED_VALUES // z.shape[1]) if z.device.type == "cpu" else max(1, len(z))
+    rows = _cached_rows(z)
     split = zip(torch.split(z, rows), torch.split(column, rows), strict=True)
     parts = [_row_sums(z_rows, column_rows, options, want_D) for z_rows, column_rows in split]
     nats, s = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -184,10 +184,15 @@ def _row_sums(logits: Tensor, column: Tensor, options: _Options, want_D: bool) -
 def _sum(total: Tensor, more: Tensor) -> Tensor:
     """total + more in fp32 at least, in place where total is that already; a part at a time, in a CPU's cache."""
     total = total.to(_wide(total))
-    rows = max(1, CACHED_VALUES // total.shape[1]) if total.device.type == "cpu" else len(total)
+    rows = _cached_rows(total)
     for total_rows, more_rows in zip(torch.split(total, rows), torch.split(more, rows), strict=True):
         total_rows += more_rows
     return total
+
+
+def _cached_rows(x: Tensor) -> int:
+    """How many rows of x a CPU works on at once; on a GPU all."""
+    return max(1, CACHED_VALUES // x.shape[1] if x.device.type == "cpu" else len(x))
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ anything else of a continuation is done. The start is the newest checkpoint whos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -65,8 +65,8 @@ def going_on(folder: Path, newest: Path, given: Config, additional: int | None, 
         FileError: no checkpoint from before the decay is whole.
     """
     there = Standing.of(newest)
-    given = _replaced(given, {name: _field(there.config, name) for name in BEFORE_AUTO})
-    run = _with_steps_of(_recorded(folder, there.config), given)
+    given = _with_fields_of(there.config, BEFORE_AUTO, given)
+    run = _with_fields_of(_recorded(folder, there.config), STEPS_FIELDS, given)
     config = _changed(folder, run, there, given)
     if additional is not None:
         config = _added(config, there, additional)
@@ -75,13 +75,10 @@ def going_on(folder: Path, newest: Path, given: Config, additional: int | None, 
     return config, there if there.agrees(config) else _before_decay(folder, there, config, note)
 
 
-def _with_steps_of(run: Config, given: Config) -> Config:
-    """`given` with the steps of the run."""
-    return _replaced(given, {name: _field(run, name) for name in STEPS_FIELDS})
-
-
-def _field(config: Config, name: str) -> Any:
-    return dict(flat(config.model_dump()))[name]
+def _with_fields_of(run: Config, names: Iterable[str], given: Config) -> Config:
+    """`given` with these fields of the run."""
+    mine = dict(flat(run.model_dump()))
+    return _replaced(given, {name: mine[name] for name in names})
 
 
 def _replaced(config: Config, fields: dict[str, Any]) -> Config:
