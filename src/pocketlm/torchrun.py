@@ -13,6 +13,8 @@ NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a rank must be told beside how many there are."""
 AGENT = "POCKETLM_TORCHRUN_PID"
 """Set where `pocketlm train --devices N` stands above: the process that has started the rank."""
+HOST = "POCKETLM_HOST"
+"""Set there too: the launcher's name for itself, which no other launcher of the run has."""
 
 
 def launched() -> bool:
@@ -56,6 +58,11 @@ def agent() -> int | None:
     """The process that has started this rank, where the launcher stands above it."""
     pid = os.environ.get(AGENT)
     return int(pid) if pid else None
+
+
+def host() -> str:
+    """The launcher that stands above, by its name; empty where none does."""
+    return os.environ.get(HOST, "")
 
 
 def restarts() -> tuple[int, int]:

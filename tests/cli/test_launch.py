@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,10 +56,26 @@ def test_a_crash_starts_all_ranks_anew_and_as_often_as_it_may(tmp_path: Path) ->
     assert code == 1
     assert "all go on from the newest checkpoint: 1 of 1\n" in said
     assert said.count("ZeroDivisionError: nobody expects it") == 2, "where it happened, and at the end"
-    log = tmp_path / "run" / "ranks" / f"host-{os.uname().nodename}.log"
+    (log,) = (tmp_path / "run" / "ranks").glob("host-*.log")
     assert "rank 0 has ended: ZeroDivisionError: nobody expects it; the same command goes on" in said.splitlines()[-1]
     assert said.splitlines()[-1].endswith(f"(details: {log})")
     assert "exitcode: -9" in log.read_text(), "torchrun's own words of the first attempt"
+
+
+def test_launchers_on_hosts_of_one_name_share_a_folder(tmp_path: Path) -> None:
+    """As copies of one virtual machine do: each has its own file, and its own person who reads the end."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        plan = {"devices": 1, "nodes": 2, "rendezvous": f"localhost:{free.getsockname()[1]}"}
+
+    def said(*attempts: str) -> list[str]:
+        pair = [Launched.program(tmp_path / "run", *attempts, **plan) for _ in range(2)]
+        return [text for code, _, text in (it.end() for it in pair) if code]
+
+    assert [text.count("rank 0 is refused") for text in said("refuse,done")] == [1, 1]
+    logs = [text.split("(details: ")[-1].removesuffix(")\n") for text in said("raise,miss")]
+    assert len({*logs}) == 2
+    assert all(Path(log).read_text() for log in logs)
 
 
 # --- ranks that are ended

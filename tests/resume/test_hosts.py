@@ -6,6 +6,7 @@ store over which they meet runs in a third one, which never is. To make them tak
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -129,11 +130,17 @@ class Network:
                 except psutil.NoSuchProcess:
                     continue
             psutil.wait_procs(processes, timeout=10)
-            if host in self.launchers:
-                self.launchers.pop(host).wait()
+        if host in self.launchers:
+            self.launchers.pop(host).wait()
 
-    def wait(self) -> dict[str, int]:
-        return {host: launcher.wait(LIMIT_S) for host, launcher in self.launchers.items()}
+    def wait(self) -> dict[str, int | None]:
+        """The exit code of each launcher; None where one has not ended for so long that it never will."""
+        codes = {}
+        for host, launcher in self.launchers.items():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(LIMIT_S)
+            codes[host] = launcher.poll()
+        return codes
 
     def said(self) -> str:
         return "\n".join(f"{host}: {(self.folder / f'{host}.txt').read_text()[-4000:]}" for host in HOSTS)

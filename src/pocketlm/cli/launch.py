@@ -25,6 +25,7 @@ from pocketlm.cli.supervise import Agent
 from pocketlm.errors import UsageError
 from pocketlm.files import Lock, make_folder, remove_file, remove_folder
 from pocketlm.limits import available_cores
+from pocketlm.torchrun import HOST
 from pocketlm.training import reasons
 from pocketlm.training.reasons import RANKS
 from pocketlm.training.signals import leave_on_signal
@@ -126,21 +127,20 @@ def launch(plan: Plan, name: str, folder: Path, argv: list[str], program: tuple[
         RankLost: that place is not found.
         OSError: the disk refuses it.
     """
-    host = Host(folder / RANKS, socket.gethostname())
-    make_folder(host.folder)
+    make_folder(folder / RANKS)
     before = {} if plan.nodes == 1 else reasons.stamps(folder)  # other hosts may have begun, and their ranks ended
     if plan.nodes == 1:
         with Lock(folder):
             reasons.forget_all(folder)
-    remove_file(host.failures)
     if plan.rendezvous:
         say(f"meets {plan.nodes - 1} other host(s) at {plan.rendezvous}, within {MEET_S // 60} minutes")
     with contextlib.ExitStack() as held:
         with leave_on_signal():
             place = held.enter_context(meeting(plan.rendezvous, MEET_S))
+        host = Host(folder / RANKS, f"{socket.gethostname()}-{place.own}-{os.getpid()}")
         program = program or (sys.executable, "-P", "-u", "-m", "pocketlm", "train")
         command = _command(plan, name, host, place, (*program, *argv))
-        agent = Agent(command, _environment(place), lambda: reasons.left(folder, before))
+        agent = Agent(command, _environment(host, place), lambda: reasons.left(folder, before))
         code = agent.wait()
     with contextlib.suppress(OSError):
         if sys.stderr.isatty():
@@ -149,8 +149,8 @@ def launch(plan: Plan, name: str, folder: Path, argv: list[str], program: tuple[
     code, line = end.outcome()
     if line:
         say(f"pocketlm: {line}")
-    if code == 0 and plan.nodes == 1 and not host.log.read_bytes():
-        remove_folder(host.folder)  # there is nothing to be told by it
+    if code == 0 and not host.log.read_bytes():  # there is nothing to be told by it
+        remove_folder(host.folder) if plan.nodes == 1 else remove_file(host.log)
     return code
 
 
@@ -167,14 +167,14 @@ def _command(plan: Plan, name: str, host: Host, place: Place, program: tuple[str
     return [*agent, *words, *(word.replace("$", "$$") for word in program)]
 
 
-def _environment(place: Place) -> dict[str, str]:
+def _environment(host: Host, place: Place) -> dict[str, str]:
     """Of torchrun and the ranks. What a person has set stays.
 
     Threads are the ranks' to choose (machine.py); without a number here torchrun sets the same one, and warns. The
     store over which ranks meet is made anew with them: torchrun's own still has the addresses of those that crashed
     (torchrun.py). When another rank is gone torch warns of it with the stack of its own functions; we say it.
     """
-    ours = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    ours = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", HOST: host.name}
     if interface := interface_of(place.own):
         ours["GLOO_SOCKET_IFNAME"] = interface
     return ours | os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -38,6 +38,7 @@ class Host:
 
     folder: Path
     name: str
+    """Of the launcher: hosts may have one name, and a host several launchers."""
 
     @property
     def stem(self) -> Path:

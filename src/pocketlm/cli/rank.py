@@ -6,7 +6,6 @@ even that where the launcher stands above, which reads it from the run's folder 
 
 from __future__ import annotations
 
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -83,7 +82,7 @@ def _say(rank: int, reason: Reason, text: str) -> None:
 
 def _code(folder: Path, rank: int, reason: Reason) -> int:
     try:
-        reasons.leave(folder, rank, replace(reason, host=socket.gethostname()))
+        reasons.leave(folder, rank, replace(reason, host=torchrun.host()))
     except OSError:  # then the code itself has to say it, also at the price of starting anew
         return reason.exit_code
     starts_anew = torchrun.agent() is not None or torchrun.restarts()[1] > 0

@@ -32,7 +32,7 @@ class Reason:
     is_lost: bool = False
     """Only because another one has ended."""
     host: str = ""
-    """Where it ran."""
+    """The launcher above it, by its name."""
 
 
 def leave(run: Path, rank: int, reason: Reason) -> None:
