@@ -23,6 +23,7 @@ from pocketlm.errors import ConfigError, DataError, Diverged, FileError, Interru
 from pocketlm.files import Lock, make_folder, sweep
 from pocketlm.formats.huggingface import tensor_shapes
 from pocketlm.journal import Journal
+from pocketlm.neighbours import Neighbours
 from pocketlm.training.boundary import Late, record, serve
 from pocketlm.training.engines import Engine, open_engine
 from pocketlm.training.guard import Trouble
@@ -296,21 +297,23 @@ def _steps(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequ
     """
     durable = state.saved.micro_batch if state.saved else state.progress.micro_batch
     _at_boundary(run, state, late, saver, stop)
-    while state.progress.step < run.last_step:
-        stop.check()
-        run.await_rows(state.progress, stop.check)
-        outcome = step_that_fits(run, state, stop.check)
-        late.put(outcome)
-        state.progress.enter(run.loader.segment(run.config.data.segment_pieces, state.progress.position))
-        if state.progress.micro_batch != durable:
-            durable = state.progress.micro_batch
-            if not run.saves(state.progress):
-                late.read()
-                state.check_finite()
-                saver.begin(must=False)
-                saver.wait()
-        _at_boundary(run, state, late, saver, stop)
-        yield outcome
+    with Neighbours(run.runtime.threads) as neighbours:
+        while state.progress.step < run.last_step:
+            stop.check()
+            run.await_rows(state.progress, stop.check)
+            outcome = step_that_fits(run, state, stop.check)
+            late.put(outcome)
+            state.progress.enter(run.loader.segment(run.config.data.segment_pieces, state.progress.position))
+            if state.progress.micro_batch != durable:
+                durable = state.progress.micro_batch
+                if not run.saves(state.progress):
+                    late.read()
+                    state.check_finite()
+                    saver.begin(must=False)
+                    saver.wait()
+            _at_boundary(run, state, late, saver, stop)
+            neighbours.look()
+            yield outcome
 
 
 def _at_boundary(run: Run, state: TrainState, late: Late, saver: Saver, stop: StopRequest) -> None:

@@ -29,6 +29,7 @@ from pocketlm.config import Config
 from pocketlm.errors import FileError, RankLost
 from pocketlm.files import free_bytes
 from pocketlm.moments import Shares
+from pocketlm.neighbours import sleep_soon
 from pocketlm.optim.schedule import rests_on
 from pocketlm.tensors import Copies
 from pocketlm.training.progress import Progress
@@ -235,6 +236,7 @@ class Saver:
     def _write(self, saving: Saving) -> None:
         """The journal first, so that no checkpoint knows of more; at last what is too much goes."""
         try:
+            sleep_soon()  # the training's threads: they need the core that one of them would keep from this one
             if saving.snapshot:
                 self._commit(saving, saving.snapshot)
             elif saving.notes_of_ranks:
