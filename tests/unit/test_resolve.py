@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pocketlm.config import Config
+from pocketlm.errors import ConfigError
+from pocketlm.field_types import Dtype
 from pocketlm.machine import Runtime, versions
 from pocketlm.model.sizes import Team
 from pocketlm.training import as_before, micro_batch, resolve
@@ -120,6 +122,29 @@ def test_what_fits_only_in_shares_is_resolved_and_goes_on_so(monkeypatch: pytest
     again = resolve.strategy_again(config, ranks(CPU, 64), resolved)
     assert again == ("fsdp", resolved.reasons["strategy"])
     assert resolve.strategy_again(config, ranks(CPU, 32), resolved)[0] == "ddp", "another number is another run"
+
+
+@pytest.mark.parametrize("dtypes", [("fp32", "bf16"), ("bf16",)])
+def test_what_never_fits_is_refused_before_a_probe(dtypes: tuple[Dtype, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the choice that takes least would need; with a byte more it is for the probes to choose."""
+
+    class Probe(Exception):
+        pass
+
+    def probe(*_: object) -> None:
+        raise Probe
+
+    monkeypatch.setattr(resolve, "_fp32_matmul", probe)
+    monkeypatch.setattr(resolve, "_candidates", lambda config, device: dtypes)
+    config = Config.preset("smollm2-1.7b")
+    least = min(micro_batch.Training(config, CPU, dtype, "sdpa").needs(1).total for dtype in dtypes)
+    free = {"now": least}
+    monkeypatch.setattr(micro_batch, "available_bytes", lambda device: free["now"])
+    with pytest.raises(Probe):
+        resolve.resolve(config, ranks(CPU, 1))
+    free["now"] -= 1
+    with pytest.raises(ConfigError, match=r"smollm2-1.7b needs about .* GB to train with 1 row"):
+        resolve.resolve(config, ranks(CPU, 1))
 
 
 def test_a_run_begun_before_its_loss_chunk_was_chosen_keeps_it() -> None:

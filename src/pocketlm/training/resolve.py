@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pocketlm.config import Config
-from pocketlm.errors import UsageError
+from pocketlm.errors import ConfigError, UsageError
 from pocketlm.field_types import AttentionKernel, Determinism, Dtype, FP32Matmul, Strategy
 from pocketlm.machine import BITWISE_ON, Runtime, versions
 from pocketlm.model.arithmetic import ATTENTION_ON, FP32_ERROR, TORCH_DTYPES, Arithmetic, fp32_error
@@ -93,6 +93,9 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     device = runtime.device
     check_asked(config, device)
     candidates = _candidates(config, device)
+    strategy, strategy_reason = choose_strategy(config, runtime)
+    team = team_of(runtime, strategy)
+    _refuse_what_never_fits(config, device, candidates, team)
     fp32_matmul, fp32_reason, rates = _fp32_matmul(config, device)
     torch.set_float32_matmul_precision(fp32_matmul)
     for candidate in candidates:
@@ -101,9 +104,7 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
     dtype, dtype_reason = _dtype(config, candidates, rates)
     attention, attention_reason = _attention(config, device, dtype)
     compiled, compile_reason = _compile(config, device, rates[dtype])
-    strategy, strategy_reason = choose_strategy(config, runtime)
-    training = Training(config, device, dtype, attention, team_of(runtime, strategy))
-    micro_batch, micro_reason = training.choose()
+    micro_batch, micro_reason = Training(config, device, dtype, attention, team).choose()
     chunk, chunk_reason = _loss_chunk(config, device)
     return Resolved(
         dtype=dtype,
@@ -130,6 +131,19 @@ def resolve(config: Config, runtime: Runtime) -> Resolved:
             "determinism": f"what a {device.type} does by itself" if config.train.determinism == "auto" else "as given",
         },
     )
+
+
+def _refuse_what_never_fits(config: Config, device: torch.device, candidates: tuple[Dtype, ...], team: Team) -> None:
+    """Before a probe takes seconds: no choice needs less than these do. Folded attention keeps more than PyTorch's."""
+    attention: AttentionKernel = "folded" if config.train.attention == "folded" else "sdpa"
+    refused = list[ConfigError]()
+    for dtype in candidates:
+        try:
+            Training(config, device, dtype, attention, team).choose()
+        except ConfigError as error:
+            refused.append(error)
+    if len(refused) == len(candidates):
+        raise refused[-1]
 
 
 def choose_strategy(config: Config, runtime: Runtime) -> tuple[Strategy, str]:
