@@ -40,7 +40,8 @@ OWN = {name: getattr(neighbours, name) for name in ("CROWDED", "FREE")}
 NEVER = {"CROWDED": math.inf, "FREE": math.inf}
 Turn = tuple[bool, bool]
 """Whether there is a neighbour, and whether it is looked for."""
-TURNS: tuple[Turn, ...] = ((False, False), (False, True), (True, False), (True, True))
+TURNS: tuple[Turn, ...] = ((False, False), (True, False), (True, True), (False, True))
+"""At the end the neighbour leaves while it is looked for."""
 
 
 class Turns(Silent):
@@ -107,7 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.folder)
-    print("| preset | alone, libgomp's | alone, ours | beside a process, libgomp's | beside a process, ours |")
+    print("| preset | alone, libgomp's | beside a process, libgomp's | beside a process, ours | alone, ours |")
     print("|-|-:|-:|-:|-:|", flush=True)
     for preset in arguments.presets:
         print(row(preset, arguments.rounds), flush=True)

@@ -14,7 +14,7 @@ NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 AGENT = "POCKETLM_TORCHRUN_PID"
 """Set where `pocketlm train --devices N` stands above: the process that has started the rank."""
 HOST = "POCKETLM_HOST"
-"""Set there too: the launcher's name for itself, which no other launcher of the run has."""
+"""Set there too: the launcher's name for itself, which no other launcher of the run has meanwhile."""
 
 
 def launched() -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -137,7 +138,8 @@ def launch(plan: Plan, name: str, folder: Path, argv: list[str], program: tuple[
     with contextlib.ExitStack() as held:
         with leave_on_signal():
             place = held.enter_context(meeting(plan.rendezvous, MEET_S))
-        host = Host(folder / RANKS, f"{socket.gethostname()}-{place.own}-{os.getpid()}")
+        host = _host(folder / RANKS, place)
+        remove_file(host.failures)  # of a launcher that had the same number
         program = program or (sys.executable, "-P", "-u", "-m", "pocketlm", "train")
         command = _command(plan, name, host, place, (*program, *argv))
         agent = Agent(command, _environment(host, place), lambda: reasons.left(folder, before))
@@ -152,6 +154,12 @@ def launch(plan: Plan, name: str, folder: Path, argv: list[str], program: tuple[
     if code == 0 and not host.log.read_bytes():  # there is nothing to be told by it
         remove_folder(host.folder) if plan.nodes == 1 else remove_file(host.log)
     return code
+
+
+def _host(folder: Path, place: Place) -> Host:
+    """By its name, its address and this process: whatever is the same elsewhere, not all of these are."""
+    name = f"{socket.gethostname()}-{place.own}-{os.getpid()}"
+    return Host(folder, re.sub(r"[^\w.-]", ".", name))
 
 
 def _command(plan: Plan, name: str, host: Host, place: Place, program: tuple[str, ...]) -> list[str]:
@@ -174,7 +182,7 @@ def _environment(host: Host, place: Place) -> dict[str, str]:
     store over which ranks meet is made anew with them: torchrun's own still has the addresses of those that crashed
     (torchrun.py). When another rank is gone torch warns of it with the stack of its own functions; we say it.
     """
-    ours = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", HOST: host.name}
+    ours = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if interface := interface_of(place.own):
         ours["GLOO_SOCKET_IFNAME"] = interface
-    return ours | os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return ours | os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", HOST: host.name}

@@ -49,7 +49,8 @@ def forget(run: Path, rank: int) -> None:
 
 
 def forget_all(run: Path) -> None:
-    for path in (run / RANKS).glob("rank-*"):
+    """Of a run on one host: what launchers have left, too."""
+    for path in (*(run / RANKS).glob("rank-*"), *(run / RANKS).glob("host-*")):
         remove_file(path)
 
 

@@ -236,7 +236,6 @@ class Saver:
     def _write(self, saving: Saving) -> None:
         """The journal first, so that no checkpoint knows of more; at last what is too much goes."""
         try:
-            sleep_soon()  # the training's threads: they need the core that one of them would keep from this one
             if saving.snapshot:
                 self._commit(saving, saving.snapshot)
             elif saving.notes_of_ranks:
@@ -259,6 +258,8 @@ class Saver:
         try:
             self.run.journal.wait_for_disk()
             saving.journal_synced = True
+            if self.run.runtime.device.type == "cpu":
+                sleep_soon()  # a thread of the training that only looks would keep its core from this one
             saving.folder = checkpoint.save(self.run.folder / "checkpoints", snapshot, *filter(None, [lead]))
         except OSError as error:
             saving.refused = error
