@@ -26,7 +26,7 @@ import torch
 SPLIT = 1 << 17
 """Elements of an operation that PyTorch gives to all threads: it splits from 32,768 on."""
 LOOK_EVERY_S = 0.5
-CROWDED, FREE = 0.2, 0.06
+CROWDED, FREE = 0.2, 0.1
 """Cores that threads would have taken and did not get: from where on there are neighbours, and where they have left."""
 TASKS = Path("/proc/self/task")
 THREAD = "pocketlm-neighbour"
