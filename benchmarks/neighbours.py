@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ class Turns(Silent):
         self.seconds: dict[Turn, list[float]] = {turn: [] for turn in TURNS}
         self._neighbour: subprocess.Popen[bytes] | None = None
         self._last_s = 0.0
+        self.begin(TURNS[0])
 
     def record(self, record: Any) -> None:
         if record["kind"] != "train":
@@ -63,7 +63,7 @@ class Turns(Silent):
             self.begin(TURNS[(step // STEPS + 1) % len(TURNS)])
 
     def begin(self, turn: Turn) -> None:
-        self.end()
+        self.close()
         self._turn = turn
         beside, looks = turn
         for name, value in (OWN if looks else NEVER).items():
@@ -71,21 +71,11 @@ class Turns(Silent):
         if beside:
             self._neighbour = subprocess.Popen([sys.executable, "-c", HASHES])
 
-    def end(self) -> None:
+    def close(self) -> None:
         if self._neighbour:
             self._neighbour.kill()
             self._neighbour.wait()
             self._neighbour = None
-
-
-@contextlib.contextmanager
-def turns() -> Iterator[Turns]:
-    taken = Turns()
-    taken.begin(TURNS[0])
-    try:
-        yield taken
-    finally:
-        taken.end()
 
 
 def row(preset: str, rounds: int) -> str:
@@ -93,7 +83,7 @@ def row(preset: str, rounds: int) -> str:
     run = {"train.total_steps": rounds * len(TURNS) * STEPS, "train.checkpoint_every": 10**6, "train.eval_every": 0}
     config = Config.preset(preset, TEXT | CASES[preset] | run | {"train.eval_tokens": 512, "schedule.warmup_steps": 1})
     shutil.rmtree(preset, ignore_errors=True)
-    with turns() as taken:
+    with contextlib.closing(Turns()) as taken:
         train(config, out=Path(preset), listener=taken)
     shutil.rmtree(preset)
     cells = (f"{statistics.median(each):.3f} ({min(each):.3f} to {max(each):.3f})" for each in taken.seconds.values())

@@ -19,8 +19,12 @@ def available_cores(root: Path = ROOT) -> int:
 
     So a container with the time of 2 CPUs on a machine of 64 has 2: of more threads all are stopped again and again.
     """
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([bound, *map(math.ceil, _cpus(root))]))
+    return max(1, min([bound_cores(), *map(math.ceil, _cpus(root))]))
+
+
+def bound_cores() -> int:
+    """Cores that this process is bound to, whatever time a control group gives it on them; libgomp counts so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpus(root: Path) -> list[float]:

@@ -13,7 +13,6 @@ than half of the cores, are left as they are; what is computed is the same.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Mapping
@@ -22,6 +21,8 @@ from types import TracebackType
 from typing import Self
 
 import torch
+
+from pocketlm.limits import bound_cores
 
 SPLIT = 1 << 17
 """Elements of an operation that PyTorch gives to all threads: it splits from 32,768 on."""
@@ -38,7 +39,7 @@ def sleep_soon() -> None:
     libgomp ends the process where the system gives it no threads: so as many are tried before.
     """
     num = torch.get_num_threads()
-    if 2 * num - 1 > _cores() and _can_start(num - 1):
+    if 2 * num - 1 > bound_cores() and _can_start(num - 1):
         torch.zeros(SPLIT).add_(1)
 
 
@@ -105,11 +106,6 @@ def _waited_ns() -> Mapping[str, int]:
             with contextlib.suppress(OSError):  # it has just ended
                 waited[task.name] = int((task / "schedstat").read_bytes().split()[1])
     return waited
-
-
-def _cores() -> int:
-    """As libgomp counts them: without what a control group gives."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _can_start(number: int) -> bool:

@@ -17,6 +17,7 @@ import pytest
 
 from pocketlm import neighbours
 from pocketlm.config import Config
+from pocketlm.limits import bound_cores
 from pocketlm.neighbours import CROWDED, FREE, LOOK_EVERY_S, THREAD, Crowd, Neighbours
 from pocketlm.training import saving
 from pocketlm.training.log import Silent
@@ -123,14 +124,14 @@ def test_where_the_system_gives_fewer_threads_than_libgomp_would_take_it_is_not_
         start(thread)
 
     monkeypatch.setattr(neighbours.torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(neighbours, "_cores", lambda: 4)
+    monkeypatch.setattr(neighbours, "bound_cores", lambda: 4)
     monkeypatch.setattr(neighbours.torch, "zeros", lambda size: pytest.fail("it was asked"))
     with monkeypatch.context() as short:
         short.setattr(threading.Thread, "start", only_two)
         neighbours.sleep_soon()
     assert len(started) == 2
     assert not any(thread.is_alive() for thread in started)
-    monkeypatch.setattr(neighbours, "_cores", lambda: 7)
+    monkeypatch.setattr(neighbours, "bound_cores", lambda: 7)
     neighbours.sleep_soon()  # no more threads than cores: it would do nothing
 
 
@@ -150,7 +151,7 @@ def test_a_thread_that_ends_takes_nothing_with_it(monkeypatch: pytest.MonkeyPatc
 def busy() -> Iterator[list[subprocess.Popen[bytes]]]:
     """Two processes for each core that do nothing but run."""
     command = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(command) for _ in range(2 * neighbours._cores())]
+    processes = [subprocess.Popen(command) for _ in range(2 * bound_cores())]
     yield processes
     for process in processes:
         process.kill()
@@ -200,7 +201,7 @@ RUN = {"train.threads": 2, "train.total_steps": 3, "train.eval_every": 0, "sampl
 
 
 class Sees(Silent):
-    """Whether there was a crowd at each record; and a disk that ends the run, perhaps."""
+    """Whether there was a crowd at each record; and perhaps an error that ends the run there."""
 
     def __init__(self, *, raises: bool) -> None:
         self.seen = list[bool]()
